@@ -1,0 +1,127 @@
+"""The engine's interface and what it returns."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from npu_zoo.core.config import EngineConfig, SamplingParams
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """A token's natural-log probability before sampling parameters, its rank (1 is the most likely), and its text."""
+
+    logprob: float
+    rank: int
+    decoded_token: str = ""
+
+
+@dataclass
+class CompletionOutput:
+    """One of a request's ``n`` completions, as far as it has come.
+
+    Attributes:
+        text: decoded output without stop string; never ends inside a character.
+        logprobs: per output token, the most likely tokens and the chosen one; None unless asked for.
+        stop_reason: the stop string or token id that ended it; None for end of text or length.
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass
+class RequestMetrics:
+    """Times in seconds on the monotonic clock, and what was saved.
+
+    Attributes:
+        cached_tokens: prompt tokens taken from the prefix cache by the first completion.
+        preemptions: how often the request lost its blocks and was recomputed.
+    """
+
+    arrival_time: float
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    cached_tokens: int = 0
+    preemptions: int = 0
+
+
+@dataclass
+class RequestOutput:
+    """A request's state after a step; ``finished`` once all completions are."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+
+
+class Engine(ABC):
+    """Runs requests. Not thread-safe: one thread calls it.
+
+    An engine takes an :class:`EngineConfig` and nothing else, so it never sees an unchecked request.
+    """
+
+    config: EngineConfig
+
+    @abstractmethod
+    def add_request(
+        self,
+        request_id: str,
+        prompt: str | Sequence[int],
+        sampling_params: SamplingParams,
+        *,
+        add_special_tokens: bool = True,
+    ) -> None:
+        """Queue a request.
+
+        Args:
+            request_id: unique among unfinished requests.
+            prompt: text, or token ids which are taken as they are.
+            add_special_tokens: whether the tokenizer adds bos to a text; a rendered chat brings its own.
+
+        Raises:
+            PromptError: empty, longer than ``max_model_len`` allows, or holding ids outside the vocabulary.
+            UsageError: the id is in use.
+        """
+
+    @abstractmethod
+    def abort_request(self, request_id: str) -> RequestOutput | None:
+        """End a request at once and free what it holds; None where no such request is unfinished."""
+
+    @abstractmethod
+    def step(self) -> list[RequestOutput]:
+        """Run one step and return every request that got a token or ended in it."""
+
+    @abstractmethod
+    def has_unfinished_requests(self) -> bool:
+        """Whether :meth:`step` has anything to do."""
+
+    @abstractmethod
+    def render_chat(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
+        """The token ids of a conversation under the checkpoint's (or else the family's) chat template.
+
+        Raises:
+            PromptError: a message lacks role or content, or the template refuses the conversation.
+        """
+
+    @abstractmethod
+    def explain(self) -> dict[str, Any]:
+        """What was chosen at start and why: backend, kernels, blocks, memory. Plain data."""
+
+    @abstractmethod
+    def shutdown(self) -> None:
+        """Release the device; the engine takes no more requests."""

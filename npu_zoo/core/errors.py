@@ -1,0 +1,88 @@
+"""Every error that npu-zoo raises on purpose.
+
+The tree, with the exit code that the command line ends with::
+
+    NpuZooError                 1
+    ├── UsageError              2   the request itself is malformed
+    │   ├── ConfigError         2   a configuration file, NPU_ZOO_* variable or option
+    │   ├── PromptError         2   a prompt the model cannot take (empty, too long, unknown token id)
+    │   └── UnknownModelError   2   no family or variant of that name
+    ├── UnsupportedError        3   the feature matrix refuses the request
+    ├── HardwareError           4   the device or its software environment is missing or unfit
+    ├── WeightsError            5   a checkpoint is missing, damaged or contradicts its model
+    │   └── TokenizerError      5   the checkpoint's tokenizer is missing or does not round-trip
+    ├── PluginError             6   a plugin cannot be loaded or broke a contract
+    └── EngineError             1   the engine cannot go on
+
+A message says what was asked, what exists, and what to do.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from npu_zoo.core.features import Verdict
+
+
+class NpuZooError(Exception):
+    """Base of all errors raised on purpose; the command line prints it as ``error: …``."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(NpuZooError):
+    """The request is malformed."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """A configuration value is unknown or has the wrong form."""
+
+
+class PromptError(UsageError):
+    """A prompt that the model cannot take."""
+
+
+class UnknownModelError(UsageError):
+    """No registered family or variant has the name that was asked for."""
+
+
+class UnsupportedError(NpuZooError):
+    """The feature matrix refuses the request; ``verdict`` holds every reason and the alternatives."""
+
+    exit_code = 3
+
+    def __init__(self, verdict: Verdict) -> None:
+        super().__init__(verdict.describe())
+        self.verdict = verdict
+
+    def __reduce__(self) -> tuple[type[UnsupportedError], tuple[Verdict]]:
+        return type(self), (self.verdict,)
+
+
+class HardwareError(NpuZooError):
+    """The device or its software environment is missing or unfit."""
+
+    exit_code = 4
+
+
+class WeightsError(NpuZooError):
+    """A checkpoint is missing, damaged or contradicts its model."""
+
+    exit_code = 5
+
+
+class TokenizerError(WeightsError):
+    """The checkpoint's tokenizer is missing or does not round-trip."""
+
+
+class PluginError(NpuZooError):
+    """A plugin cannot be loaded or broke a contract."""
+
+    exit_code = 6
+
+
+class EngineError(NpuZooError):
+    """The engine cannot go on."""

@@ -1,0 +1,87 @@
+"""Evidence records: what proves a matrix row, and when a record no longer speaks of the code at hand."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from npu_zoo.core.features import EvidenceLevel, FeatureRow
+
+
+class EvidenceRecord(BaseModel):
+    """One run that proves a row above the level of a claim.
+
+    Attributes:
+        row: :func:`row_digest` of the row that it proves.
+        level: ``simulated`` (the NPU code path ran on the simulated runtime) or ``measured`` (ran on that hardware).
+        date: ISO date of the run.
+        shape: what ran, such as hidden size, heads per rank, head_dim, layers, lengths.
+        versions: SoC, CANN, torch, torch_npu, npu_zoo, as far as they took part.
+        figures: what was measured, with the unit in the name.
+        code: :func:`code_digest` of the files that the claim rests on.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    family: str
+    row: str
+    level: Literal["simulated", "measured"]
+    date: str = Field(pattern=r"^\d{4}-\d{2}-\d{2}$")
+    shape: dict[str, int | float | str]
+    versions: dict[str, str]
+    figures: dict[str, float] = Field(default_factory=dict)
+    code: str
+
+
+def row_digest(row: FeatureRow) -> str:
+    """A digest of everything a row claims; its status, evidence and note are not part of the claim."""
+    claim = row.model_dump_json(exclude={"status", "evidence", "note"})
+    return hashlib.sha256(claim.encode()).hexdigest()[:16]
+
+
+def code_digest(files: Iterable[Path]) -> str:
+    """A digest of Python files by their syntax trees.
+
+    Comments, formatting and docstrings do not change it; a changed statement does.
+
+    Raises:
+        OSError: a file cannot be read.
+        SyntaxError: a file is not Python.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(files, key=lambda file: file.as_posix()):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        _strip_docstrings(tree)
+        digest.update(path.name.encode() + b"\0" + ast.dump(tree).encode() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def evidence_level(row: FeatureRow, records: Iterable[EvidenceRecord], code: str) -> tuple[EvidenceLevel, bool]:
+    """The highest level that the records prove for a row, and whether a record for it has gone stale.
+
+    Args:
+        row: the row in question.
+        records: all records of its family.
+        code: today's :func:`code_digest` of the files that the row rests on.
+    """
+    of_row = [record for record in records if record.row == row_digest(row)]
+    fresh = {record.level for record in of_row if record.code == code}
+    level: EvidenceLevel = "measured" if "measured" in fresh else "simulated" if fresh else "claimed"
+    return level, any(record.code != code for record in of_row)
+
+
+def _strip_docstrings(tree: ast.AST) -> None:
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and node.body:
+            first = node.body[0]
+            if (
+                isinstance(first, ast.Expr)
+                and isinstance(first.value, ast.Constant)
+                and isinstance(first.value.value, str)
+            ):
+                node.body = node.body[1:]

@@ -1,0 +1,320 @@
+"""The feature matrix: rows of sets over named axes, and the check of a request against them.
+
+A row is a tuple of sets, and a request is supported when one row holds all of its values. Columns are not independent
+(bfloat16 and a card without it can each be supported somewhere, their combination not), so cells never are either.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from npu_zoo.core.hardware import PRODUCTS, DType
+
+AXES: tuple[str, ...] = (
+    "hardware",
+    "dtype",
+    "parallelism",
+    "world_size",
+    "attention",
+    "quantization",
+    "kv_cache_dtype",
+    "long_sequence",
+    "serving",
+)
+"""The axes in the order in which a refusal narrows them."""
+
+AxisValue = str | int | bool
+Attention = Literal["paged", "flash"]
+Status = Literal["supported", "experimental"]
+EvidenceLevel = Literal["claimed", "simulated", "measured"]
+
+# What a user gives up most easily comes cheapest: alternatives are the requests at the smallest total cost.
+_COST = {
+    "serving": 1,
+    "long_sequence": 1,
+    "world_size": 2,
+    "attention": 2,
+    "parallelism": 2,
+    "kv_cache_dtype": 3,
+    "dtype": 4,
+    "quantization": 5,
+    "hardware": 12,
+}
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FeatureRow(_Frozen):
+    """One row of a family's matrix: everything in the product of its sets is offered together.
+
+    Attributes:
+        sizes: the variant sizes that the row speaks of (``Variant.size``).
+        parallelism: ``tp`` (tensor parallel over the whole world), ``tp+ep``, ``tp+pp``, ``pp``, or an exact split such
+            as ``tp8+pp2``.
+        source: the document that says so, ``derived`` from one, or ``zoo`` for what this project adds.
+        status: ``experimental`` rows need ``--allow-experimental``.
+        evidence: how far the claim is proven; anything above ``claimed`` needs an evidence record.
+    """
+
+    sizes: tuple[str, ...] = Field(min_length=1)
+    hardware: tuple[str, ...] = Field(min_length=1)
+    dtype: tuple[DType, ...] = Field(min_length=1)
+    world_size: tuple[int, ...] = Field(min_length=1)
+    parallelism: tuple[str, ...] = ("tp",)
+    attention: tuple[Attention, ...] = Field(min_length=1)
+    quantization: tuple[str, ...] = ("none",)
+    kv_cache_dtype: tuple[str, ...] = ("auto",)
+    long_sequence: tuple[bool, ...] = (False,)
+    serving: tuple[str, ...] = ("offline",)
+    source: str
+    status: Status = "supported"
+    evidence: EvidenceLevel = "claimed"
+    note: str = ""
+
+    @field_validator("hardware")
+    @classmethod
+    def _known_products(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = sorted(set(value) - set(PRODUCTS))
+        if unknown:
+            raise ValueError(f"unknown hardware {', '.join(unknown)}; known: {', '.join(PRODUCTS)}")
+        return value
+
+    @field_validator("world_size")
+    @classmethod
+    def _positive(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if min(value) < 1:
+            raise ValueError("world sizes start at 1")
+        return value
+
+    def values(self, axis: str) -> tuple[AxisValue, ...]:
+        """The row's values on one axis."""
+        return tuple(getattr(self, axis))
+
+    def offers(self, axis: str, value: AxisValue | tuple[AxisValue, ...]) -> bool:
+        """Whether the row has the value; of a tuple of spellings, one is enough."""
+        spellings = value if isinstance(value, tuple) else (value,)
+        return any(spelling in self.values(axis) for spelling in spellings)
+
+
+class Denial(_Frozen):
+    """A cell in which a source says no: quoted when a request meets it, even where the zoo offers it itself."""
+
+    sizes: tuple[str, ...]
+    hardware: tuple[str, ...]
+    axis: str
+    values: tuple[AxisValue, ...]
+    source: str
+    reason: str = ""
+
+
+class Conflict(_Frozen):
+    """Two values, on any axes or engine options, that exclude each other; symmetric by construction."""
+
+    first: tuple[str, AxisValue]
+    second: tuple[str, AxisValue]
+    reason: str
+
+    def hits(self, request: Mapping[str, Any]) -> bool:
+        """Whether the request holds both values."""
+        return all(request.get(axis) == value for axis, value in (self.first, self.second))
+
+
+class Reason(_Frozen):
+    """Why a request is refused on one axis, and what is left there."""
+
+    axis: str
+    value: AxisValue
+    supported: tuple[AxisValue, ...]
+    message: str
+
+
+class Verdict(_Frozen):
+    """The answer to one request: supported, or every failing axis and the nearest requests that would pass."""
+
+    model: str
+    request: dict[str, AxisValue]
+    supported: bool
+    status: Status = "supported"
+    reasons: tuple[Reason, ...] = ()
+    alternatives: tuple[dict[str, AxisValue], ...] = ()
+    row: FeatureRow | None = None
+
+    def describe(self) -> str:
+        """The refusal in words, one reason a line, then the alternatives."""
+        lines = [reason.message for reason in self.reasons]
+        if self.alternatives:
+            lines.append("nearest supported requests:")
+            lines += ["  " + _flags(alternative, self.request) for alternative in self.alternatives]
+        return "\n".join(lines)
+
+
+def layout_names(world_size: int, tp: int, pp: int, ep: int) -> tuple[str, ...]:
+    """The spellings under which a row may offer this split, the exact one first."""
+    if pp > 1:
+        parts = ([f"tp{tp}"] if tp > 1 else []) + [f"pp{pp}"] + ([f"ep{ep}"] if ep > 1 else [])
+        kinds = (["tp"] if tp > 1 else []) + ["pp"] + (["ep"] if ep > 1 else [])
+        return "+".join(parts), "+".join(kinds)
+    if ep > 1:
+        return f"tp{tp}+ep{ep}", "tp+ep"
+    return (f"tp{tp}", "tp")
+
+
+class FeatureMatrix(_Frozen):
+    """All rows of one family with the sources' denials and the pairwise conflicts."""
+
+    rows: tuple[FeatureRow, ...]
+    denials: tuple[Denial, ...] = ()
+    conflicts: tuple[Conflict, ...] = ()
+
+    def of_size(self, size: str, *, experimental: bool = True) -> tuple[FeatureRow, ...]:
+        """The rows that speak of a size."""
+        return tuple(r for r in self.rows if size in r.sizes and (experimental or r.status == "supported"))
+
+    def check(
+        self,
+        model: str,
+        size: str,
+        request: Mapping[str, AxisValue | tuple[AxisValue, ...]],
+        *,
+        allow_experimental: bool = False,
+        options: Mapping[str, Any] | None = None,
+    ) -> Verdict:
+        """Check one request.
+
+        Args:
+            model: how the request names the model; only for messages.
+            size: the variant's size.
+            request: a value for every axis of :data:`AXES`; ``parallelism`` may be a tuple of equal spellings.
+            allow_experimental: take experimental rows too.
+            options: engine options beside the axes that conflicts may name.
+
+        Returns:
+            A verdict; it never raises.
+        """
+        shown = {axis: _first(value) for axis, value in request.items()}
+        conflicts = self._conflict_reasons({**(options or {}), **shown})
+        rows = self.of_size(size, experimental=allow_experimental)
+        row, reasons = _narrow(model, rows, request)
+        if row is not None and not conflicts:
+            return Verdict(model=model, request=shown, supported=True, status=row.status, row=row)
+        reasons = tuple(self._with_denial(reason, size, shown) for reason in reasons)
+        if row is None and not allow_experimental:
+            reasons = self._with_experimental(model, size, request, reasons)
+        alternatives = _nearest(rows, request, self.conflicts)
+        return Verdict(
+            model=model, request=shown, supported=False, reasons=reasons + conflicts, alternatives=alternatives
+        )
+
+    def _conflict_reasons(self, request: Mapping[str, Any]) -> tuple[Reason, ...]:
+        reasons = []
+        for conflict in self.conflicts:
+            if conflict.hits(request):
+                (axis, value), (other, other_value) = conflict.first, conflict.second
+                text = f"{axis}={value} excludes {other}={other_value}: {conflict.reason}"
+                reasons.append(Reason(axis=axis, value=value, supported=(), message=text))
+        return tuple(reasons)
+
+    def _with_denial(self, reason: Reason, size: str, request: Mapping[str, AxisValue]) -> Reason:
+        for denial in self.denials:
+            where = size in denial.sizes and (request["hardware"] in denial.hardware or denial.axis == "hardware")
+            if where and denial.axis == reason.axis and reason.value in denial.values:
+                because = f": {denial.reason}" if denial.reason else ""
+                text = f"{reason.message} (the {denial.source} says no{because})"
+                return reason.model_copy(update={"message": text})
+        return reason
+
+    def _with_experimental(
+        self, model: str, size: str, request: Mapping[str, Any], reasons: tuple[Reason, ...]
+    ) -> tuple[Reason, ...]:
+        row, _ = _narrow(model, self.of_size(size), request)
+        if row is None:
+            return reasons
+        text = f"the zoo offers this as experimental (source: {row.source}); --allow-experimental runs it"
+        return tuple(r.model_copy(update={"message": f"{r.message}; {text}"}) for r in reasons)
+
+
+def _narrow(
+    model: str, rows: tuple[FeatureRow, ...], request: Mapping[str, AxisValue | tuple[AxisValue, ...]]
+) -> tuple[FeatureRow | None, tuple[Reason, ...]]:
+    """Narrow the rows axis by axis; a failing axis leaves the rows as they are, so that later axes are judged too."""
+    left, reasons, context = rows, [], ""
+    for axis in AXES:
+        value = request[axis]
+        matching = tuple(row for row in left if row.offers(axis, value))
+        if matching:
+            if len(matching) < len(left) or axis in ("hardware", "dtype"):
+                context += _context(axis, _first(value), context)
+            left = matching
+            continue
+        supported = _union(left, axis)
+        rest = f"; supported: {', '.join(map(_spell, supported))}" if supported else "; no row offers any"
+        text = f"{axis}={_spell(_first(value))} is not supported by {model}{context}{rest}"
+        reasons.append(Reason(axis=axis, value=_first(value), supported=supported, message=text))
+    return (left[0], ()) if not reasons and left else (None, tuple(reasons))
+
+
+def _context(axis: str, value: AxisValue, so_far: str) -> str:
+    if axis == "hardware":
+        return f" on {value}"
+    return (", " if "with" in so_far else " with ") + (str(value) if axis == "dtype" else f"{axis}={_spell(value)}")
+
+
+def _first(value: AxisValue | tuple[AxisValue, ...]) -> AxisValue:
+    return value[-1] if isinstance(value, tuple) else value
+
+
+def _spell(value: AxisValue) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _union(rows: Iterable[FeatureRow], axis: str) -> tuple[AxisValue, ...]:
+    values = list(dict.fromkeys(value for row in rows for value in row.values(axis)))
+    return tuple(sorted(values)) if all(isinstance(v, int) for v in values) else tuple(values)
+
+
+def _distance(request: Mapping[str, Any], candidate: Mapping[str, AxisValue]) -> tuple[float, ...]:
+    changed = [axis for axis in AXES if candidate[axis] not in _spellings(request[axis])]
+    sizes = abs(int(candidate["world_size"]) - int(_first(request["world_size"])))
+    return (sum(_COST[axis] for axis in changed), sizes, int(candidate["world_size"]))
+
+
+def _spellings(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _nearest(
+    rows: Sequence[FeatureRow], request: Mapping[str, Any], conflicts: tuple[Conflict, ...]
+) -> tuple[dict[str, AxisValue], ...]:
+    found: dict[tuple[AxisValue, ...], tuple[float, ...]] = {}
+    for row in rows:
+        choices = []
+        for axis in AXES:
+            kept = [v for v in row.values(axis) if v in _spellings(request[axis])]
+            choices.append(kept[:1] or list(row.values(axis)))
+        for values in itertools.product(*choices):
+            candidate = dict(zip(AXES, values, strict=True))
+            if not any(conflict.hits(candidate) for conflict in conflicts):
+                found[values] = _distance(request, candidate)
+    best = sorted(found, key=lambda values: (found[values], tuple(map(str, values))))[:3]
+    return tuple(dict(zip(AXES, values, strict=True)) for values in best)
+
+
+def _flags(alternative: Mapping[str, AxisValue], request: Mapping[str, AxisValue]) -> str:
+    """An alternative as the options that ask for it: the four that every request has, and what differs."""
+    shown = ["hardware", "dtype", "world_size", "attention"]
+    shown += [axis for axis in AXES if axis not in shown and alternative[axis] != request.get(axis)]
+    return " ".join(_flag(axis, alternative[axis]) for axis in shown if axis != "long_sequence")
+
+
+def _flag(axis: str, value: AxisValue) -> str:
+    if axis == "parallelism":
+        parts = re.findall(r"(tp|pp|ep)(\d*)", str(value))
+        return " ".join(f"--{kind} {size or 'N'}" for kind, size in parts)
+    return f"--{axis.replace('_', '-')} {_spell(value)}"

@@ -1,0 +1,216 @@
+"""Specs: what plugins register. Frozen data; code is named as ``"package.module:attribute"`` and imported on use.
+
+So listing, checking and validating never import torch, and specs travel to worker processes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from npu_zoo.core.config import ModelConfig
+from npu_zoo.core.features import Attention, Conflict, Denial, FeatureMatrix, FeatureRow
+from npu_zoo.core.hardware import DType
+
+CodeRef = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+"""``package.module:attribute``."""
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
+VariantName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PromptFormat(_Spec):
+    """How a conversation becomes text.
+
+    Attributes:
+        chat_template: a Jinja template with transformers' variables (``messages``, ``add_generation_prompt``,
+            ``bos_token``, ``eos_token``); used where the checkpoint's tokenizer_config.json has none.
+        adds_bos: whether the template's own output begins with the bos token; tokenizing then adds none.
+    """
+
+    chat_template: str
+    adds_bos: bool
+
+
+class FimFormat(_Spec):
+    """Fill in the middle, in prefix-suffix-middle order: ``begin prefix hole suffix end``."""
+
+    begin: str
+    hole: str
+    end: str
+
+
+class VariantSpec(_Spec):
+    """One set of weights of a family, or one shape that takes any.
+
+    Attributes:
+        name: ``SIZE-base``, ``SIZE-instruct``, ``SIZE-chat``; also ``demo`` and ``custom``.
+        size: what matrix rows are written for.
+        aliases: further names; the bare size is an alias of the instruct or chat variant.
+        config: the checkpoint's config.json values as far as planning and checking need them; empty for ``custom``.
+        chat: whether prompts go through the chat template by default.
+        huggingface, modelscope: repository ids to pull from.
+        bundled: ``package:folder`` of a checkpoint that ships inside a package.
+        stop_token_ids: ids that end a text beside config.json's and generation_config.json's eos_token_id.
+    """
+
+    name: VariantName
+    size: VariantName
+    aliases: tuple[VariantName, ...] = ()
+    title: str = ""
+    config: ModelConfig | None = None
+    chat: bool = False
+    huggingface: str = ""
+    modelscope: str = ""
+    bundled: str = ""
+    stop_token_ids: tuple[int, ...] = ()
+
+
+class FamilySpec(_Spec):
+    """A model family.
+
+    Attributes:
+        name: what ``--model`` takes before the colon.
+        architectures: the names in config.json's ``architectures`` that this family loads.
+        model: the model class; see ``docs/plugins.md`` for its interface.
+        variants: every variant; exactly one name or alias each.
+        default_variant: what the bare family name means where no weights are given.
+        rows, denials, conflicts: the feature matrix; see :mod:`npu_zoo.core.features`.
+        environment: environment variables to preset per hardware, never over what the user has set.
+    """
+
+    name: Name
+    title: str
+    architectures: tuple[str, ...] = Field(min_length=1)
+    model: CodeRef
+    variants: tuple[VariantSpec, ...] = Field(min_length=1)
+    default_variant: VariantName
+    prompt: PromptFormat | None = None
+    fim: FimFormat | None = None
+    rows: tuple[FeatureRow, ...] = Field(min_length=1)
+    denials: tuple[Denial, ...] = ()
+    conflicts: tuple[Conflict, ...] = ()
+    environment: dict[str, dict[str, str]] = Field(default_factory=dict)
+    documentation: str = ""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FamilySpec:
+        names = [name for variant in self.variants for name in (variant.name, *variant.aliases)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"variant names used twice: {', '.join(twice)}")
+        if self.default_variant not in names:
+            raise ValueError(f"default_variant {self.default_variant} is none of {', '.join(names)}")
+        sizes = {variant.size for variant in self.variants}
+        stray = sorted({size for row in self.rows for size in row.sizes} - sizes)
+        if stray:
+            raise ValueError(f"rows speak of unknown sizes {', '.join(stray)}; known: {', '.join(sorted(sizes))}")
+        if len(set(self.rows)) != len(self.rows):
+            raise ValueError("a row is registered twice")
+        return self
+
+    @property
+    def matrix(self) -> FeatureMatrix:
+        """The rows with their denials and conflicts."""
+        return FeatureMatrix(rows=self.rows, denials=self.denials, conflicts=self.conflicts)
+
+    def variant(self, name: str) -> VariantSpec | None:
+        """The variant of a name or alias."""
+        return next((v for v in self.variants if name == v.name or name in v.aliases), None)
+
+
+class KernelSpec(_Spec):
+    """An implementation of one operation for one chip.
+
+    Attributes:
+        operation: such as ``rms_norm``; the signatures are in :mod:`npu_zoo.nn.kernels.reference`.
+        chip: a chip's name, or ``any``.
+        implementation: a callable with the operation's signature.
+        priority: the highest that is available wins; the plain reference has 0.
+        requires: modules that must be importable, such as ``torch_npu``.
+    """
+
+    name: Name
+    operation: Name
+    chip: str
+    dtypes: tuple[DType, ...] = Field(min_length=1)
+    implementation: CodeRef
+    priority: int = 10
+    requires: tuple[str, ...] = ()
+    description: str = ""
+
+
+class AttentionBackendSpec(_Spec):
+    """An attention backend: a class that implements :class:`npu_zoo.core.attention.AttentionBackend`.
+
+    Attributes:
+        kind: ``paged`` (blocks behind a block table) or ``flash`` (contiguous per sequence).
+        block_sizes: the block sizes that it takes, its own choice first; empty where any will do.
+        head_dims: the head sizes that it takes; empty where any will do.
+        prefix_caching: whether sequences can share what it stores.
+    """
+
+    name: Name
+    kind: Attention
+    chip: str
+    dtypes: tuple[DType, ...] = Field(min_length=1)
+    implementation: CodeRef
+    block_sizes: tuple[int, ...] = ()
+    head_dims: tuple[int, ...] = ()
+    prefix_caching: bool = True
+    priority: int = 10
+    requires: tuple[str, ...] = ()
+    description: str = ""
+
+
+class EngineSpec(_Spec):
+    """An engine: a class that implements :class:`npu_zoo.core.engine.Engine`; its constructor takes an EngineConfig."""
+
+    name: Name
+    implementation: CodeRef
+    chips: tuple[str, ...] = Field(min_length=1)
+    max_world_size: int | None = None
+    requires: tuple[str, ...] = ()
+    description: str = ""
+
+
+class WeightFormatSpec(_Spec):
+    """A checkpoint format: a class that implements :class:`npu_zoo.core.weights.WeightLoader`.
+
+    Attributes:
+        patterns: file name patterns that tell the format, such as ``*.safetensors``.
+        loadable: whether an engine reads it directly; otherwise it must be converted first.
+    """
+
+    name: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*$")]
+    patterns: tuple[str, ...] = Field(min_length=1)
+    loader: CodeRef | None = None
+    loadable: bool = True
+    description: str = ""
+
+    @model_validator(mode="after")
+    def _loadable_has_loader(self) -> WeightFormatSpec:
+        if self.loadable and self.loader is None:
+            raise ValueError("a loadable format names its loader")
+        return self
+
+
+class QuantizationSpec(_Spec):
+    """A quantization method: how a linear layer stores its weight and multiplies with it.
+
+    Attributes:
+        weight_bits, activation_bits: such as 8 and 16 for w8a16.
+        method: a class in the torch surface.
+    """
+
+    name: Name
+    weight_bits: int
+    activation_bits: int
+    chips: tuple[str, ...] = Field(min_length=1)
+    method: CodeRef
+    description: str = ""

@@ -1,0 +1,1 @@
+"""The built-in plugins, found through the same entry points as anybody's."""

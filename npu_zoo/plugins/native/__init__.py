@@ -1,0 +1,92 @@
+"""The zoo's own engine, kernels, attention backends and checkpoint formats, registered like anybody's."""
+
+from __future__ import annotations
+
+from npu_zoo.api import AttentionBackendSpec, DType, EngineSpec, KernelSpec, WeightFormatSpec, hookimpl
+
+_ALL: tuple[DType, ...] = ("float32", "bfloat16", "float16")
+
+
+def _reference(operation: str, attribute: str) -> KernelSpec:
+    return KernelSpec(
+        name=f"reference_{operation}",
+        operation=operation,
+        chip="any",
+        dtypes=_ALL,
+        implementation=f"npu_zoo.nn.kernels.reference:{attribute}",
+        priority=0,
+        description="plain torch, the oracle of every other kernel",
+    )
+
+
+@hookimpl
+def register_kernels() -> list[KernelSpec]:
+    """The reference of every operation, and what is faster on a CPU."""
+    return [
+        _reference("rms_norm", "rms_norm"),
+        _reference("add_rms_norm", "add_rms_norm"),
+        _reference("rotary_embedding", "rotary_embedding"),
+        _reference("silu_and_mul", "silu_and_mul"),
+        _reference("linear", "Linear"),
+    ]
+
+
+@hookimpl
+def register_attention_backends() -> list[AttentionBackendSpec]:
+    """Paged and contiguous attention in plain torch, on any device that torch drives."""
+    return [
+        AttentionBackendSpec(
+            name="torch_paged",
+            kind="paged",
+            chip="any",
+            dtypes=_ALL,
+            implementation="npu_zoo.nn.attention.paged:PagedAttention",
+            block_sizes=(32, 16, 64, 128, 8, 4, 2, 1, 256),
+            priority=0,
+            description="blocks behind a block table; decode reads the pool in place",
+        ),
+        AttentionBackendSpec(
+            name="torch_flash",
+            kind="flash",
+            chip="any",
+            dtypes=_ALL,
+            implementation="npu_zoo.nn.attention.contiguous:ContiguousAttention",
+            prefix_caching=False,
+            priority=0,
+            description="one contiguous stretch of keys and values per sequence",
+        ),
+    ]
+
+
+@hookimpl
+def register_engines() -> list[EngineSpec]:
+    """The native engine."""
+    return [
+        EngineSpec(
+            name="native",
+            implementation="npu_zoo.engine.engine:NativeEngine",
+            chips=("cpu", "cuda"),
+            max_world_size=1,
+            requires=("torch", "transformers"),
+            description="continuous batching over a paged KV cache, in torch",
+        )
+    ]
+
+
+@hookimpl
+def register_weight_formats() -> list[WeightFormatSpec]:
+    """Hugging Face's formats; the pickled one is known, and refused with the command that converts it."""
+    return [
+        WeightFormatSpec(
+            name="hf-safetensors",
+            patterns=("*.safetensors",),
+            loader="npu_zoo.weights.safetensors:SafetensorsLoader",
+            description="safetensors shards, with or without an index",
+        ),
+        WeightFormatSpec(
+            name="hf-bin",
+            patterns=("pytorch_model*.bin", "*.pt", "*.pth"),
+            loadable=False,
+            description="pickled torch checkpoints",
+        ),
+    ]

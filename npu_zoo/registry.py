@@ -1,0 +1,273 @@
+"""Finds plugins through entry points and keeps what they registered.
+
+Loading is guarded one plugin at a time: a broken import, a bad signature, a misspelt hook, a raising hook or a name
+clash drops that plugin, keeps its error, and leaves the rest working.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+import pluggy
+
+from npu_zoo.core import hookspecs
+from npu_zoo.core.errors import PluginError, UnknownModelError, UsageError
+from npu_zoo.core.specs import (
+    AttentionBackendSpec,
+    EngineSpec,
+    FamilySpec,
+    KernelSpec,
+    QuantizationSpec,
+    VariantSpec,
+    WeightFormatSpec,
+)
+
+PLUGINS_VARIABLE = "NPU_ZOO_PLUGINS"
+
+_SPEC_HOOKS: dict[str, type[Any]] = {
+    "register_families": FamilySpec,
+    "register_kernels": KernelSpec,
+    "register_attention_backends": AttentionBackendSpec,
+    "register_engines": EngineSpec,
+    "register_weight_formats": WeightFormatSpec,
+    "register_quantization_methods": QuantizationSpec,
+}
+_HOOKS = (*_SPEC_HOOKS, "register_commands")
+
+
+@dataclass
+class PluginRecord:
+    """One plugin as it was found.
+
+    Attributes:
+        target: the entry point's value.
+        distribution: name and version of the package that brings it.
+        error: why it was dropped; None where it works.
+        registered: names of what it registered, by hook.
+    """
+
+    name: str
+    target: str = ""
+    distribution: str = ""
+    builtin: bool = False
+    error: str | None = None
+    registered: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plugin that is yet to be loaded."""
+
+    name: str
+    load: Callable[[], object]
+    target: str = ""
+    distribution: str = ""
+    builtin: bool = False
+
+
+class Registry:
+    """What the loaded plugins registered, by kind."""
+
+    def __init__(self) -> None:
+        self.plugins: dict[str, PluginRecord] = {}
+        self.families: dict[str, FamilySpec] = {}
+        self.kernels: dict[str, KernelSpec] = {}
+        self.attention_backends: dict[str, AttentionBackendSpec] = {}
+        self.engines: dict[str, EngineSpec] = {}
+        self.weight_formats: dict[str, WeightFormatSpec] = {}
+        self.quantization_methods: dict[str, QuantizationSpec] = {}
+        self._manager = pluggy.PluginManager(hookspecs.PROJECT)
+        self._manager.add_hookspecs(hookspecs)
+
+    def add(self, candidate: Candidate) -> PluginRecord:
+        """Load one plugin and take what it registers; a failure is kept in its record and raised nowhere."""
+        record = PluginRecord(candidate.name, candidate.target, candidate.distribution, candidate.builtin)
+        if candidate.name in self.plugins:
+            first = self.plugins[candidate.name]
+            record.name = f"{candidate.name} ({candidate.distribution or candidate.target})"
+            record.error = f"the plugin name '{candidate.name}' is taken by {first.distribution or first.target}"
+            self.plugins[record.name] = record
+            return record
+        self.plugins[candidate.name] = record
+        try:
+            plugin = candidate.load()
+            self._register(plugin, candidate.name)
+            specs = self._collect(plugin)
+            self._refuse_clashes(specs)
+        # A plugin is foreign code: whatever it raises, and sys.exit too, must not take the others along.
+        except (Exception, SystemExit) as error:
+            record.error = f"{type(error).__name__}: {error}"
+            self._drop(candidate.name)
+            return record
+        for hook, found in specs.items():
+            self._table(hook).update({spec.name: spec for spec in found})
+            record.registered[hook] = [spec.name for spec in found]
+        return record
+
+    def add_commands(self, app: Any) -> None:
+        """Let every plugin add its commands; one that raises is dropped and its error kept."""
+        for name, plugin in list(self._manager.list_name_plugin()):
+            if plugin is None or not hasattr(plugin, "register_commands"):
+                continue
+            try:
+                self._call("register_commands", plugin, app=app)
+            except (Exception, SystemExit) as error:
+                self.plugins[name].error = f"register_commands raised {type(error).__name__}: {error}"
+
+    def owner(self, family: str) -> str:
+        """The name of the plugin that registered a family."""
+        return next(r.name for r in self.plugins.values() if family in r.registered.get("register_families", []))
+
+    def find(self, model: str) -> tuple[FamilySpec, VariantSpec | None]:
+        """The family and variant of ``family`` or ``family:variant``; the variant is None for a bare family.
+
+        Raises:
+            UnknownModelError: there is none; names what exists, and plugins that were dropped.
+        """
+        name, _, variant_name = model.partition(":")
+        family = self.families.get(name)
+        if family is None:
+            raise UnknownModelError(self._unknown_family(name))
+        if not variant_name:
+            return family, None
+        variant = family.variant(variant_name)
+        if variant is None:
+            names = [v.name + (f" ({', '.join(v.aliases)})" if v.aliases else "") for v in family.variants]
+            raise UnknownModelError(f"{name} has no variant '{variant_name}'; it has: {', '.join(names)}")
+        return family, variant
+
+    def _unknown_family(self, name: str) -> str:
+        near = difflib.get_close_matches(name, self.families, n=1)
+        lines = [f"no model family is named '{name}'" + (f"; did you mean {near[0]}?" if near else "")]
+        lines.append(f"families: {', '.join(sorted(self.families)) or 'none'}; `npu-zoo list` shows their variants")
+        lines += [f"plugin {r.name} was dropped: {r.error}" for r in self.plugins.values() if r.error]
+        return "\n".join(lines)
+
+    def _register(self, plugin: object, name: str) -> None:
+        misspelt = _misspelt_hook(self._manager, plugin, name)
+        if misspelt:
+            near = difflib.get_close_matches(misspelt, _HOOKS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; hooks: {', '.join(_HOOKS)}"
+            raise PluginError(f"there is no hook named {misspelt}{hint}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", pluggy.PluggyWarning)
+            self._manager.register(plugin, name)
+
+    def _drop(self, name: str) -> None:
+        # pluggy up to 1.6 keeps an impl with a bad signature registered, 1.7 does not.
+        if self._manager.has_plugin(name):
+            self._manager.unregister(name=name)
+
+    def _collect(self, plugin: object) -> dict[str, list[Any]]:
+        specs: dict[str, list[Any]] = {}
+        for hook, kind in _SPEC_HOOKS.items():
+            answer = [spec for answers in self._call(hook, plugin) for spec in _as_list(hook, answers)]
+            wrong = [item for item in answer if not isinstance(item, kind)]
+            if wrong:
+                raise PluginError(f"{hook} returned {type(wrong[0]).__name__} where a list of {kind.__name__} is due")
+            if answer:
+                specs[hook] = answer
+        return specs
+
+    def _call(self, hook: str, plugin: object, **kwargs: Any) -> list[Any]:
+        others = [other for other in self._manager.get_plugins() if other is not plugin]
+        caller = self._manager.subset_hook_caller(hook, others)
+        return list(caller(**kwargs) or [])
+
+    def _refuse_clashes(self, specs: dict[str, list[Any]]) -> None:
+        for hook, found in specs.items():
+            names = [spec.name for spec in found]
+            for name in names:
+                owner = next((r.name for r in self.plugins.values() if name in r.registered.get(hook, [])), None)
+                if owner or names.count(name) > 1:
+                    taken = f"is taken by plugin {owner}" if owner else "is registered twice"
+                    raise PluginError(f"{hook}: the name '{name}' {taken}")
+
+    def _table(self, hook: str) -> dict[str, Any]:
+        table: dict[str, Any] = getattr(self, hook.removeprefix("register_"))
+        return table
+
+
+def _as_list(hook: str, answers: Any) -> Iterable[Any]:
+    if not isinstance(answers, (list, tuple)):
+        raise PluginError(f"{hook} returned {type(answers).__name__} where a list is due")
+    return answers
+
+
+def _misspelt_hook(manager: pluggy.PluginManager, plugin: object, name: str) -> str | None:
+    """The first attribute that is marked as a hook implementation, or named like one, and is no hook."""
+    for attribute in dir(plugin):
+        if attribute in _HOOKS:
+            continue
+        marked = manager.parse_hookimpl_opts(plugin, attribute)
+        if marked is not None and not marked.get("optionalhook"):
+            return str(marked.get("specname") or attribute) if marked.get("specname") not in _HOOKS else None
+    return None
+
+
+def find_candidates(selection: str | None) -> Iterator[Candidate]:
+    """Built-in plugins, then installed ones by name.
+
+    Args:
+        selection: the value of ``NPU_ZOO_PLUGINS``: None takes all, an empty string none but the built-in ones, and a
+            comma-separated list the named ones beside the built-in ones. A name that is not installed becomes a
+            candidate whose loading fails, so that it shows up.
+    """
+    points = sorted(metadata.entry_points(group=hookspecs.PROJECT), key=lambda p: (not _is_builtin(p), p.name, p.value))
+    wanted = None if selection is None else [name.strip() for name in selection.split(",") if name.strip()]
+    for point in points:
+        if _is_builtin(point) or wanted is None or point.name in wanted:
+            yield Candidate(point.name, point.load, point.value, _distribution(point), _is_builtin(point))
+    known = {point.name for point in points}
+    for name in wanted or ():
+        if name not in known:
+            yield Candidate(name, functools.partial(_not_installed, name, tuple(sorted(known))))
+
+
+def _not_installed(name: str, known: tuple[str, ...]) -> object:
+    raise UsageError(f"{PLUGINS_VARIABLE} names '{name}', which is not installed; installed: {', '.join(known)}")
+
+
+def _is_builtin(point: metadata.EntryPoint) -> bool:
+    return point.value.startswith("npu_zoo.plugins.")
+
+
+def _distribution(point: metadata.EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else ""
+
+
+def build_registry(candidates: Iterable[Candidate]) -> Registry:
+    """A registry of the given plugins, in their order."""
+    registry = Registry()
+    for candidate in candidates:
+        registry.add(candidate)
+    return registry
+
+
+@functools.cache
+def get_registry() -> Registry:
+    """This process's registry, built on first use from the installed plugins and ``NPU_ZOO_PLUGINS``."""
+    return build_registry(find_candidates(os.environ.get(PLUGINS_VARIABLE)))
+
+
+def load_code(reference: str) -> Any:
+    """Import what a spec names as ``package.module:attribute``.
+
+    Raises:
+        PluginError: the module cannot be imported or has no such attribute.
+    """
+    module_name, _, attribute = reference.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except ImportError as error:
+        raise PluginError(f"cannot import {reference}: {error}") from error
+    except AttributeError as error:
+        raise PluginError(f"{module_name} has no attribute '{attribute}', which a spec names") from error

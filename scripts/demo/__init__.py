@@ -1,0 +1,1 @@
+"""Training of the small demo checkpoints that ship with the model plugins."""
