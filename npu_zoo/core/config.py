@@ -165,7 +165,7 @@ class EngineArgs(BaseModel):
     max_model_len: int | None = Field(None, ge=1, description="Longest prompt plus output, in tokens.")
     max_num_seqs: int | None = Field(None, ge=1, description="Most sequences that run at once.")
     max_num_batched_tokens: int | None = Field(None, ge=1, description="Most tokens of one step.")
-    kv_cache_memory: str | None = Field(None, description="Memory for keys and values, such as 2GiB or 500MB.")
+    kv_cache_memory: int | str | None = Field(None, description="Memory for keys and values, such as 2GiB or 500MB.")
     kv_cache_fraction: float | None = Field(
         None, gt=0, le=1, description="Memory for keys and values as a share of what is free after loading."
     )
@@ -175,6 +175,35 @@ class EngineArgs(BaseModel):
     threads: int | None = Field(None, ge=1, description="CPU threads; torch's choice when unset.")
     strict_kernels: bool | None = Field(None, description="Refuse to fall back to a reference kernel.")
     trust_remote_code: bool | None = Field(None, description="Allow the checkpoint's own Python code; off by default.")
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """One operation's kernel.
+
+    Attributes:
+        fallback: whether the plain reference was taken because the chip has none of its own.
+        passed_over: ``name: reason`` of every other kernel of the operation.
+    """
+
+    operation: str
+    kernel: str
+    implementation: str
+    reason: str
+    fallback: bool
+    passed_over: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """The attention backend and its block size (None where it has no blocks)."""
+
+    backend: str
+    implementation: str
+    block_size: int | None
+    prefix_caching: bool
+    reason: str
+    passed_over: tuple[str, ...] = ()
 
 
 _SEAL = object()
@@ -211,6 +240,8 @@ class EngineConfig:
     expert_parallel_size: int
     world_size: int
     attention: Attention
+    attention_choice: AttentionChoice
+    kernels: tuple[KernelChoice, ...]
     quantization: str
     kv_cache_dtype: str
     serving: str
@@ -218,7 +249,6 @@ class EngineConfig:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
-    block_size: int | None
     kv_cache_memory: int | None
     kv_cache_fraction: float
     enable_prefix_caching: bool

@@ -1,0 +1,454 @@
+"""From a request to an engine: :func:`check` against the matrix, :func:`resolve`, :func:`create_engine`.
+
+Nothing here imports torch or reads a weight, so every refusal comes before both.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from npu_zoo.checkpoint import detect_format, read_config, read_generation_config
+from npu_zoo.core.config import _SEAL, AttentionChoice, EngineArgs, EngineConfig, KernelChoice, ModelConfig
+from npu_zoo.core.engine import Engine
+from npu_zoo.core.errors import ConfigError, HardwareError, UnsupportedError, UsageError, WeightsError
+from npu_zoo.core.features import Attention, AxisValue, Conflict, FeatureRow, Reason, Verdict, layout_names
+from npu_zoo.core.hardware import DTYPE_ALIASES, DTYPES, PRODUCTS, DType, chip_of
+from npu_zoo.core.specs import EngineSpec, FamilySpec, VariantSpec
+from npu_zoo.platforms.detection import detect_hardware
+from npu_zoo.registry import Registry, get_registry, load_code
+from npu_zoo.selection import is_importable, select_attention, select_kernels
+
+DEFAULT_MAX_NUM_SEQS = 64
+DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
+DEFAULT_KV_CACHE_FRACTION = 0.5
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A request with every axis filled in."""
+
+    family: FamilySpec
+    variant: VariantSpec
+    hardware: str
+    dtype: DType
+    tp: int
+    pp: int
+    ep: int
+    world_size: int
+    attention: Attention
+    quantization: str
+    kv_cache_dtype: str
+    serving: str
+    long_sequence: bool
+
+    @property
+    def model(self) -> str:
+        return f"{self.family.name}:{self.variant.name}"
+
+    @property
+    def axes(self) -> dict[str, AxisValue | tuple[AxisValue, ...]]:
+        return {
+            "hardware": self.hardware,
+            "dtype": self.dtype,
+            "parallelism": layout_names(self.world_size, self.tp, self.pp, self.ep),
+            "world_size": self.world_size,
+            "attention": self.attention,
+            "quantization": self.quantization,
+            "kv_cache_dtype": self.kv_cache_dtype,
+            "long_sequence": self.long_sequence,
+            "serving": self.serving,
+        }
+
+
+def check(args: EngineArgs, registry: Registry | None = None) -> Verdict:
+    """Check a request against the feature matrix, and nothing else: no device and no weights are needed.
+
+    Where ``weights`` are given their config.json takes part (variant, default dtype, longest sequence).
+
+    Raises:
+        UsageError: the request is malformed or names an unknown model.
+        WeightsError: ``weights`` were given and their config.json cannot be read.
+    """
+    registry = registry or get_registry()
+    family, variant, config = _identify(args, registry)
+    request = _fill_in(args, family, variant, config)
+    return _verdict(args, request, registry)
+
+
+def resolve(args: EngineArgs, registry: Registry | None = None) -> EngineConfig:
+    """Check everything that can be checked before torch is imported or a weight is read.
+
+    Raises:
+        UsageError, UnknownModelError, ConfigError: the request is malformed.
+        WeightsError: weights are missing or contradict the variant; every difference is listed.
+        UnsupportedError: the matrix refuses it; every failing axis is listed, with alternatives.
+        HardwareError: the engine does not run there, or what it needs is not installed.
+    """
+    registry = registry or get_registry()
+    family, variant, config = _identify(args, registry)
+    request = _fill_in(args, family, variant, config)
+    verdict = _verdict(args, request, registry)
+    if not verdict.supported or verdict.row is None:
+        raise UnsupportedError(verdict)
+    weights, config = _weights(args, request, registry, config)
+    _check_split(request, config)
+    engine = _engine(args, request, registry)
+    chip = chip_of(request.hardware)
+    attention = select_attention(
+        registry.attention_backends, request.attention, chip.name, request.dtype, config.head_dim, args.block_size
+    )
+    kernels = select_kernels(registry.kernels, chip.name, request.dtype)
+    _check_fallbacks(args, kernels)
+    return _engine_config(args, request, verdict.row, weights, config, engine, attention, kernels)
+
+
+def create_engine(config: EngineConfig) -> Engine:
+    """Import the engine that a config names and start it.
+
+    Raises:
+        PluginError: the engine cannot be imported.
+        HardwareError, WeightsError: it cannot start.
+    """
+    # torch's CPU allocator reads this once, at its first allocation; huge pages make filling the weights faster.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    return cast("Engine", load_code(config.engine_class)(config))
+
+
+def _identify(args: EngineArgs, registry: Registry) -> tuple[FamilySpec, VariantSpec, ModelConfig | None]:
+    """The family and variant, and the checkpoint's hyperparameters where weights are given or bundled."""
+    if not args.model:
+        names = ", ".join(sorted(registry.families)) or "none is registered"
+        raise UsageError(f"no model was named; use --model FAMILY or FAMILY:VARIANT. Families: {names}")
+    family, variant = registry.find(args.model)
+    if args.weights is None:
+        variant = variant or family.variant(family.default_variant)
+        assert variant is not None  # FamilySpec checks default_variant
+        bundled = _bundled_directory(variant)
+        return family, variant, _read_model_config(bundled) if bundled else variant.config
+    config = _read_model_config(Path(args.weights))
+    return family, variant or _variant_of(family, config), config
+
+
+def _variant_of(family: FamilySpec, config: ModelConfig) -> VariantSpec:
+    """The variant that has exactly a checkpoint's hyperparameters and end-of-text ids, or else ``custom``."""
+    for variant in family.variants:
+        if (
+            variant.config
+            and not variant.config.differences(config)
+            and variant.config.eos_token_id == config.eos_token_id
+        ):
+            return variant
+    custom = family.variant("custom")
+    if custom is None:
+        names = ", ".join(v.name for v in family.variants)
+        raise UsageError(f"the checkpoint matches no variant of {family.name}; name one: {names}")
+    return custom
+
+
+def _read_model_config(directory: Path) -> ModelConfig:
+    raw = read_config(directory)
+    generation = read_generation_config(directory)
+    config = ModelConfig.from_hf(raw)
+    ids = generation.get("eos_token_id")
+    more = () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
+    return config.model_copy(update={"eos_token_id": tuple(dict.fromkeys((*config.eos_token_id, *more)))})
+
+
+def _bundled_directory(variant: VariantSpec) -> Path | None:
+    if not variant.bundled:
+        return None
+    package, _, folder = variant.bundled.partition(":")
+    return Path(str(importlib.resources.files(package) / folder))
+
+
+def _fill_in(args: EngineArgs, family: FamilySpec, variant: VariantSpec, config: ModelConfig | None) -> _Request:
+    hardware = args.hardware or detect_hardware()
+    if hardware not in PRODUCTS:
+        raise UsageError(f"unknown hardware '{hardware}'; known: {', '.join(PRODUCTS)}")
+    rows = [row for row in family.matrix.of_size(variant.size) if hardware in row.hardware]
+    dtype = _dtype(args.dtype, rows, config)
+    rows = [row for row in rows if dtype in row.dtype] or rows
+    tp, pp, ep, world_size = _parallel_sizes(args, rows)
+    offered = [kind for row in rows for kind in row.attention]
+    too_long = bool(config and args.max_model_len and args.max_model_len > config.max_position_embeddings)
+    return _Request(
+        family=family,
+        variant=variant,
+        hardware=hardware,
+        dtype=dtype,
+        tp=tp,
+        pp=pp,
+        ep=ep,
+        world_size=world_size,
+        attention=args.attention or ("paged" if "paged" in offered or not offered else offered[0]),
+        quantization=args.quantization or "none",
+        kv_cache_dtype=args.kv_cache_dtype or "auto",
+        serving=args.serving or "offline",
+        long_sequence=too_long,
+    )
+
+
+def parse_dtype(text: str) -> DType:
+    """A dtype from its name or a short spelling (``bf16``, ``fp16``, ``fp32``).
+
+    Raises:
+        UsageError: it is neither.
+    """
+    name = DTYPE_ALIASES.get(text.lower(), text.lower())
+    if name not in DTYPES:
+        raise UsageError(f"unknown dtype '{text}'; known: {', '.join(DTYPES)} ({', '.join(DTYPE_ALIASES)})")
+    return name
+
+
+def _dtype(asked: str | None, rows: list[FeatureRow], config: ModelConfig | None) -> DType:
+    """The asked dtype, or the first that is offered of: the checkpoint's own, bfloat16, float16, float32."""
+    if asked is not None:
+        return parse_dtype(asked)
+    offered = {dtype for row in rows for dtype in row.dtype}
+    preferred: list[DType] = [config.torch_dtype] if config and config.torch_dtype else []
+    preferred += ["bfloat16", "float16", "float32"]
+    return next((dtype for dtype in preferred if dtype in offered), preferred[0])
+
+
+def _parallel_sizes(args: EngineArgs, rows: list[FeatureRow]) -> tuple[int, int, int, int]:
+    """tp, pp, ep and the world size; where none is asked for, the smallest world that the rows offer."""
+    tp, pp, ep = args.tensor_parallel_size, args.pipeline_parallel_size, args.expert_parallel_size
+    world = args.world_size
+    if (tp, pp, ep, world) == (None, None, None, None):
+        world = min((size for row in rows for size in row.world_size), default=1)
+    pp = pp or 1
+    if world is None:
+        world = (tp or ep or 1) * pp
+    if tp is None and world % pp == 0:
+        tp = world // pp
+    if tp is None or tp * pp != world:
+        raise UsageError(
+            f"world size {world} is not tp {tp or '?'} x pp {pp}; "
+            "give --world-size alone, or --tp and --pp that multiply to it"
+        )
+    if ep is not None and world % ep:
+        raise UsageError(f"world size {world} does not divide into expert parallel groups of {ep}")
+    return tp, pp, ep or 1, world
+
+
+def _verdict(args: EngineArgs, request: _Request, registry: Registry) -> Verdict:
+    matrix = request.family.matrix
+    sharing = [b for b in registry.attention_backends.values() if b.kind == request.attention and b.prefix_caching]
+    if not sharing:
+        conflict = Conflict(
+            first=("attention", request.attention),
+            second=("enable_prefix_caching", True),
+            reason="its keys and values are stored per sequence and cannot be shared",
+        )
+        matrix = matrix.model_copy(update={"conflicts": (*matrix.conflicts, conflict)})
+    options = args.model_dump(exclude_none=True)
+    return matrix.check(
+        request.model,
+        request.variant.size,
+        request.axes,
+        allow_experimental=bool(args.allow_experimental),
+        options=options,
+    )
+
+
+def _weights(
+    args: EngineArgs, request: _Request, registry: Registry, config: ModelConfig | None
+) -> tuple[Path, ModelConfig]:
+    directory = Path(args.weights) if args.weights else _bundled_directory(request.variant)
+    if directory is None or config is None:
+        raise WeightsError(_how_to_get_weights(request))
+    detect_format(directory, registry.weight_formats)
+    family, variant = request.family, request.variant
+    if config.architecture not in family.architectures:
+        raise WeightsError(
+            f"{directory} holds a {config.architecture or 'nameless architecture'}; "
+            f"{family.name} loads {', '.join(family.architectures)}"
+        )
+    differences = config.differences(variant.config) if variant.config else []
+    if differences:
+        listed = "\n  ".join(differences)
+        raise WeightsError(
+            f"{directory} is not {request.model}:\n  {listed}\n"
+            f"name the variant that it is, or take --model {family.name}:custom"
+        )
+    if config.extra.get("quantization_config"):
+        raise WeightsError(
+            f"{directory} is quantized, which {request.model} does not load; use an unquantized checkpoint"
+        )
+    return directory, config
+
+
+def _how_to_get_weights(request: _Request) -> str:
+    variant, family = request.variant, request.family
+    lines = [
+        f"{request.model} needs weights: --weights DIR, a directory with config.json, *.safetensors and tokenizer.json"
+    ]
+    if variant.huggingface:
+        lines.append(f"download them: hf download {variant.huggingface} --local-dir DIR")
+    if variant.modelscope:
+        lines.append(f"or: modelscope download --model {variant.modelscope} --local_dir DIR")
+    demo = next((v.name for v in family.variants if v.bundled), None)
+    if demo:
+        lines.append(f"--model {family.name}:{demo} runs without weights")
+    return "\n".join(lines)
+
+
+def _check_split(request: _Request, config: ModelConfig) -> None:
+    """Refuse a split that cuts through an attention head or leaves a pipeline stage without a layer."""
+    heads, kv_heads, layers = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
+    if heads % request.tp or (kv_heads % request.tp and request.tp % kv_heads):
+        fit = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
+        _refuse(
+            request, "tensor_parallel_size", request.tp, fit, f"{heads} attention heads with {kv_heads} key-value heads"
+        )
+    if request.pp > layers:
+        _refuse(request, "pipeline_parallel_size", request.pp, list(range(1, layers + 1)), f"{layers} layers")
+
+
+def _refuse(request: _Request, axis: str, value: int, fit: list[int], what: str) -> None:
+    text = f"{axis}={value} does not divide {request.model}'s {what}; sizes that do: {', '.join(map(str, fit))}"
+    reason = Reason(axis=axis, value=value, supported=tuple(fit), message=text)
+    shown = {axis: value[-1] if isinstance(value, tuple) else value for axis, value in request.axes.items()}
+    raise UnsupportedError(Verdict(model=request.model, request=shown, supported=False, reasons=(reason,)))
+
+
+def _engine(args: EngineArgs, request: _Request, registry: Registry) -> EngineSpec:
+    name = args.engine or "native"
+    engine = registry.engines.get(name)
+    if engine is None:
+        raise UsageError(f"unknown engine '{name}'; registered: {', '.join(registry.engines) or 'none'}")
+    chip = chip_of(request.hardware).name
+    if chip not in engine.chips and "any" not in engine.chips:
+        raise HardwareError(
+            f"engine {name} does not run on {request.hardware} (chip {chip}) in this version; it runs on "
+            f"{', '.join(engine.chips)}. The matrix supports the request: `npu-zoo check` shows its row"
+        )
+    if engine.max_world_size and request.world_size > engine.max_world_size:
+        raise HardwareError(
+            f"engine {name} runs on at most {engine.max_world_size} device(s) in this version, "
+            f"and the request takes {request.world_size}"
+        )
+    missing = [module for module in engine.requires if not is_importable(module)]
+    if missing:
+        raise HardwareError(f"engine {name} needs {', '.join(missing)}: pip install 'npu-zoo[run]'")
+    return engine
+
+
+def _check_fallbacks(args: EngineArgs, kernels: tuple[KernelChoice, ...]) -> None:
+    fallbacks = [choice for choice in kernels if choice.fallback]
+    if args.strict_kernels and fallbacks:
+        listed = "; ".join(f"{c.operation} ({', '.join(c.passed_over) or 'no other kernel'})" for c in fallbacks)
+        raise HardwareError(f"--strict-kernels: these operations would fall back to the reference: {listed}")
+
+
+def _engine_config(
+    args: EngineArgs,
+    request: _Request,
+    row: FeatureRow,
+    weights: Path,
+    config: ModelConfig,
+    engine: EngineSpec,
+    attention: AttentionChoice,
+    kernels: tuple[KernelChoice, ...],
+) -> EngineConfig:
+    family, variant = request.family, request.variant
+    max_model_len = args.max_model_len or config.max_position_embeddings
+    chunked = args.enable_chunked_prefill is not False
+    caching = attention.prefix_caching if args.enable_prefix_caching is None else args.enable_prefix_caching
+    return EngineConfig(
+        model=request.model,
+        family=family.name,
+        variant=variant.name,
+        model_class=family.model,
+        engine=engine.name,
+        engine_class=engine.implementation,
+        weights=str(weights),
+        bundled=args.weights is None,
+        model_config=config,
+        hardware=request.hardware,
+        chip=chip_of(request.hardware).name,
+        device=chip_of(request.hardware).device,
+        dtype=request.dtype,
+        tensor_parallel_size=request.tp,
+        pipeline_parallel_size=request.pp,
+        expert_parallel_size=request.ep,
+        world_size=request.world_size,
+        attention=request.attention,
+        attention_choice=attention,
+        kernels=kernels,
+        quantization=request.quantization,
+        kv_cache_dtype=request.kv_cache_dtype,
+        serving=request.serving,
+        row=row,
+        max_model_len=max_model_len,
+        max_num_seqs=args.max_num_seqs or DEFAULT_MAX_NUM_SEQS,
+        max_num_batched_tokens=_max_num_batched_tokens(args, max_model_len, chunked=chunked),
+        kv_cache_memory=parse_bytes(args.kv_cache_memory),
+        kv_cache_fraction=args.kv_cache_fraction or DEFAULT_KV_CACHE_FRACTION,
+        enable_prefix_caching=caching,
+        enable_chunked_prefill=chunked,
+        seed=args.seed or 0,
+        threads=args.threads,
+        strict_kernels=bool(args.strict_kernels),
+        trust_remote_code=bool(args.trust_remote_code),
+        chat=variant.chat,
+        chat_template=family.prompt.chat_template if family.prompt else None,
+        chat_template_adds_bos=bool(family.prompt and family.prompt.adds_bos),
+        fim=(family.fim.begin, family.fim.hole, family.fim.end) if family.fim else None,
+        stop_token_ids=tuple(dict.fromkeys((*config.eos_token_id, *variant.stop_token_ids))),
+        notes=tuple(_notes(args, request, row, kernels)),
+        seal=_SEAL,
+    )
+
+
+def _max_num_batched_tokens(args: EngineArgs, max_model_len: int, *, chunked: bool) -> int:
+    asked = args.max_num_batched_tokens
+    if chunked:
+        return asked or DEFAULT_MAX_NUM_BATCHED_TOKENS
+    if asked is not None and asked < max_model_len:
+        raise ConfigError(
+            f"max_num_batched_tokens={asked} is below max_model_len={max_model_len}, and chunked prefill is off: "
+            f"a long prompt would never fit a step; raise it to {max_model_len}, lower max_model_len, "
+            "or leave chunked prefill on"
+        )
+    return max(asked or DEFAULT_MAX_NUM_BATCHED_TOKENS, max_model_len)
+
+
+def _notes(args: EngineArgs, request: _Request, row: FeatureRow, kernels: tuple[KernelChoice, ...]) -> list[str]:
+    notes = []
+    if args.weights is None:
+        real = next((v for v in request.family.variants if v.huggingface), None)
+        how = f"; real weights: `hf download {real.huggingface} --local-dir DIR`, then --weights DIR" if real else ""
+        notes.append(f"no weights were given: this is the small demo checkpoint of {request.family.title}{how}")
+    elif args.model == request.family.name:
+        notes.append(f"the weights are taken for {request.model}")
+    if row.status == "experimental":
+        notes.append(f"this runs an experimental row of the matrix (source: {row.source})")
+    fallbacks = [choice.operation for choice in kernels if choice.fallback]
+    if fallbacks:
+        notes.append(f"reference kernels, not tuned for this chip: {', '.join(fallbacks)} (`npu-zoo explain` says why)")
+    return notes
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_bytes(value: Any) -> int | None:
+    """Bytes from a number or a text such as ``2GiB``, ``500 MB``.
+
+    Raises:
+        ConfigError: it is neither, or not positive.
+    """
+    if value is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", str(value).lower())
+    if not match or match.group(2) not in _UNITS or float(match.group(1)) <= 0:
+        raise ConfigError(
+            f"kv_cache_memory={value!r} is no size; write bytes, or a number with KiB, MiB, GiB, KB, MB, GB"
+        )
+    return int(float(match.group(1)) * _UNITS[match.group(2)])

@@ -1,0 +1,1 @@
+"""What can be learned of the machine without torch."""

@@ -1,0 +1,63 @@
+"""Which hardware this machine has, found without torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from npu_zoo.core.errors import HardwareError
+from npu_zoo.core.hardware import PRODUCTS
+
+
+def ascend_devices(dev: Path = Path("/dev")) -> list[int]:
+    """Numbers of the Ascend devices that the driver shows, in order."""
+    found = (re.fullmatch(r"davinci(\d+)", path.name) for path in dev.glob("davinci*"))
+    return sorted(int(match.group(1)) for match in found if match)
+
+
+def detect_hardware(dev: Path = Path("/dev")) -> str:
+    """The product to run on where the user named none: ``cpu`` unless an Ascend device is present.
+
+    Raises:
+        HardwareError: there is an Ascend device; its product cannot be told from the device files.
+    """
+    devices = ascend_devices(dev)
+    if not devices:
+        return "cpu"
+    names = [name for name, product in PRODUCTS.items() if product.chip.startswith("ascend")]
+    raise HardwareError(
+        f"this machine has {len(devices)} Ascend device(s), whose product the device files do not tell; "
+        f"name it: --hardware {'|'.join(names)} (or --hardware cpu)"
+    )
+
+
+def available_memory() -> int:
+    """Bytes of memory that a new process could take, within the control group's limit where there is one."""
+    free = _meminfo_available()
+    for limit_file, usage_file in _CGROUP_FILES:
+        try:
+            limit, usage = limit_file.read_text().strip(), int(usage_file.read_text())
+        except (OSError, ValueError):
+            continue
+        if limit.isdigit():
+            free = min(free, int(limit) - usage)
+    return max(free, 0)
+
+
+_CGROUP_FILES = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ),
+)
+
+
+def _meminfo_available() -> int:
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    match = re.search(r"MemAvailable:\s+(\d+) kB", text)
+    return int(match.group(1)) * 1024 if match else 0

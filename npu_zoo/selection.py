@@ -1,0 +1,105 @@
+"""Chooses a kernel per operation and an attention backend, and keeps the reason for all that was passed over.
+
+The choice is made once, from specs alone, before torch is imported; the engine binds what was chosen.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Iterable, Mapping
+
+from npu_zoo.core.config import AttentionChoice, KernelChoice
+from npu_zoo.core.errors import HardwareError, PluginError
+from npu_zoo.core.features import Attention
+from npu_zoo.core.hardware import DType
+from npu_zoo.core.specs import AttentionBackendSpec, KernelSpec
+
+
+def select_kernels(kernels: Mapping[str, KernelSpec], chip: str, dtype: DType) -> tuple[KernelChoice, ...]:
+    """The kernel of every registered operation for a chip and dtype.
+
+    Raises:
+        PluginError: an operation has no kernel that is available.
+    """
+    operations = sorted({spec.operation for spec in kernels.values()})
+    return tuple(_select_kernel(operation, kernels.values(), chip, dtype) for operation in operations)
+
+
+def _select_kernel(operation: str, kernels: Iterable[KernelSpec], chip: str, dtype: DType) -> KernelChoice:
+    candidates = sorted((k for k in kernels if k.operation == operation), key=lambda k: (-k.priority, k.name))
+    obstacles = {k.name: _obstacle(k.chip, k.dtypes, k.requires, chip, dtype) for k in candidates}
+    fit = [k for k in candidates if not obstacles[k.name]]
+    if not fit:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in obstacles.items())
+        raise PluginError(f"no kernel for {operation} on {chip} with {dtype}: {reasons}")
+    best = fit[0]
+    passed = [
+        f"{k.name}: {obstacles[k.name] or _outranked(k.priority, best.priority)}" for k in candidates if k != best
+    ]
+    fallback = best.chip == "any" and best.priority <= 0
+    reason = best.description or f"priority {best.priority} on {best.chip}"
+    return KernelChoice(operation, best.name, best.implementation, reason, fallback, tuple(passed))
+
+
+def select_attention(
+    backends: Mapping[str, AttentionBackendSpec],
+    kind: Attention,
+    chip: str,
+    dtype: DType,
+    head_dim: int,
+    block_size: int | None,
+) -> AttentionChoice:
+    """The attention backend of a kind.
+
+    Raises:
+        HardwareError: none takes the chip, dtype, head size and block size; every obstacle is named.
+    """
+    candidates = sorted((b for b in backends.values() if b.kind == kind), key=lambda b: (-b.priority, b.name))
+    obstacles = {b.name: _backend_obstacle(b, chip, dtype, head_dim, block_size) for b in candidates}
+    fit = [b for b in candidates if not obstacles[b.name]]
+    if not fit:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in obstacles.items()) or "none is registered"
+        raise HardwareError(f"no {kind} attention backend for {chip} with {dtype}: {reasons}")
+    best = fit[0]
+    passed = [
+        f"{b.name}: {obstacles[b.name] or _outranked(b.priority, best.priority)}" for b in candidates if b != best
+    ]
+    size = None if kind == "flash" else block_size or (best.block_sizes[0] if best.block_sizes else 16)
+    reason = best.description or f"priority {best.priority} on {best.chip}"
+    return AttentionChoice(best.name, best.implementation, size, best.prefix_caching, reason, tuple(passed))
+
+
+def _backend_obstacle(
+    backend: AttentionBackendSpec, chip: str, dtype: DType, head_dim: int, block_size: int | None
+) -> str:
+    obstacle = _obstacle(backend.chip, backend.dtypes, backend.requires, chip, dtype)
+    if not obstacle and backend.head_dims and head_dim not in backend.head_dims:
+        obstacle = f"head size {head_dim} is none of {_list(backend.head_dims)}"
+    if not obstacle and block_size and backend.block_sizes and block_size not in backend.block_sizes:
+        obstacle = f"block size {block_size} is none of {_list(sorted(backend.block_sizes))}"
+    return obstacle
+
+
+def _obstacle(own_chip: str, dtypes: tuple[DType, ...], requires: tuple[str, ...], chip: str, dtype: DType) -> str:
+    """Why something cannot serve here; empty when it can."""
+    if own_chip not in ("any", chip):
+        return f"for {own_chip}, not {chip}"
+    if dtype not in dtypes:
+        return f"takes {_list(dtypes)}, not {dtype}"
+    missing = [module for module in requires if not is_importable(module)]
+    return f"{', '.join(missing)} is not installed" if missing else ""
+
+
+@functools.cache
+def is_importable(module: str) -> bool:
+    """Whether a top-level module is installed, without importing it."""
+    return importlib.util.find_spec(module) is not None
+
+
+def _outranked(own: int, best: int) -> str:
+    return f"priority {own}, below {best}" if own < best else f"priority {own}, as the chosen one, later by name"
+
+
+def _list(values: Iterable[object]) -> str:
+    return ", ".join(map(str, values))
