@@ -1,6 +1,6 @@
 """The torch-free surface for plugin authors."""
 
-from npu_zoo.core.config import ModelConfig, RopeScaling
+from npu_zoo.core.config import FimFormat, ModelConfig, PromptFormat, RopeScaling
 from npu_zoo.core.errors import (
     ConfigError,
     EngineError,
@@ -21,9 +21,7 @@ from npu_zoo.core.specs import (
     AttentionBackendSpec,
     EngineSpec,
     FamilySpec,
-    FimFormat,
     KernelSpec,
-    PromptFormat,
     QuantizationSpec,
     VariantSpec,
     WeightFormatSpec,

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from npu_zoo.checkpoint import detect_format, read_config, read_generation_config
 from npu_zoo.core.config import _SEAL, AttentionChoice, EngineArgs, EngineConfig, KernelChoice, ModelConfig
-from npu_zoo.core.engine import Engine
+from npu_zoo.core.engine import Engine, Progress
 from npu_zoo.core.errors import ConfigError, HardwareError, UnsupportedError, UsageError, WeightsError
 from npu_zoo.core.features import Attention, AxisValue, Conflict, FeatureRow, Reason, Verdict, layout_names
 from npu_zoo.core.hardware import DTYPE_ALIASES, DTYPES, PRODUCTS, DType, chip_of
@@ -107,8 +107,12 @@ def resolve(args: EngineArgs, registry: Registry | None = None) -> EngineConfig:
     return _engine_config(args, request, verdict.row, weights, config, engine, attention, kernels)
 
 
-def create_engine(config: EngineConfig) -> Engine:
+def create_engine(config: EngineConfig, progress: Progress | None = None) -> Engine:
     """Import the engine that a config names and start it.
+
+    Args:
+        config: what :func:`resolve` made.
+        progress: called with a stage's name, what is done and what there is to do, while the engine starts.
 
     Raises:
         PluginError: the engine cannot be imported.
@@ -116,7 +120,7 @@ def create_engine(config: EngineConfig) -> Engine:
     """
     # torch's CPU allocator reads this once, at its first allocation; huge pages make filling the weights faster.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    return cast("Engine", load_code(config.engine_class)(config))
+    return cast("Engine", load_code(config.engine_class)(config, progress))
 
 
 def _identify(args: EngineArgs, registry: Registry) -> tuple[FamilySpec, VariantSpec, ModelConfig | None]:
@@ -386,6 +390,7 @@ def _engine_config(
         serving=request.serving,
         row=row,
         max_model_len=max_model_len,
+        max_model_len_asked=args.max_model_len is not None,
         max_num_seqs=args.max_num_seqs or DEFAULT_MAX_NUM_SEQS,
         max_num_batched_tokens=_max_num_batched_tokens(args, max_model_len, chunked=chunked),
         kv_cache_memory=parse_bytes(args.kv_cache_memory),
@@ -395,11 +400,11 @@ def _engine_config(
         seed=args.seed or 0,
         threads=args.threads,
         strict_kernels=bool(args.strict_kernels),
+        skip_tokenizer_init=bool(args.skip_tokenizer_init),
         trust_remote_code=bool(args.trust_remote_code),
         chat=variant.chat,
-        chat_template=family.prompt.chat_template if family.prompt else None,
-        chat_template_adds_bos=bool(family.prompt and family.prompt.adds_bos),
-        fim=(family.fim.begin, family.fim.hole, family.fim.end) if family.fim else None,
+        prompt=family.prompt,
+        fim=family.fim,
         stop_token_ids=tuple(dict.fromkeys((*config.eos_token_id, *variant.stop_token_ids))),
         notes=tuple(_notes(args, request, row, kernels)),
         seal=_SEAL,

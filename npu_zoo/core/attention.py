@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,7 @@ class SequenceSlice:
 
     start: int
     num_tokens: int
-    slots: tuple[int, ...]
+    slots: Sequence[int]
 
     @property
     def context_len(self) -> int:

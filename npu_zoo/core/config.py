@@ -83,14 +83,13 @@ class ModelConfig(BaseModel):
         if missing:
             raise WeightsError(f"config.json lacks {', '.join(missing)}; is this a causal language model's checkpoint?")
         heads = values["num_attention_heads"]
-        rope = _rope(values)
         known = {
-            "architecture": (values.pop("architectures", None) or [""])[0],
+            "architecture": _architecture(values.pop("architectures", None)),
             "num_key_value_heads": values.pop("num_key_value_heads", None) or heads,
-            "head_dim": values.pop("head_dim", None) or values["hidden_size"] // heads,
+            "head_dim": values.pop("head_dim", None) or values["hidden_size"] // max(heads, 1),
             "torch_dtype": values.pop("torch_dtype", None) or values.pop("dtype", None),
             "eos_token_id": _ids(values.pop("eos_token_id", None)),
-            "rope_scaling": rope,
+            "rope_scaling": _rope(values),
         }
         if known["torch_dtype"] not in ("float32", "bfloat16", "float16"):
             known["torch_dtype"] = None
@@ -98,7 +97,7 @@ class ModelConfig(BaseModel):
             if name not in known and name != "extra" and values.get(name) is not None:
                 known[name] = values.pop(name)
         try:
-            return cls(**known, extra=values)
+            return cls.model_validate({**known, "extra": values})
         except ValueError as error:
             raise WeightsError(f"config.json holds values of the wrong form: {error}") from error
 
@@ -118,9 +117,19 @@ _REQUIRED = (
 )
 
 
-def _rope(values: dict[str, Any]) -> RopeScaling:
-    parameters = dict(values.pop("rope_scaling", None) or {})
-    parameters.update(values.pop("rope_parameters", None) or {})
+def _architecture(names: Any) -> str:
+    if names and not (isinstance(names, list) and isinstance(names[0], str)):
+        raise WeightsError(f"config.json holds architectures {names!r} where a list of names is due")
+    return names[0] if names else ""
+
+
+def _rope(values: dict[str, Any]) -> dict[str, Any]:
+    parameters: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        found = values.pop(key, None) or {}
+        if not isinstance(found, dict):
+            raise WeightsError(f"config.json holds {key} {found!r} where an object is due")
+        parameters |= found
     if "rope_theta" in parameters:
         values["rope_theta"] = parameters.pop("rope_theta")
     kind = parameters.pop("rope_type", None) or parameters.pop("type", None) or "none"
@@ -128,8 +137,7 @@ def _rope(values: dict[str, Any]) -> RopeScaling:
     kind = "none" if kind == "default" else kind
     if kind not in ("none", "linear", "dynamic", "yarn"):
         raise WeightsError(f"config.json asks for rope scaling '{kind}'; known: none, linear, dynamic, yarn")
-    factor = parameters.pop("factor", 1.0)
-    return RopeScaling.model_validate({"kind": kind, "factor": factor, "parameters": parameters})
+    return {"kind": kind, "factor": parameters.pop("factor", 1.0), "parameters": parameters}
 
 
 def _ids(value: int | list[int] | None) -> tuple[int, ...]:
@@ -138,6 +146,31 @@ def _ids(value: int | list[int] | None) -> tuple[int, ...]:
 
 def _brief(value: Any) -> str:
     return f"{value.kind} {value.factor:g}" if isinstance(value, RopeScaling) else str(value)
+
+
+class PromptFormat(BaseModel):
+    """How a conversation becomes text.
+
+    Attributes:
+        chat_template: a Jinja template with transformers' variables (``messages``, ``add_generation_prompt``,
+            ``bos_token``, ``eos_token``); used where the checkpoint's tokenizer_config.json has none.
+        adds_bos: whether the template's own output begins with the bos token; tokenizing then adds none.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    chat_template: str
+    adds_bos: bool
+
+
+class FimFormat(BaseModel):
+    """Fill in the middle, in prefix-suffix-middle order: ``begin prefix hole suffix end``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    begin: str
+    hole: str
+    end: str
 
 
 class EngineArgs(BaseModel):
@@ -174,6 +207,7 @@ class EngineArgs(BaseModel):
     seed: int | None = Field(None, description="Seed of requests that bring none.")
     threads: int | None = Field(None, ge=1, description="CPU threads; torch's choice when unset.")
     strict_kernels: bool | None = Field(None, description="Refuse to fall back to a reference kernel.")
+    skip_tokenizer_init: bool | None = Field(None, description="Take and give token ids only; no tokenizer is read.")
     trust_remote_code: bool | None = Field(None, description="Allow the checkpoint's own Python code; off by default.")
 
 
@@ -217,7 +251,9 @@ class EngineConfig:
         model: ``family:variant``.
         model_class, engine_class: code references.
         bundled: whether the weights are the checkpoint that ships with the package.
+        max_model_len_asked: whether the user set it; otherwise an engine may lower it to what its memory holds.
         row: the matrix row that offers the request.
+        prompt: the family's prompt format, for checkpoints that bring no chat template.
         stop_token_ids: every id that ends a text.
         notes: what the user should know, such as that the demo checkpoint runs.
     """
@@ -247,6 +283,7 @@ class EngineConfig:
     serving: str
     row: FeatureRow
     max_model_len: int
+    max_model_len_asked: bool
     max_num_seqs: int
     max_num_batched_tokens: int
     kv_cache_memory: int | None
@@ -256,11 +293,11 @@ class EngineConfig:
     seed: int
     threads: int | None
     strict_kernels: bool
+    skip_tokenizer_init: bool
     trust_remote_code: bool
     chat: bool
-    chat_template: str | None
-    chat_template_adds_bos: bool
-    fim: tuple[str, str, str] | None
+    prompt: PromptFormat | None
+    fim: FimFormat | None
     stop_token_ids: tuple[int, ...]
     notes: tuple[str, ...] = ()
     seal: object = field(default=None, repr=False, compare=False)
@@ -317,9 +354,8 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "stop", _as_tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", _as_tuple(self.stop_token_ids))
         faults = [fault for fault in _sampling_faults(self) if fault]
         if faults:
             raise UsageError("sampling parameters out of range: " + "; ".join(faults))
@@ -335,6 +371,10 @@ class SamplingParams:
         return self.temperature == 0.0
 
 
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (list, tuple)) else () if value is None else (value,)
+
+
 def _sampling_faults(p: SamplingParams) -> list[str]:
     def number(name: str, low: float, high: float, *, open_low: bool = False) -> str:
         value = getattr(p, name)
@@ -343,10 +383,12 @@ def _sampling_faults(p: SamplingParams) -> list[str]:
         bracket = "(" if open_low else "["
         return "" if inside else f"{name}={value!r} is not in {bracket}{low:g}, {high:g}]"
 
-    def integer(name: str, low: int, *, optional: bool = False) -> str:
+    def integer(name: str, low: int, *, high: float = math.inf, optional: bool = False) -> str:
         value = getattr(p, name)
-        good = (optional and value is None) or (isinstance(value, int) and not isinstance(value, bool) and value >= low)
-        return "" if good else f"{name}={value!r} is not an integer >= {low}"
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if (optional and value is None) or (whole and low <= value <= high):
+            return ""
+        return f"{name}={value!r} is not an integer >= {low}" + ("" if high == math.inf else f" and <= {high}")
 
     faults = [
         integer("n", 1),
@@ -361,7 +403,7 @@ def _sampling_faults(p: SamplingParams) -> list[str]:
         integer("min_tokens", 0),
         integer("logprobs", 0, optional=True),
         integer("prompt_logprobs", 0, optional=True),
-        integer("seed", -(2**63), optional=True),
+        integer("seed", -(2**63), high=2**64 - 1, optional=True),
     ]
     if not all(isinstance(s, str) and s for s in p.stop):
         faults.append("stop holds an empty string or something that is no string")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from npu_zoo.core.config import EngineConfig, SamplingParams
 
 FinishReason = Literal["stop", "length", "abort"]
+Progress = Callable[[str, int, int], None]
+"""Called with a stage's name, what is done and what there is to do."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class RequestOutput:
 class Engine(ABC):
     """Runs requests. Not thread-safe: one thread calls it.
 
-    An engine takes an :class:`EngineConfig` and nothing else, so it never sees an unchecked request.
+    Its constructor takes ``(config: EngineConfig, progress: Progress | None)``; an EngineConfig is a request that was
+    checked, so an engine never sees another.
     """
 
     config: EngineConfig
@@ -116,6 +119,14 @@ class Engine(ABC):
 
         Raises:
             PromptError: a message lacks role or content, or the template refuses the conversation.
+        """
+
+    @abstractmethod
+    def render_fim(self, prefix: str, suffix: str) -> list[int]:
+        """The token ids that ask for the text between a prefix and a suffix.
+
+        Raises:
+            PromptError: the family has no such format, or the checkpoint's tokenizer lacks its tokens.
         """
 
     @abstractmethod

@@ -6,7 +6,7 @@ import ast
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -45,7 +45,7 @@ def row_digest(row: FeatureRow) -> str:
 
 
 def code_digest(files: Iterable[Path]) -> str:
-    """A digest of Python files by their syntax trees.
+    """A digest of Python files by their syntax trees, the same under every Python version.
 
     Comments, formatting and docstrings do not change it; a changed statement does.
 
@@ -57,7 +57,7 @@ def code_digest(files: Iterable[Path]) -> str:
     for path in sorted(files, key=lambda file: file.as_posix()):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         _strip_docstrings(tree)
-        digest.update(path.name.encode() + b"\0" + ast.dump(tree).encode() + b"\0")
+        digest.update(path.name.encode() + b"\0" + _dump(tree).encode() + b"\0")
     return digest.hexdigest()[:16]
 
 
@@ -73,6 +73,15 @@ def evidence_level(row: FeatureRow, records: Iterable[EvidenceRecord], code: str
     fresh = {record.level for record in of_row if record.code == code}
     level: EvidenceLevel = "measured" if "measured" in fresh else "simulated" if fresh else "claimed"
     return level, any(record.code != code for record in of_row)
+
+
+def _dump(value: Any) -> str:
+    # Unlike ast.dump, whose text changed in 3.12 and 3.13: what is absent or empty is left out.
+    if isinstance(value, ast.AST):
+        fields = [(name, getattr(value, name, None)) for name in value._fields]
+        kept = [(n, v) for n, v in fields if isinstance(value, ast.Constant) or v not in (None, [])]
+        return f"{type(value).__name__}({', '.join(f'{n}={_dump(v)}' for n, v in kept)})"
+    return f"[{', '.join(map(_dump, value))}]" if isinstance(value, list) else repr(value)
 
 
 def _strip_docstrings(tree: ast.AST) -> None:

@@ -205,9 +205,9 @@ class FeatureMatrix(_Frozen):
         if row is not None and not conflicts:
             return Verdict(model=model, request=shown, supported=True, status=row.status, row=row)
         reasons = tuple(self._with_denial(reason, size, shown) for reason in reasons)
-        if row is None and not allow_experimental:
+        if row is None and not allow_experimental and not conflicts:
             reasons = self._with_experimental(model, size, request, reasons)
-        alternatives = _nearest(rows, request, self.conflicts)
+        alternatives = _nearest(rows, request, self.conflicts, options or {})
         return Verdict(
             model=model, request=shown, supported=False, reasons=reasons + conflicts, alternatives=alternatives
         )
@@ -290,17 +290,22 @@ def _spellings(value: Any) -> tuple[Any, ...]:
 
 
 def _nearest(
-    rows: Sequence[FeatureRow], request: Mapping[str, Any], conflicts: tuple[Conflict, ...]
+    rows: Sequence[FeatureRow],
+    request: Mapping[str, Any],
+    conflicts: tuple[Conflict, ...],
+    options: Mapping[str, Any],
 ) -> tuple[dict[str, AxisValue], ...]:
+    # A value that the row offers may still have to go where a conflict speaks of it.
+    contested = {axis for conflict in conflicts for axis, _ in (conflict.first, conflict.second)}
     found: dict[tuple[AxisValue, ...], tuple[float, ...]] = {}
     for row in rows:
         choices = []
         for axis in AXES:
             kept = [v for v in row.values(axis) if v in _spellings(request[axis])]
-            choices.append(kept[:1] or list(row.values(axis)))
+            choices.append(kept[:1] if kept and axis not in contested else list(row.values(axis)))
         for values in itertools.product(*choices):
             candidate = dict(zip(AXES, values, strict=True))
-            if not any(conflict.hits(candidate) for conflict in conflicts):
+            if not any(conflict.hits({**options, **candidate}) for conflict in conflicts):
                 found[values] = _distance(request, candidate)
     best = sorted(found, key=lambda values: (found[values], tuple(map(str, values))))[:3]
     return tuple(dict(zip(AXES, values, strict=True)) for values in best)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from npu_zoo.core.config import ModelConfig
+from npu_zoo.core.config import FimFormat, ModelConfig, PromptFormat
 from npu_zoo.core.features import Attention, Conflict, Denial, FeatureMatrix, FeatureRow
 from npu_zoo.core.hardware import DType
 
@@ -22,27 +22,6 @@ VariantName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]*$"
 
 class _Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class PromptFormat(_Spec):
-    """How a conversation becomes text.
-
-    Attributes:
-        chat_template: a Jinja template with transformers' variables (``messages``, ``add_generation_prompt``,
-            ``bos_token``, ``eos_token``); used where the checkpoint's tokenizer_config.json has none.
-        adds_bos: whether the template's own output begins with the bos token; tokenizing then adds none.
-    """
-
-    chat_template: str
-    adds_bos: bool
-
-
-class FimFormat(_Spec):
-    """Fill in the middle, in prefix-suffix-middle order: ``begin prefix hole suffix end``."""
-
-    begin: str
-    hole: str
-    end: str
 
 
 class VariantSpec(_Spec):

@@ -1,0 +1,107 @@
+"""What a checkpoint directory holds, without torch: its format, config.json and generation_config.json."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from npu_zoo.core.errors import WeightsError
+from npu_zoo.core.specs import WeightFormatSpec
+
+MAX_CONFIG_BYTES = 8 * 1024 * 1024
+
+
+def detect_format(directory: str | Path, specs: Mapping[str, WeightFormatSpec]) -> WeightFormatSpec:
+    """The registered format that a directory's checkpoint has; one that can be loaded wins over one that cannot.
+
+    Raises:
+        WeightsError: there is no such directory, it holds no checkpoint, or only one that must be converted first.
+    """
+    directory = Path(directory)
+    names = _file_names(directory)
+    found = [(spec, matches) for spec in specs.values() if (matches := _matches(names, spec.patterns))]
+    for spec, _ in found:
+        if spec.loadable:
+            return spec
+    if found:
+        raise WeightsError(_must_convert(directory, *found[0]))
+    looked = "; ".join(f"{', '.join(spec.patterns)} ({name})" for name, spec in specs.items())
+    raise WeightsError(
+        f"{directory} holds no checkpoint; looked for {looked or 'nothing, as no format is registered'}; "
+        f"it has: {_some(names) or 'no files'}"
+    )
+
+
+def _file_names(directory: Path) -> list[str]:
+    if not directory.exists():
+        raise WeightsError(f"weights directory {directory} does not exist")
+    if not directory.is_dir():
+        raise WeightsError(f"{directory} is a file; name the directory that holds config.json and the weights")
+    try:
+        return sorted(entry.name for entry in directory.iterdir() if entry.is_file())
+    except OSError as error:
+        raise WeightsError(f"cannot list {directory}: {error.strerror or error}") from error
+
+
+def _matches(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    patterns = tuple(patterns)
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _must_convert(directory: Path, spec: WeightFormatSpec, files: list[str]) -> str:
+    return (
+        f"{directory} holds {_some(files)}: {spec.description or spec.name}, which no engine loads directly; "
+        "convert it to safetensors first:\n"
+        f"  npu-zoo convert {directory} {directory}-safetensors --to hf-safetensors\n"
+        "or, where this release of npu-zoo has no such command, in Python with transformers:\n"
+        f"  AutoModelForCausalLM.from_pretrained({str(directory)!r}, dtype='auto')"
+        f".save_pretrained({str(directory) + '-safetensors'!r})\n"
+        "and copy the tokenizer's files beside it"
+    )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """A checkpoint's config.json; nothing but JSON is read.
+
+    Raises:
+        WeightsError: it is missing, too large, or no JSON object.
+    """
+    config = _read_json(Path(directory) / "config.json")
+    if config is None:
+        raise WeightsError(f"{directory} has no config.json; name a checkpoint directory in Hugging Face's layout")
+    return config
+
+
+def read_generation_config(directory: str | Path) -> dict[str, Any]:
+    """A checkpoint's generation_config.json; empty where it has none.
+
+    Raises:
+        WeightsError: it is too large, or no JSON object.
+    """
+    return _read_json(Path(directory) / "generation_config.json") or {}
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_CONFIG_BYTES + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise WeightsError(f"{path} has more than {MAX_CONFIG_BYTES} bytes, which no configuration needs")
+    try:
+        content = json.loads(raw.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} holds a JSON {type(content).__name__}, an object is due")
+    return content

@@ -1,0 +1,1 @@
+"""The native engine: tokenizer, scheduler, runner and sampler."""

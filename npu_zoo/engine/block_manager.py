@@ -1,0 +1,222 @@
+"""Who owns which part of the KV cache.
+
+Two managers with one interface: :class:`BlockManager` for the paged cache with prefix sharing (vLLM, arXiv:2309.06180),
+:class:`SlotManager` for the contiguous one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from array import array
+from collections import OrderedDict
+
+from npu_zoo.core.errors import EngineError
+from npu_zoo.engine.sequence import Sequence
+
+
+class KVManager(ABC):
+    """Hands out room for keys and values. A sequence's room is in ``Sequence.slots``."""
+
+    @abstractmethod
+    def attach_prefix(self, sequence: Sequence) -> int:
+        """Give a sequence without room whatever cached blocks its tokens begin with.
+
+        At least one token is always left to compute, since its logits are needed.
+
+        Returns:
+            The number of tokens that need not be computed.
+        """
+
+    @abstractmethod
+    def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Make room for the first ``num_tokens`` tokens; False, with nothing changed, where there is none."""
+
+    @abstractmethod
+    def commit(self, sequence: Sequence, num_tokens: int) -> None:
+        """The first ``num_tokens`` tokens will be computed by the end of this step: their full blocks may be shared."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """What was committed is computed now."""
+
+    @abstractmethod
+    def discard_unsettled(self) -> None:
+        """Nothing of what was committed and not settled may be shared: its step was interrupted."""
+
+    @abstractmethod
+    def release(self, sequence: Sequence) -> None:
+        """Take a sequence's room back."""
+
+    @property
+    @abstractmethod
+    def num_free(self) -> int:
+        """Blocks or slots that could be handed out."""
+
+    @property
+    @abstractmethod
+    def num_total(self) -> int:
+        """All blocks or slots."""
+
+
+class BlockManager(KVManager):
+    """Blocks of ``block_size`` tokens behind a block table.
+
+    A full block is known by a digest of all tokens up to its end. A block that nobody refers to keeps its content and
+    digest until it is handed out again, the one unused for the longest time first.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool) -> None:
+        self.block_size = block_size
+        self._caching = enable_prefix_caching
+        self._references = [0] * num_blocks
+        self._digest_of: list[bytes | None] = [None] * num_blocks
+        self._block_of: dict[bytes, int] = {}
+        self._unsettled: list[int] = []
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+
+    @property
+    def num_free(self) -> int:
+        """See :class:`KVManager`."""
+        return len(self._free)
+
+    @property
+    def num_total(self) -> int:
+        """See :class:`KVManager`."""
+        return len(self._references)
+
+    def attach_prefix(self, sequence: Sequence) -> int:
+        """See :class:`KVManager`."""
+        if not self._caching or sequence.wants_prompt_logprobs:
+            return 0
+        for index in range((sequence.num_tokens - 1) // self.block_size):
+            block = self._block_of.get(self._digest(sequence, index))
+            if block is None:
+                break
+            self._acquire(block)
+            sequence.slots.append(block)
+        return len(sequence.slots) * self.block_size
+
+    def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
+        """See :class:`KVManager`."""
+        missing = -(-num_tokens // self.block_size) - len(sequence.slots)
+        if missing > len(self._free):
+            return False
+        for _ in range(missing):
+            block, _ = self._free.popitem(last=False)
+            self._forget(block)
+            self._references[block] = 1
+            sequence.slots.append(block)
+        return True
+
+    def commit(self, sequence: Sequence, num_tokens: int) -> None:
+        """See :class:`KVManager`."""
+        if not self._caching:
+            return
+        first = sequence.num_computed_tokens // self.block_size
+        for index in range(first, num_tokens // self.block_size):
+            block, digest = sequence.slots[index], self._digest(sequence, index)
+            if self._digest_of[block] is None and digest not in self._block_of:
+                self._digest_of[block] = digest
+                self._block_of[digest] = block
+                self._unsettled.append(block)
+
+    def settle(self) -> None:
+        """See :class:`KVManager`."""
+        self._unsettled.clear()
+
+    def discard_unsettled(self) -> None:
+        """See :class:`KVManager`."""
+        for block in self._unsettled:
+            self._forget(block)
+        self._unsettled.clear()
+
+    def release(self, sequence: Sequence) -> None:
+        """See :class:`KVManager`. The tail is freed first, so that common beginnings live longest."""
+        for block in reversed(sequence.slots):
+            self._references[block] -= 1
+            if self._references[block] == 0:
+                self._free[block] = None
+                if self._digest_of[block] is None:
+                    self._free.move_to_end(block, last=False)
+        sequence.slots.clear()
+
+    def _acquire(self, block: int) -> None:
+        if self._references[block] == 0:
+            del self._free[block]
+        self._references[block] += 1
+
+    def _forget(self, block: int) -> None:
+        digest = self._digest_of[block]
+        if digest is not None:
+            del self._block_of[digest]
+            self._digest_of[block] = None
+
+    def _digest(self, sequence: Sequence, index: int) -> bytes:
+        digests, size = sequence.digests, self.block_size
+        while len(digests) <= index:
+            start = len(digests) * size
+            tokens = array("q", sequence.token_ids[start : start + size]).tobytes()
+            parent = digests[-1] if digests else b""
+            digests.append(hashlib.blake2b(parent + tokens, digest_size=16).digest())
+        return digests[index]
+
+    def check(self) -> None:
+        """Raise where the books do not balance; for tests and debugging.
+
+        Raises:
+            EngineError: a free block is referred to, or one in use is counted as free.
+        """
+        for block, references in enumerate(self._references):
+            if references < 0 or (references == 0) != (block in self._free):
+                raise EngineError(f"block {block} has {references} references and free={block in self._free}")
+        for digest, block in self._block_of.items():
+            if self._digest_of[block] != digest:
+                raise EngineError(f"block {block} is known by a digest that is not its own")
+
+
+class SlotManager(KVManager):
+    """One contiguous stretch per sequence, of the longest sequence's length."""
+
+    def __init__(self, num_slots: int, slot_size: int) -> None:
+        self._slot_size = slot_size
+        self._total = num_slots
+        self._free = list(range(num_slots))[::-1]
+
+    @property
+    def num_free(self) -> int:
+        """See :class:`KVManager`."""
+        return len(self._free)
+
+    @property
+    def num_total(self) -> int:
+        """See :class:`KVManager`."""
+        return self._total
+
+    def attach_prefix(self, sequence: Sequence) -> int:
+        """Nothing is shared."""
+        return 0
+
+    def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
+        """See :class:`KVManager`."""
+        if num_tokens > self._slot_size:
+            raise EngineError(f"a sequence of {num_tokens} tokens exceeds its slot of {self._slot_size}")
+        if not sequence.slots:
+            if not self._free:
+                return False
+            sequence.slots.append(self._free.pop())
+        return True
+
+    def commit(self, sequence: Sequence, num_tokens: int) -> None:
+        """Nothing is shared."""
+
+    def settle(self) -> None:
+        """Nothing is shared."""
+
+    def discard_unsettled(self) -> None:
+        """Nothing is shared."""
+
+    def release(self, sequence: Sequence) -> None:
+        """See :class:`KVManager`."""
+        self._free.extend(sequence.slots)
+        sequence.slots.clear()

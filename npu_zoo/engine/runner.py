@@ -1,0 +1,190 @@
+"""The model on its device: loads it, sizes the KV cache, and computes the logits of a step."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from npu_zoo.checkpoint import detect_format
+from npu_zoo.core.attention import AttentionBackend, CacheLayout, SequenceSlice
+from npu_zoo.core.config import EngineConfig
+from npu_zoo.core.engine import Progress
+from npu_zoo.core.errors import HardwareError, WeightsError
+from npu_zoo.engine.scheduler import ScheduledRow
+from npu_zoo.nn.context import BuildContext, ForwardContext
+from npu_zoo.nn.kernels.table import bind_kernels
+from npu_zoo.nn.model import CausalLM, build_on_meta
+from npu_zoo.platforms.detection import available_memory
+from npu_zoo.registry import get_registry, load_code
+from npu_zoo.weights.load import compare_shapes, load_weights
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """The KV cache as it was sized.
+
+    Attributes:
+        num_slots, slot_size: see :class:`CacheLayout`.
+        max_model_len: the longest sequence that the cache takes.
+        num_bytes: of all layers.
+    """
+
+    num_slots: int
+    slot_size: int
+    max_model_len: int
+    num_bytes: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the cache holds."""
+        return self.num_slots * self.slot_size
+
+
+class ModelRunner:
+    """One rank's model with its cache."""
+
+    def __init__(self, config: EngineConfig, progress: Progress | None = None) -> None:
+        self.config = config
+        self.device = _device(config)
+        self.dtype: torch.dtype = getattr(torch, config.dtype)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.model = self._load_model(progress)
+        self.cache = plan_cache(config, self._bytes_per_token(), free_memory(self.device))
+        self.attention = self._create_attention()
+
+    def execute(self, rows: list[ScheduledRow]) -> tuple[Tensor, list[tuple[ScheduledRow, Tensor]]]:
+        """Compute a step.
+
+        Returns:
+            [N, vocab_size] logits of the last token of each of the N rows that sample, in the order of the rows; and
+            the hidden states of every row whose prompt's log-probabilities are wanted.
+        """
+        with torch.inference_mode():
+            hidden = self._forward(rows)
+            ends = [end - 1 for end, row in zip(_ends(rows), rows, strict=True) if row.samples]
+            logits = self.compute_logits(hidden[torch.tensor(ends, device=self.device)]) if ends else hidden[:0]
+            starts = [end - row.num_tokens for end, row in zip(_ends(rows), rows, strict=True)]
+            prompts = [
+                (row, hidden[start : start + row.num_tokens])
+                for start, row in zip(starts, rows, strict=True)
+                if row.sequence.wants_prompt_logprobs and row.start < row.sequence.num_prompt_tokens
+            ]
+            return logits, prompts
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """[N, hidden_size] to [N, vocab_size]."""
+        with torch.inference_mode():
+            return self.model.compute_logits(hidden)
+
+    def _forward(self, rows: list[ScheduledRow]) -> Tensor:
+        tokens = chain.from_iterable(r.sequence.token_ids[r.start : r.start + r.num_tokens] for r in rows)
+        positions = chain.from_iterable(range(r.start, r.start + r.num_tokens) for r in rows)
+        slices = [SequenceSlice(row.start, row.num_tokens, row.sequence.slots) for row in rows]
+        context = ForwardContext(self.attention, self.attention.prepare(slices))
+        input_ids = torch.tensor(list(tokens), dtype=torch.long).to(self.device)
+        hidden: Tensor = self.model(input_ids, torch.tensor(list(positions), dtype=torch.long).to(self.device), context)
+        return hidden
+
+    def _load_model(self, progress: Progress | None) -> CausalLM:
+        config = self.config
+        context = BuildContext(bind_kernels(config.kernels), self.dtype, config.max_model_len)
+        model = build_on_meta(load_code(config.model_class), config.model_config, context)
+        directory = Path(config.weights)
+        spec = detect_format(directory, get_registry().weight_formats)
+        if spec.loader is None:
+            raise WeightsError(f"{directory} is in the format {spec.name}, which must be converted first")
+        loader = load_code(spec.loader)(directory)
+        optional, ignored = model.optional_tensors(), model.ignored_tensors
+        compare_shapes(model.checkpoint_tensors(), loader.shapes(), optional=optional, ignored=ignored).require(
+            directory
+        )
+        self._check_memory(model.parameter_bytes())
+        model.to_empty(device=self.device)
+        report = functools.partial(progress, "loading weights") if progress else None
+        load_weights(model.checkpoint_tensors(), loader, optional=optional, ignored=ignored, progress=report)
+        model.finish_loading()
+        return model.eval()
+
+    def _check_memory(self, needed: int) -> None:
+        free = free_memory(self.device)
+        if needed > free:
+            raise HardwareError(
+                f"{self.config.model} takes {needed / 2**30:.1f} GiB in {self.config.dtype}, and "
+                f"{free / 2**30:.1f} GiB are free on {self.config.hardware}; "
+                "take a smaller variant, or a dtype of fewer bytes"
+            )
+
+    def _bytes_per_token(self) -> int:
+        backend: type[AttentionBackend] = load_code(self.config.attention_choice.implementation)
+        _, kv_heads, head_dim = self.config.head_layout
+        layers = self.config.model_config.num_hidden_layers
+        return layers * backend.bytes_per_token(kv_heads, head_dim, self.dtype.itemsize)
+
+    def _create_attention(self) -> AttentionBackend:
+        heads, kv_heads, head_dim = self.config.head_layout
+        layers = self.config.model_config.num_hidden_layers
+        layout = CacheLayout(layers, kv_heads, head_dim, self.cache.num_slots, self.cache.slot_size)
+        backend = load_code(self.config.attention_choice.implementation)
+        created: AttentionBackend = backend(layout, self.dtype, self.device, heads, head_dim**-0.5)
+        return created
+
+
+def plan_cache(config: EngineConfig, bytes_per_token: int, free: int) -> CachePlan:
+    """Size the KV cache: what the user gave, or a share of what is free, but no more than all sequences could fill.
+
+    Args:
+        config: the run.
+        bytes_per_token: of all layers.
+        free: bytes of free memory on the device.
+
+    Raises:
+        HardwareError: the memory does not hold one sequence of the length that was asked for.
+    """
+    given = config.kv_cache_memory or int(free * config.kv_cache_fraction)
+    paged = config.attention == "paged"
+    size = (config.attention_choice.block_size or 1) if paged else 1
+    affordable = given // (bytes_per_token * size) * size
+    longest = config.max_model_len
+    if affordable < longest:
+        if config.max_model_len_asked or affordable < 1:
+            raise HardwareError(
+                f"max_model_len={longest} takes {longest * bytes_per_token / 2**20:.0f} MiB of keys and values, and "
+                f"{given / 2**20:.0f} MiB are there, enough for {affordable} tokens; lower --max-model-len or give "
+                "--kv-cache-memory"
+            )
+        longest = affordable
+    if paged:
+        blocks_per_sequence = -(-longest // size)
+        slots = min(affordable // size, config.max_num_seqs * blocks_per_sequence)
+        return CachePlan(slots, size, longest, slots * size * bytes_per_token)
+    slots = min(affordable // longest, config.max_num_seqs)
+    return CachePlan(slots, longest, longest, slots * longest * bytes_per_token)
+
+
+def free_memory(device: torch.device) -> int:
+    """Free bytes on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return available_memory()
+
+
+def _device(config: EngineConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise HardwareError(
+            "--hardware cuda was asked for, and this torch sees no CUDA device; --hardware cpu runs here"
+        )
+    return torch.device(config.device)
+
+
+def _ends(rows: list[ScheduledRow]) -> list[int]:
+    ends, total = [], 0
+    for row in rows:
+        total += row.num_tokens
+        ends.append(total)
+    return ends

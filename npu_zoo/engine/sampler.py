@@ -1,0 +1,171 @@
+"""Chooses the next tokens from logits.
+
+Every draw depends on the request's seed, the completion's number and the position alone: the same request gives the
+same text alone, in any batch, and after preemption.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from npu_zoo.core.config import SamplingParams
+from npu_zoo.engine.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class SampledTokens:
+    """One step's tokens, and what was asked of their probabilities.
+
+    Attributes:
+        token_ids: one per sequence.
+        logprobs: of the chosen token and the ``k`` most likely ones, per sequence that asked: pairs of id and
+            natural-log probability before penalties and temperature, the chosen one first, and the chosen one's rank.
+    """
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None]
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """A position's chosen token with its rank (1 is the most likely), and the most likely tokens in order."""
+
+    chosen: tuple[int, float, int]
+    top: list[tuple[int, float]]
+
+
+class Sampler:
+    """Draws one token per row of logits."""
+
+    def sample(self, logits: Tensor, sequences: Rows[Sequence], stop_ids: Rows[tuple[int, ...]]) -> SampledTokens:
+        """Draw.
+
+        Args:
+            logits: [N, vocab_size], of the N sequences' last tokens; left as they are.
+            sequences: whose output counts for penalties and positions.
+            stop_ids: per sequence, the ids held back until ``min_tokens`` is reached.
+        """
+        shaped = self._shape(logits, sequences, stop_ids)
+        chosen = shaped.argmax(-1)
+        drawn = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
+        if drawn:
+            rows = torch.tensor(drawn, device=logits.device)
+            picked = _draw(shaped.index_select(0, rows).float(), [sequences[row] for row in drawn])
+            chosen = chosen.index_copy(0, rows, picked)
+        token_ids = chosen.tolist()
+        return SampledTokens(token_ids, _logprobs(logits, token_ids, sequences))
+
+    def _shape(self, logits: Tensor, sequences: Rows[Sequence], stop_ids: Rows[tuple[int, ...]]) -> Tensor:
+        """Logits after penalties and with held-back ids at minus infinity; a copy only where something changes."""
+        changes = [
+            (row, sequence, held)
+            for row, (sequence, held) in enumerate(zip(sequences, stop_ids, strict=True))
+            if _has_penalties(sequence.params) or (held and sequence.num_output_tokens < sequence.params.min_tokens)
+        ]
+        if not changes:
+            return logits
+        shaped = logits.float().clone()
+        for row, sequence, held in changes:
+            if _has_penalties(sequence.params):
+                _penalise(shaped[row], sequence)
+            if sequence.num_output_tokens < sequence.params.min_tokens:
+                shaped[row, [i for i in held if i < shaped.shape[1]]] = float("-inf")
+        return shaped
+
+
+def _has_penalties(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+
+
+def _penalise(row: Tensor, sequence: Sequence) -> None:
+    """Apply a sequence's penalties to its [vocab_size] logits, in place."""
+    params, size = sequence.params, row.shape[0]
+    output = torch.tensor(sequence.output_token_ids, dtype=torch.long, device=row.device)
+    output = output[output < size]
+    if params.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted(set(sequence.token_ids)), dtype=torch.long, device=row.device)
+        seen = seen[seen < size]
+        values = row[seen]
+        row[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+    if output.numel() and (params.presence_penalty or params.frequency_penalty):
+        counts = torch.bincount(output, minlength=size)
+        row -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
+
+
+def _draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+    """One id per row of [N, vocab_size] float32 logits, by inverting the cumulative distribution."""
+    params = [sequence.params for sequence in sequences]
+    temperatures = torch.tensor([p.temperature for p in params], device=logits.device)
+    logits = _truncate(logits / temperatures.unsqueeze(1).clamp_min(1e-5), params)
+    cumulative = torch.softmax(logits, -1, dtype=torch.float64).cumsum(-1)
+    draws = torch.tensor([_uniform(s) for s in sequences], dtype=torch.float64, device=logits.device)
+    # Scaling by the last sum keeps a draw near 1 inside the range whatever was rounded.
+    targets = draws.unsqueeze(1) * cumulative[:, -1:]
+    picked = torch.searchsorted(cumulative, targets, right=True).squeeze(1)
+    return picked.clamp_max(logits.shape[1] - 1)
+
+
+def _truncate(logits: Tensor, params: list[SamplingParams]) -> Tensor:
+    """min_p, then top_k, then top_p, in the order of vLLM; what is cut is at minus infinity."""
+    if any(p.min_p > 0 for p in params):
+        logprobs = torch.log_softmax(logits, -1)
+        floor = torch.tensor([p.min_p for p in params], device=logits.device).log().unsqueeze(1)
+        logits = logits.masked_fill(logprobs < logprobs.amax(-1, keepdim=True) + floor, float("-inf"))
+    size = logits.shape[1]
+    if not any(0 < p.top_k < size or p.top_p < 1.0 for p in params):
+        return logits
+    ordered = logits.sort(-1, descending=True).values
+    kept = torch.tensor([p.top_k if 0 < p.top_k < size else size for p in params], device=logits.device)
+    ordered = ordered.masked_fill(torch.arange(size, device=logits.device) >= kept.unsqueeze(1), float("-inf"))
+    probabilities = torch.softmax(ordered, -1)
+    before = probabilities.cumsum(-1) - probabilities
+    nucleus = before < torch.tensor([p.top_p for p in params], device=logits.device).unsqueeze(1)
+    nucleus &= ordered > float("-inf")
+    nucleus[:, 0] = True
+    smallest = ordered.masked_fill(~nucleus, float("inf")).amin(-1, keepdim=True)
+    return logits.masked_fill(logits < smallest, float("-inf"))
+
+
+def _uniform(sequence: Sequence) -> float:
+    """A number in [0, 1) from seed, completion and position."""
+    key = f"{sequence.seed}/{sequence.index}/{sequence.num_output_tokens}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") / 2.0**64
+
+
+def _logprobs(logits: Tensor, token_ids: list[int], sequences: Rows[Sequence]) -> list[TokenLogprobs | None]:
+    found: list[TokenLogprobs | None] = [None] * len(token_ids)
+    rows = [row for row, sequence in enumerate(sequences) if sequence.params.logprobs is not None]
+    if rows:
+        wanted = [int(sequences[row].params.logprobs or 0) for row in rows]
+        chosen = [token_ids[row] for row in rows]
+        picked = top_logprobs(logits[torch.tensor(rows, device=logits.device)], chosen, wanted)
+        for row, entry in zip(rows, picked, strict=True):
+            found[row] = entry
+    return found
+
+
+def top_logprobs(logits: Tensor, chosen: list[int], wanted: list[int]) -> list[TokenLogprobs]:
+    """Natural-log probabilities of chosen tokens and of the most likely ones.
+
+    Args:
+        logits: [N, vocab_size].
+        chosen: N ids.
+        wanted: how many of the most likely to give, per row.
+    """
+    logprobs = torch.log_softmax(logits.float(), -1)
+    ids = torch.tensor(chosen, device=logits.device).unsqueeze(1)
+    own = logprobs.gather(1, ids)
+    ranks = (logprobs > own).sum(-1) + 1
+    values, indices = logprobs.topk(min(max(wanted), logits.shape[1]), -1)
+    columns = zip(
+        chosen, own.squeeze(1).tolist(), ranks.tolist(), indices.tolist(), values.tolist(), wanted, strict=True
+    )
+    return [
+        TokenLogprobs((token, logprob, rank), list(zip(top_ids, top_values, strict=True))[:count])
+        for token, logprob, rank, top_ids, top_values, count in columns
+    ]

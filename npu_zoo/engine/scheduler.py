@@ -1,0 +1,118 @@
+"""Which tokens of which sequences the next step computes (continuous batching, as in Orca, OSDI '22)."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from npu_zoo.engine.block_manager import KVManager
+from npu_zoo.engine.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class ScheduledRow:
+    """One sequence's share of a step: its tokens from ``start`` on.
+
+    Attributes:
+        samples: whether the last of them is the sequence's last token, so that the next one is drawn.
+    """
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the row reaches the end of what is known of the sequence."""
+        return self.start + self.num_tokens == self.sequence.num_tokens
+
+
+class Scheduler:
+    """First come, first served, within a budget of tokens and sequences per step.
+
+    Running sequences go first; when they run out of room, the one that came last gives its room up and is recomputed
+    later, together with what it has generated. So the one that came first always gets on.
+    """
+
+    def __init__(
+        self, kv: KVManager, *, max_num_seqs: int, max_num_batched_tokens: int, enable_chunked_prefill: bool
+    ) -> None:
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self._kv = kv
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._chunked = enable_chunked_prefill
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence."""
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence that finished or was aborted, and free its room."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        self._kv.release(sequence)
+
+    def has_work(self) -> bool:
+        """Whether any sequence waits or runs."""
+        return bool(self.waiting or self.running)
+
+    def schedule(self) -> list[ScheduledRow]:
+        """The next step's rows, single tokens first; their room is reserved and their full blocks are shared."""
+        self._kv.discard_unsettled()
+        rows, preempted = self._schedule_running()
+        if not preempted:
+            self._admit(rows)
+        rows.sort(key=lambda row: row.num_tokens > 1)
+        return rows
+
+    def _schedule_running(self) -> tuple[list[ScheduledRow], bool]:
+        rows: list[ScheduledRow] = []
+        budget, preempted, position = self._max_num_batched_tokens, False, 0
+        while position < len(self.running) and budget > 0:
+            sequence = self.running[position]
+            num_tokens = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
+            while not self._kv.reserve(sequence, sequence.num_computed_tokens + num_tokens):
+                preempted = True
+                victim = self.running.pop()
+                self._preempt(victim)
+                if victim is sequence:
+                    return rows, preempted
+            rows.append(self._row(sequence, num_tokens))
+            budget -= num_tokens
+            position += 1
+        return rows, preempted
+
+    def _admit(self, rows: list[ScheduledRow]) -> None:
+        budget = self._max_num_batched_tokens - sum(row.num_tokens for row in rows)
+        while self.waiting and len(self.running) < self._max_num_seqs and budget > 0:
+            sequence = self.waiting[0]
+            cached = self._kv.attach_prefix(sequence)
+            missing = sequence.num_tokens - cached
+            num_tokens = min(missing, budget)
+            too_large = num_tokens < missing and not self._chunked
+            if too_large or not self._kv.reserve(sequence, cached + num_tokens):
+                self._kv.release(sequence)
+                return
+            self.waiting.popleft()
+            self.running.append(sequence)
+            sequence.num_computed_tokens = cached
+            if not sequence.preemptions:
+                sequence.num_cached_tokens = cached
+            rows.append(self._row(sequence, num_tokens))
+            budget -= num_tokens
+
+    def _row(self, sequence: Sequence, num_tokens: int) -> ScheduledRow:
+        self._kv.commit(sequence, sequence.num_computed_tokens + num_tokens)
+        return ScheduledRow(sequence, sequence.num_computed_tokens, num_tokens)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._kv.release(sequence)
+        sequence.num_computed_tokens = 0
+        sequence.preemptions += 1
+        if sequence.prompt_logprobs is not None:
+            sequence.prompt_logprobs.clear()
+        self.waiting.appendleft(sequence)

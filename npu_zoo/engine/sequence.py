@@ -1,0 +1,92 @@
+"""The state of one completion while it runs."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from npu_zoo.core.config import SamplingParams
+from npu_zoo.core.engine import CompletionOutput, FinishReason, Logprob, RequestMetrics
+
+if TYPE_CHECKING:
+    from npu_zoo.engine.detokenizer import IncrementalDetokenizer
+
+_numbers = itertools.count()
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One completion of a request.
+
+    Attributes:
+        token_ids: prompt and output.
+        num_computed_tokens: tokens whose keys and values are in the cache.
+        slots: the blocks (or the one contiguous slot) that hold them; owned by the KV manager.
+        digests: of the full blocks of ``token_ids``, as far as they were needed; owned by the KV manager.
+        seed: of this completion's draws.
+        output: what the user sees of it.
+    """
+
+    index: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    params: SamplingParams
+    max_tokens: int
+    seed: int
+    output: CompletionOutput
+    detokenizer: IncrementalDetokenizer | None = None
+    number: int = field(default_factory=lambda: next(_numbers))
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    preemptions: int = 0
+    slots: list[int] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Output tokens."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """Output tokens, as a copy."""
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has a finish reason."""
+        return self.output.finish_reason is not None
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether every prompt position must be computed rather than taken from the prefix cache."""
+        return self.prompt_logprobs is not None
+
+    def finish(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        """End it."""
+        self.output.finish_reason = reason
+        self.output.stop_reason = stop_reason
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt with all of its completions."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    sequences: list[Sequence]
+    metrics: RequestMetrics
+
+    @property
+    def finished(self) -> bool:
+        """Whether all completions are."""
+        return all(sequence.finished for sequence in self.sequences)

@@ -1,0 +1,37 @@
+"""What a model is built with, and what every layer of a forward pass is handed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from npu_zoo.core.attention import AttentionBackend, AttentionMetadata
+from npu_zoo.nn.kernels.table import Kernels
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """What a model's layers are built with.
+
+    Attributes:
+        dtype: of weights and activations.
+        max_model_len: positions that rotary tables must cover.
+    """
+
+    kernels: Kernels
+    dtype: torch.dtype
+    max_model_len: int
+
+
+@dataclass(frozen=True)
+class ForwardContext:
+    """What a step's layers share: the cache behind the backend, and the step's rows."""
+
+    attention: AttentionBackend
+    metadata: AttentionMetadata
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Store keys and values and attend; [T, heads, head_dim] each, see :class:`AttentionBackend`."""
+        return self.attention.forward(layer, query, key, value, self.metadata)

@@ -1,0 +1,128 @@
+"""The Llama-like decoder that several families share (arXiv:2302.13971; names as in transformers' modeling_llama)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from npu_zoo.core.config import ModelConfig
+from npu_zoo.core.errors import WeightsError
+from npu_zoo.nn.context import BuildContext, ForwardContext
+from npu_zoo.nn.embedding import Embedding
+from npu_zoo.nn.linear import Linear
+from npu_zoo.nn.model import CausalLM
+from npu_zoo.nn.norm import RMSNorm
+from npu_zoo.nn.rotary import RotaryEmbedding
+
+
+class LlamaAttention(nn.Module):
+    """Grouped-query attention (arXiv:2305.13245) with rotary positions."""
+
+    def __init__(self, config: ModelConfig, layer: int, context: BuildContext) -> None:
+        super().__init__()
+        self._layer = layer
+        self._heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        self._head_dim = config.head_dim
+        self._kernels = context.kernels
+        rows = dict(zip(("q_proj", "k_proj", "v_proj"), (n * config.head_dim for n in self._heads), strict=True))
+        self.qkv_proj = Linear(config.hidden_size, rows, context)
+        self.o_proj = Linear(rows["q_proj"], {"o_proj": config.hidden_size}, context)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], context: ForwardContext) -> Tensor:
+        """[T, hidden_size] to [T, hidden_size]; ``rotation`` holds the rows' cosines and sines."""
+        heads = self.qkv_proj(x).unflatten(-1, (-1, self._head_dim))
+        query, key, value = heads.split(self._heads, dim=1)
+        query, key = self._kernels.rotary_embedding(query, key, *rotation)
+        return self._project(context.attend(self._layer, query, key, value))
+
+    def _project(self, attended: Tensor) -> Tensor:
+        projected: Tensor = self.o_proj(attended.flatten(1))
+        return projected
+
+
+class LlamaMLP(nn.Module):
+    """SwiGLU feed-forward (arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig, context: BuildContext) -> None:
+        super().__init__()
+        if config.hidden_act != "silu":
+            raise WeightsError(f"the checkpoint's activation is {config.hidden_act}; this decoder has silu")
+        width = config.intermediate_size
+        self._kernels = context.kernels
+        self.gate_up_proj = Linear(config.hidden_size, {"gate_proj": width, "up_proj": width}, context)
+        self.down_proj = Linear(width, {"down_proj": config.hidden_size}, context)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, hidden_size] to [T, hidden_size]."""
+        projected: Tensor = self.down_proj(self._kernels.silu_and_mul(self.gate_up_proj(x)))
+        return projected
+
+
+class LlamaDecoderLayer(nn.Module):
+    """Attention and feed-forward, each behind a norm of the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int, context: BuildContext) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
+        self.self_attn = LlamaAttention(config, layer, context)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
+        self.mlp = LlamaMLP(config, context)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, rotation: tuple[Tensor, Tensor], context: ForwardContext
+    ) -> tuple[Tensor, Tensor]:
+        """The layer's output before it is added to the residual stream, and that stream; [T, hidden_size] each."""
+        x, residual = self.input_layernorm(x, residual)
+        x = self.self_attn(x, rotation, context)
+        x, residual = self.post_attention_layernorm(x, residual)
+        return self.mlp(x), residual
+
+
+class LlamaModel(nn.Module):
+    """Embedding, the stack of layers, and the last norm."""
+
+    def __init__(self, config: ModelConfig, context: BuildContext) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, context)
+        self.rotary = RotaryEmbedding(config, context)
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config, i, context) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
+        """[T] ids to [T, hidden_size]."""
+        rotation = self.rotary(positions)
+        x, residual = self.embed_tokens(input_ids), None
+        for layer in self.layers:
+            x, residual = layer(x, residual, rotation, context)
+        normed: Tensor = self.norm(x, residual)[0]
+        return normed
+
+
+class LlamaForCausalLM(CausalLM):
+    """The decoder with its head over the vocabulary."""
+
+    def __init__(self, config: ModelConfig, context: BuildContext) -> None:
+        super().__init__(config, context)
+        if config.extra.get("attention_bias") or config.extra.get("mlp_bias"):
+            raise WeightsError("the checkpoint's linear layers have biases; this decoder has none")
+        self.model = LlamaModel(config, context)
+        self.lm_head = Linear(config.hidden_size, {"lm_head": config.vocab_size}, context)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
+        """See :meth:`CausalLM.forward`."""
+        hidden: Tensor = self.model(input_ids, positions, context)
+        return hidden
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """See :meth:`CausalLM.compute_logits`."""
+        logits: Tensor = self.lm_head(hidden)
+        return logits
+
+    def optional_tensors(self) -> frozenset[str]:
+        """A tied head is not stored."""
+        return frozenset({"lm_head.weight"}) if self.config.tie_word_embeddings else frozenset()
+
+    def finish_loading(self) -> None:
+        """Tie the head to the embedding where the checkpoint says so, then pack."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        super().finish_loading()

@@ -1,0 +1,1 @@
+"""Implementations of operations: the plain reference, and one module per chip."""

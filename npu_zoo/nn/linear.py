@@ -1,0 +1,44 @@
+"""Linear layers, one or several of the checkpoint's matrices in each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from npu_zoo.nn.context import BuildContext
+
+
+class Linear(nn.Module):
+    """``x @ weight.T`` without bias.
+
+    Several matrices that take the same input are stacked into one weight, so that one product serves them all.
+
+    Args:
+        parts: the checkpoint's name of each stacked matrix (``q_proj``) and its number of rows.
+    """
+
+    def __init__(self, in_features: int, parts: Mapping[str, int], context: BuildContext) -> None:
+        super().__init__()
+        self.parts = dict(parts)
+        self._kernel = context.kernels.linear
+        self.weight = nn.Parameter(
+            torch.empty(sum(parts.values()), in_features, dtype=context.dtype), requires_grad=False
+        )
+        self._packed: Tensor | None = None
+
+    def checkpoint_views(self) -> Iterator[tuple[str, Tensor]]:
+        """Each part's rows of the weight, which a loader fills."""
+        yield from zip(self.parts, torch.split(self.weight, list(self.parts.values())), strict=True)
+
+    def pack(self) -> None:
+        """Bring the loaded weight into the kernel's layout; a layout that copies replaces the weight."""
+        weight = self.weight.data
+        self._packed = self._kernel.pack(weight)
+        if self._packed is not weight:
+            self.weight = nn.Parameter(torch.empty(0, dtype=weight.dtype), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] to [..., rows of all parts]."""
+        return self._kernel.apply(x, self.weight if self._packed is None else self._packed)

@@ -1,0 +1,1 @@
+"""Checkpoints: reading them, and copying them into a model's parameters."""
