@@ -19,7 +19,7 @@ from typing import Any
 import pluggy
 
 from npu_zoo.core import hookspecs
-from npu_zoo.core.errors import PluginError, UnknownModelError, UsageError
+from npu_zoo.core.errors import NpuZooError, PluginError, UnknownModelError, UsageError
 from npu_zoo.core.specs import (
     AttentionBackendSpec,
     EngineSpec,
@@ -113,10 +113,8 @@ class Registry:
         return record
 
     def add_commands(self, app: Any) -> None:
-        """Let every plugin add its commands; one that raises is dropped and its error kept."""
+        """Let every plugin add its commands; the error of one that raises is kept in its record."""
         for name, plugin in list(self._manager.list_name_plugin()):
-            if plugin is None or not hasattr(plugin, "register_commands"):
-                continue
             try:
                 self._call("register_commands", plugin, app=app)
             except (Exception, SystemExit) as error:
@@ -152,11 +150,14 @@ class Registry:
         return "\n".join(lines)
 
     def _register(self, plugin: object, name: str) -> None:
-        misspelt = _misspelt_hook(self._manager, plugin, name)
+        misspelt = _misspelt_hook(self._manager, plugin)
         if misspelt:
             near = difflib.get_close_matches(misspelt, _HOOKS, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; hooks: {', '.join(_HOOKS)}"
             raise PluginError(f"there is no hook named {misspelt}{hint}")
+        unmarked = [h for h in _HOOKS if hasattr(plugin, h) and self._manager.parse_hookimpl_opts(plugin, h) is None]
+        if unmarked:
+            raise PluginError(f"{unmarked[0]} is not marked with @npu_zoo.hookimpl")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", pluggy.PluggyWarning)
             self._manager.register(plugin, name)
@@ -178,9 +179,9 @@ class Registry:
         return specs
 
     def _call(self, hook: str, plugin: object, **kwargs: Any) -> list[Any]:
-        others = [other for other in self._manager.get_plugins() if other is not plugin]
-        caller = self._manager.subset_hook_caller(hook, others)
-        return list(caller(**kwargs) or [])
+        # Not subset_hook_caller: up to pluggy 1.6 it leaves in other plugins that implement the hook by specname.
+        impls = [impl for impl in getattr(self._manager.hook, hook).get_hookimpls() if impl.plugin is plugin]
+        return [impl.function(*(kwargs[name] for name in impl.argnames)) for impl in impls]
 
     def _refuse_clashes(self, specs: dict[str, list[Any]]) -> None:
         for hook, found in specs.items():
@@ -202,14 +203,14 @@ def _as_list(hook: str, answers: Any) -> Iterable[Any]:
     return answers
 
 
-def _misspelt_hook(manager: pluggy.PluginManager, plugin: object, name: str) -> str | None:
-    """The first attribute that is marked as a hook implementation, or named like one, and is no hook."""
+def _misspelt_hook(manager: pluggy.PluginManager, plugin: object) -> str | None:
+    """The first name that an attribute is marked to implement, and that is no hook."""
     for attribute in dir(plugin):
-        if attribute in _HOOKS:
-            continue
         marked = manager.parse_hookimpl_opts(plugin, attribute)
         if marked is not None and not marked.get("optionalhook"):
-            return str(marked.get("specname") or attribute) if marked.get("specname") not in _HOOKS else None
+            hook = str(marked.get("specname") or attribute)
+            if hook not in _HOOKS:
+                return hook
     return None
 
 
@@ -266,8 +267,11 @@ def load_code(reference: str) -> Any:
     """
     module_name, _, attribute = reference.partition(":")
     try:
-        return getattr(importlib.import_module(module_name), attribute)
-    except ImportError as error:
-        raise PluginError(f"cannot import {reference}: {error}") from error
-    except AttributeError as error:
-        raise PluginError(f"{module_name} has no attribute '{attribute}', which a spec names") from error
+        module = importlib.import_module(module_name)
+    except NpuZooError:
+        raise
+    except Exception as error:
+        raise PluginError(f"cannot import {reference}: {type(error).__name__}: {error}") from error
+    if not hasattr(module, attribute):
+        raise PluginError(f"{module_name} has no attribute '{attribute}', which a spec names")
+    return getattr(module, attribute)

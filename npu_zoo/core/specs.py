@@ -56,7 +56,7 @@ class FamilySpec(_Spec):
     Attributes:
         name: what ``--model`` takes before the colon.
         architectures: the names in config.json's ``architectures`` that this family loads.
-        model: the model class; see ``docs/plugins.md`` for its interface.
+        model: a subclass of :class:`npu_zoo.nn.model.CausalLM`.
         variants: every variant; exactly one name or alias each.
         default_variant: what the bare family name means where no weights are given.
         rows, denials, conflicts: the feature matrix; see :mod:`npu_zoo.core.features`.

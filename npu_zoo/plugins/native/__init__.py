@@ -19,15 +19,40 @@ def _reference(operation: str, attribute: str) -> KernelSpec:
     )
 
 
+def _cpu(operation: str, implementation: str, description: str, dtypes: tuple[DType, ...] = _ALL) -> KernelSpec:
+    return KernelSpec(
+        name=f"cpu_{operation}",
+        operation=operation,
+        chip="cpu",
+        dtypes=dtypes,
+        implementation=f"npu_zoo.nn.kernels.{implementation}",
+        description=description,
+    )
+
+
 @hookimpl
 def register_kernels() -> list[KernelSpec]:
-    """The reference of every operation, and what is faster on a CPU."""
+    """The reference of every operation, and what a CPU runs."""
     return [
         _reference("rms_norm", "rms_norm"),
         _reference("add_rms_norm", "add_rms_norm"),
         _reference("rotary_embedding", "rotary_embedding"),
         _reference("silu_and_mul", "silu_and_mul"),
         _reference("linear", "Linear"),
+        _cpu("rms_norm", "reference:rms_norm", "torch's own operators"),
+        _cpu("add_rms_norm", "reference:add_rms_norm", "torch's own operators"),
+        _cpu("rotary_embedding", "cpu:rotary_embedding", "torch's own operators, written in place"),
+        _cpu("silu_and_mul", "cpu:silu_and_mul", "torch's own operators, written in place"),
+        _cpu("linear", "cpu:PackedLinear", "oneDNN, with the weight in its own layout", ("float32", "bfloat16")),
+        KernelSpec(
+            name="cpu_plain_linear",
+            operation="linear",
+            chip="cpu",
+            dtypes=_ALL,
+            implementation="npu_zoo.nn.kernels.reference:Linear",
+            priority=5,
+            description="torch's own operator, on the weight as it is",
+        ),
     ]
 
 
@@ -41,9 +66,9 @@ def register_attention_backends() -> list[AttentionBackendSpec]:
             chip="any",
             dtypes=_ALL,
             implementation="npu_zoo.nn.attention.paged:PagedAttention",
-            block_sizes=(32, 16, 64, 128, 8, 4, 2, 1, 256),
+            block_sizes=(64, 32, 16, 128, 8, 4, 2, 1, 256),
             priority=0,
-            description="blocks behind a block table; decode reads the pool in place",
+            description="blocks behind a block table, which decode reads in place",
         ),
         AttentionBackendSpec(
             name="torch_flash",

@@ -1,0 +1,84 @@
+# npu-zoo: `make demo` runs the bundled checkpoint, `make test` is what CI runs. Both set everything up first.
+#
+# Needs python3 (3.10 or newer, with venv), make and git.
+#
+#   PYTHON       the interpreter that the virtual environment is made with
+#   VENV         where the virtual environment lies
+#   TORCH        which torch is installed, such as torch==2.13.0 for the CUDA build of PyPI
+#   TORCH_INDEX  where that torch is looked for when pip's own configuration does not offer it; may be empty
+#   JOBS         tests that run at once, on one thread each
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0+cpu
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+JOBS ?= 2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+STAMP := $(VENV)/.installed-$(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.+' -)
+PINS := $(VENV)/constraints.txt
+REQUIREMENTS := pyproject.toml constraints.txt
+DEMO_PROMPT := def add(a, b):
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test verify lint docs clean
+
+help:
+	@sed -n 's/^## //p' $(MAKEFILE_LIST)
+
+## make venv     the virtual environment with everything that demo, test and lint need
+venv: $(STAMP)-dev
+
+## make demo     run deepseek_coder's bundled demo checkpoint on a built-in prompt
+demo: $(STAMP)-run
+	@$(BIN)/npu-zoo run --model deepseek_coder --prompt "$(DEMO_PROMPT)" --temperature 0 --max-tokens 48
+
+## make test     all tests but the long ones
+test: $(STAMP)-dev
+	$(PYTEST) $(ARGS)
+
+## make verify   the long round: every test, more examples of each property, and the linters
+verify: $(STAMP)-dev
+	$(PYTEST) -m "long or not long" --hypothesis-profile verify $(ARGS)
+	$(MAKE) lint
+
+## make lint     ruff and mypy
+lint: $(STAMP)-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+## make docs     rewrite the generated pages
+docs: $(STAMP)-dev
+	$(BIN)/python scripts/generate_docs.py
+
+## make clean    remove the virtual environment and all caches
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	find npu_zoo tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The base and what running a model takes. torch comes first, so that nothing else decides which build it is; what pip
+# is configured with is asked before TORCH_INDEX, which is not reachable everywhere.
+$(STAMP)-run: $(REQUIREMENTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "error: npu-zoo needs Python 3.10 or newer; '$(PYTHON)' is $$($(PYTHON) -V 2>&1 || true)." \
+	    "Choose one with: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "error: '$(PYTHON)' cannot make a virtual environment; on Debian: apt install python3-venv" >&2; exit 1; }
+	@echo "installing npu-zoo and $(TORCH) into $(VENV)"
+	@grep -v '^torch==' constraints.txt >$(PINS)
+	@$(PIP) install -c $(PINS) "$(TORCH)" setuptools >/dev/null 2>&1 || \
+	  $(PIP) install -c $(PINS) $(addprefix --extra-index-url ,$(TORCH_INDEX)) "$(TORCH)" setuptools || { \
+	  echo "error: pip cannot install $(TORCH) for $$($(BIN)/python -V). Name another build or place with" \
+	    "TORCH and TORCH_INDEX, or another interpreter with PYTHON after make clean" >&2; exit 1; }
+	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >>$(PINS)
+	@$(PIP) install -c $(PINS) --no-build-isolation -e '.[run]'
+	@touch $@
+
+$(STAMP)-dev: $(STAMP)-run
+	@echo "installing the development tools into $(VENV)"
+	@$(PIP) install -c $(PINS) --no-build-isolation -e '.[run,dev]'
+	@touch $@

@@ -1,0 +1,114 @@
+"""The memory behind the backends: blocks of keys and values, zero until written."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from npu_zoo.core.errors import HardwareError
+from npu_zoo.nn.attention.workspace import Workspace
+
+Blocks = slice | Tensor
+"""Block numbers as an index: a slice where they follow each other, so that reading them copies nothing."""
+
+
+class BlockCache:
+    """Keys and values of all layers in blocks of ``block_size`` tokens.
+
+    A key block holds its tokens along the last dimension, [num_kv_heads, head_dim, block_size], a value block its
+    features, [num_kv_heads, block_size, head_dim]: so the scores of a query against a block, and the weighted values,
+    are both weighted sums of rows. One block more than asked for is kept, is never written and stays zero.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.device = device
+        lead = (num_layers, num_blocks + 1, num_kv_heads)
+        self.keys = allocate_zeros((*lead, head_dim, block_size), dtype, device)
+        self.values = allocate_zeros((*lead, block_size, head_dim), dtype, device)
+        # Views by layer, because making them costs as much as a single token's work.
+        self.key_rows = [layer.view(-1, block_size) for layer in self.keys]
+        self.value_rows = [layer.view(-1, head_dim) for layer in self.values]
+        self._key_places = [layer.permute(0, 3, 1, 2) for layer in self.keys]
+        self._value_places = [layer.permute(0, 2, 1, 3) for layer in self.values]
+
+    @property
+    def zero_block(self) -> int:
+        """The number of the block that is always zero."""
+        return self.num_blocks
+
+    def write(self, layer: int, key: Tensor, value: Tensor, blocks: Tensor, offsets: Tensor) -> None:
+        """Store keys and values, [T, num_kv_heads, head_dim], at places within blocks, [T] each."""
+        self._key_places[layer].index_put_((blocks, offsets), key)
+        self._value_places[layer].index_put_((blocks, offsets), value)
+
+    def read(self, layer: int, blocks: Blocks, num_tokens: int, workspace: Workspace) -> tuple[Tensor, Tensor]:
+        """The first tokens of a run of blocks, in the workspace's buffers ``key`` and ``value``.
+
+        Returns:
+            Transposed keys [num_kv_heads, head_dim, num_tokens] and values [num_kv_heads, num_tokens, head_dim].
+        """
+        keys = _select(self.keys[layer], blocks, workspace).permute(1, 2, 0, 3)
+        keys = workspace.copy("key", keys).view(self.num_kv_heads, self.head_dim, -1)
+        values = _select(self.values[layer], blocks, workspace).transpose(0, 1)
+        values = workspace.copy("value", values).view(self.num_kv_heads, -1, self.head_dim)
+        return keys[:, :, :num_tokens], values[:, :num_tokens]
+
+    def index(self, blocks: Sequence[int] | NDArray[np.int64]) -> Blocks:
+        """Block numbers in the form that :meth:`read` takes."""
+        numbers = np.asarray(blocks, dtype=np.int64)
+        if len(numbers) and (np.diff(numbers) == 1).all():
+            return slice(int(numbers[0]), int(numbers[-1]) + 1)
+        return torch.from_numpy(numbers).to(self.device)
+
+
+def _select(pool: Tensor, blocks: Blocks, workspace: Workspace) -> Tensor:
+    if isinstance(blocks, slice):
+        return pool[blocks]
+    return torch.index_select(pool, 0, blocks, out=workspace.buffer("blocks", len(blocks), *pool.shape[1:]))
+
+
+def allocate_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A zero tensor which, on a CPU, takes up memory only where it has been touched.
+
+    Raises:
+        HardwareError: there is not that much memory.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    try:
+        if device.type != "cpu" or not hasattr(mmap, "MAP_PRIVATE"):
+            return torch.zeros(shape, dtype=dtype, device=device)
+        return torch.frombuffer(_map_memory(size), dtype=dtype).view(shape)
+    except (MemoryError, OSError, OverflowError, torch.OutOfMemoryError) as error:
+        raise HardwareError(
+            f"cannot reserve {size / 2**30:.2f} GiB on {device} for keys and values: {error}; "
+            "lower kv_cache_memory, max_num_seqs or max_model_len"
+        ) from error
+
+
+def _map_memory(size: int) -> mmap.mmap:
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:  # a kernel without huge pages
+            return memory
+    return memory
