@@ -5,64 +5,27 @@ Nothing here imports torch or reads a weight, so every refusal comes before both
 
 from __future__ import annotations
 
-import importlib.resources
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from npu_zoo.checkpoint import detect_format, read_config, read_generation_config
+from npu_zoo.checkpoint import detect_format
 from npu_zoo.core.config import _SEAL, AttentionChoice, EngineArgs, EngineConfig, KernelChoice, ModelConfig
 from npu_zoo.core.engine import Engine, Progress
 from npu_zoo.core.errors import ConfigError, HardwareError, UnsupportedError, UsageError, WeightsError
-from npu_zoo.core.features import Attention, AxisValue, Conflict, FeatureRow, Reason, Verdict, layout_names
-from npu_zoo.core.hardware import DTYPE_ALIASES, DTYPES, PRODUCTS, DType, chip_of
-from npu_zoo.core.specs import EngineSpec, FamilySpec, VariantSpec
-from npu_zoo.platforms.detection import detect_hardware
+from npu_zoo.core.features import Conflict, FeatureRow, Reason, Verdict
+from npu_zoo.core.hardware import chip_of
+from npu_zoo.core.specs import EngineSpec
 from npu_zoo.registry import Registry, get_registry, load_code
+from npu_zoo.request import Request, bundled_directory, parse_dtype, read_request
 from npu_zoo.selection import is_importable, select_attention, select_kernels
+
+__all__ = ["check", "create_engine", "parse_bytes", "parse_dtype", "resolve"]
 
 DEFAULT_MAX_NUM_SEQS = 64
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
 DEFAULT_KV_CACHE_FRACTION = 0.5
-
-
-@dataclass(frozen=True)
-class _Request:
-    """A request with every axis filled in."""
-
-    family: FamilySpec
-    variant: VariantSpec
-    hardware: str
-    dtype: DType
-    tp: int
-    pp: int
-    ep: int
-    world_size: int
-    attention: Attention
-    quantization: str
-    kv_cache_dtype: str
-    serving: str
-    long_sequence: bool
-
-    @property
-    def model(self) -> str:
-        return f"{self.family.name}:{self.variant.name}"
-
-    @property
-    def axes(self) -> dict[str, AxisValue | tuple[AxisValue, ...]]:
-        return {
-            "hardware": self.hardware,
-            "dtype": self.dtype,
-            "parallelism": layout_names(self.world_size, self.tp, self.pp, self.ep),
-            "world_size": self.world_size,
-            "attention": self.attention,
-            "quantization": self.quantization,
-            "kv_cache_dtype": self.kv_cache_dtype,
-            "long_sequence": self.long_sequence,
-            "serving": self.serving,
-        }
 
 
 def check(args: EngineArgs, registry: Registry | None = None) -> Verdict:
@@ -75,8 +38,7 @@ def check(args: EngineArgs, registry: Registry | None = None) -> Verdict:
         WeightsError: ``weights`` were given and their config.json cannot be read.
     """
     registry = registry or get_registry()
-    family, variant, config = _identify(args, registry)
-    request = _fill_in(args, family, variant, config)
+    request, _ = read_request(args, registry)
     return _verdict(args, request, registry)
 
 
@@ -90,8 +52,7 @@ def resolve(args: EngineArgs, registry: Registry | None = None) -> EngineConfig:
         HardwareError: the engine does not run there, or what it needs is not installed.
     """
     registry = registry or get_registry()
-    family, variant, config = _identify(args, registry)
-    request = _fill_in(args, family, variant, config)
+    request, config = read_request(args, registry)
     verdict = _verdict(args, request, registry)
     if not verdict.supported or verdict.row is None:
         raise UnsupportedError(verdict)
@@ -123,124 +84,7 @@ def create_engine(config: EngineConfig, progress: Progress | None = None) -> Eng
     return cast("Engine", load_code(config.engine_class)(config, progress))
 
 
-def _identify(args: EngineArgs, registry: Registry) -> tuple[FamilySpec, VariantSpec, ModelConfig | None]:
-    """The family and variant, and the checkpoint's hyperparameters where weights are given or bundled."""
-    if not args.model:
-        names = ", ".join(sorted(registry.families)) or "none is registered"
-        raise UsageError(f"no model was named; use --model FAMILY or FAMILY:VARIANT. Families: {names}")
-    family, variant = registry.find(args.model)
-    if args.weights is None:
-        variant = variant or family.variant(family.default_variant)
-        assert variant is not None  # FamilySpec checks default_variant
-        bundled = _bundled_directory(variant)
-        return family, variant, _read_model_config(bundled) if bundled else variant.config
-    config = _read_model_config(Path(args.weights))
-    return family, variant or _variant_of(family, config), config
-
-
-def _variant_of(family: FamilySpec, config: ModelConfig) -> VariantSpec:
-    """The variant that has exactly a checkpoint's hyperparameters and end-of-text ids, or else ``custom``."""
-    for variant in family.variants:
-        if (
-            variant.config
-            and not variant.config.differences(config)
-            and variant.config.eos_token_id == config.eos_token_id
-        ):
-            return variant
-    custom = family.variant("custom")
-    if custom is None:
-        names = ", ".join(v.name for v in family.variants)
-        raise UsageError(f"the checkpoint matches no variant of {family.name}; name one: {names}")
-    return custom
-
-
-def _read_model_config(directory: Path) -> ModelConfig:
-    raw = read_config(directory)
-    generation = read_generation_config(directory)
-    config = ModelConfig.from_hf(raw)
-    ids = generation.get("eos_token_id")
-    more = () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
-    return config.model_copy(update={"eos_token_id": tuple(dict.fromkeys((*config.eos_token_id, *more)))})
-
-
-def _bundled_directory(variant: VariantSpec) -> Path | None:
-    if not variant.bundled:
-        return None
-    package, _, folder = variant.bundled.partition(":")
-    return Path(str(importlib.resources.files(package) / folder))
-
-
-def _fill_in(args: EngineArgs, family: FamilySpec, variant: VariantSpec, config: ModelConfig | None) -> _Request:
-    hardware = args.hardware or detect_hardware()
-    if hardware not in PRODUCTS:
-        raise UsageError(f"unknown hardware '{hardware}'; known: {', '.join(PRODUCTS)}")
-    rows = [row for row in family.matrix.of_size(variant.size) if hardware in row.hardware]
-    dtype = _dtype(args.dtype, rows, config)
-    rows = [row for row in rows if dtype in row.dtype] or rows
-    tp, pp, ep, world_size = _parallel_sizes(args, rows)
-    offered = [kind for row in rows for kind in row.attention]
-    too_long = bool(config and args.max_model_len and args.max_model_len > config.max_position_embeddings)
-    return _Request(
-        family=family,
-        variant=variant,
-        hardware=hardware,
-        dtype=dtype,
-        tp=tp,
-        pp=pp,
-        ep=ep,
-        world_size=world_size,
-        attention=args.attention or ("paged" if "paged" in offered or not offered else offered[0]),
-        quantization=args.quantization or "none",
-        kv_cache_dtype=args.kv_cache_dtype or "auto",
-        serving=args.serving or "offline",
-        long_sequence=too_long,
-    )
-
-
-def parse_dtype(text: str) -> DType:
-    """A dtype from its name or a short spelling (``bf16``, ``fp16``, ``fp32``).
-
-    Raises:
-        UsageError: it is neither.
-    """
-    name = DTYPE_ALIASES.get(text.lower(), text.lower())
-    if name not in DTYPES:
-        raise UsageError(f"unknown dtype '{text}'; known: {', '.join(DTYPES)} ({', '.join(DTYPE_ALIASES)})")
-    return name
-
-
-def _dtype(asked: str | None, rows: list[FeatureRow], config: ModelConfig | None) -> DType:
-    """The asked dtype, or the first that is offered of: the checkpoint's own, bfloat16, float16, float32."""
-    if asked is not None:
-        return parse_dtype(asked)
-    offered = {dtype for row in rows for dtype in row.dtype}
-    preferred: list[DType] = [config.torch_dtype] if config and config.torch_dtype else []
-    preferred += ["bfloat16", "float16", "float32"]
-    return next((dtype for dtype in preferred if dtype in offered), preferred[0])
-
-
-def _parallel_sizes(args: EngineArgs, rows: list[FeatureRow]) -> tuple[int, int, int, int]:
-    """tp, pp, ep and the world size; where none is asked for, the smallest world that the rows offer."""
-    tp, pp, ep = args.tensor_parallel_size, args.pipeline_parallel_size, args.expert_parallel_size
-    world = args.world_size
-    if (tp, pp, ep, world) == (None, None, None, None):
-        world = min((size for row in rows for size in row.world_size), default=1)
-    pp = pp or 1
-    if world is None:
-        world = (tp or ep or 1) * pp
-    if tp is None and world % pp == 0:
-        tp = world // pp
-    if tp is None or tp * pp != world:
-        raise UsageError(
-            f"world size {world} is not tp {tp or '?'} x pp {pp}; "
-            "give --world-size alone, or --tp and --pp that multiply to it"
-        )
-    if ep is not None and world % ep:
-        raise UsageError(f"world size {world} does not divide into expert parallel groups of {ep}")
-    return tp, pp, ep or 1, world
-
-
-def _verdict(args: EngineArgs, request: _Request, registry: Registry) -> Verdict:
+def _verdict(args: EngineArgs, request: Request, registry: Registry) -> Verdict:
     matrix = request.family.matrix
     sharing = [b for b in registry.attention_backends.values() if b.kind == request.attention and b.prefix_caching]
     if not sharing:
@@ -252,7 +96,7 @@ def _verdict(args: EngineArgs, request: _Request, registry: Registry) -> Verdict
         matrix = matrix.model_copy(update={"conflicts": (*matrix.conflicts, conflict)})
     options = args.model_dump(exclude_none=True)
     return matrix.check(
-        request.model,
+        request.asked,
         request.variant.size,
         request.axes,
         allow_experimental=bool(args.allow_experimental),
@@ -261,9 +105,9 @@ def _verdict(args: EngineArgs, request: _Request, registry: Registry) -> Verdict
 
 
 def _weights(
-    args: EngineArgs, request: _Request, registry: Registry, config: ModelConfig | None
+    args: EngineArgs, request: Request, registry: Registry, config: ModelConfig | None
 ) -> tuple[Path, ModelConfig]:
-    directory = Path(args.weights) if args.weights else _bundled_directory(request.variant)
+    directory = Path(args.weights) if args.weights else bundled_directory(request.variant)
     if directory is None or config is None:
         raise WeightsError(_how_to_get_weights(request))
     detect_format(directory, registry.weight_formats)
@@ -287,7 +131,7 @@ def _weights(
     return directory, config
 
 
-def _how_to_get_weights(request: _Request) -> str:
+def _how_to_get_weights(request: Request) -> str:
     variant, family = request.variant, request.family
     lines = [
         f"{request.model} needs weights: --weights DIR, a directory with config.json, *.safetensors and tokenizer.json"
@@ -302,7 +146,7 @@ def _how_to_get_weights(request: _Request) -> str:
     return "\n".join(lines)
 
 
-def _check_split(request: _Request, config: ModelConfig) -> None:
+def _check_split(request: Request, config: ModelConfig) -> None:
     """Refuse a split that cuts through an attention head or leaves a pipeline stage without a layer."""
     heads, kv_heads, layers = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
     if heads % request.tp or (kv_heads % request.tp and request.tp % kv_heads):
@@ -314,14 +158,14 @@ def _check_split(request: _Request, config: ModelConfig) -> None:
         _refuse(request, "pipeline_parallel_size", request.pp, list(range(1, layers + 1)), f"{layers} layers")
 
 
-def _refuse(request: _Request, axis: str, value: int, fit: list[int], what: str) -> None:
-    text = f"{axis}={value} does not divide {request.model}'s {what}; sizes that do: {', '.join(map(str, fit))}"
+def _refuse(request: Request, axis: str, value: int, fit: list[int], what: str) -> None:
+    text = f"{axis}={value} does not divide {request.asked}'s {what}; sizes that do: {', '.join(map(str, fit))}"
     reason = Reason(axis=axis, value=value, supported=tuple(fit), message=text)
     shown = {axis: value[-1] if isinstance(value, tuple) else value for axis, value in request.axes.items()}
-    raise UnsupportedError(Verdict(model=request.model, request=shown, supported=False, reasons=(reason,)))
+    raise UnsupportedError(Verdict(model=request.asked, request=shown, supported=False, reasons=(reason,)))
 
 
-def _engine(args: EngineArgs, request: _Request, registry: Registry) -> EngineSpec:
+def _engine(args: EngineArgs, request: Request, registry: Registry) -> EngineSpec:
     name = args.engine or "native"
     engine = registry.engines.get(name)
     if engine is None:
@@ -352,7 +196,7 @@ def _check_fallbacks(args: EngineArgs, kernels: tuple[KernelChoice, ...]) -> Non
 
 def _engine_config(
     args: EngineArgs,
-    request: _Request,
+    request: Request,
     row: FeatureRow,
     weights: Path,
     config: ModelConfig,
@@ -424,7 +268,7 @@ def _max_num_batched_tokens(args: EngineArgs, max_model_len: int, *, chunked: bo
     return max(asked or DEFAULT_MAX_NUM_BATCHED_TOKENS, max_model_len)
 
 
-def _notes(args: EngineArgs, request: _Request, row: FeatureRow, kernels: tuple[KernelChoice, ...]) -> list[str]:
+def _notes(args: EngineArgs, request: Request, row: FeatureRow, kernels: tuple[KernelChoice, ...]) -> list[str]:
     notes = []
     if args.weights is None:
         real = next((v for v in request.family.variants if v.huggingface), None)
@@ -452,8 +296,9 @@ def parse_bytes(value: Any) -> int | None:
     if value is None:
         return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", str(value).lower())
-    if not match or match.group(2) not in _UNITS or float(match.group(1)) <= 0:
+    size = int(float(match.group(1)) * _UNITS.get(match.group(2), 0)) if match else 0
+    if size < 1:
         raise ConfigError(
             f"kv_cache_memory={value!r} is no size; write bytes, or a number with KiB, MiB, GiB, KB, MB, GB"
         )
-    return int(float(match.group(1)) * _UNITS[match.group(2)])
+    return size

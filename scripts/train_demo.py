@@ -15,8 +15,6 @@ import sys
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
-
 from demo.corpus import Module, load_corpus, read_heldout, stdlib_root
 from demo.export import (
     evaluate,
@@ -33,6 +31,7 @@ from demo.recipe import JSON, Recipe, load_recipe
 from demo.samples import SampleSource, corpus_figures
 from demo.tokenizer import train_tokenizer
 from demo.training import Trainer
+from tokenizers import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,6 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the saved state")
     parser.add_argument("--evaluate", action="store_true", help="only measure the checkpoint in --out and show it")
+    parser.add_argument("--note", default="", help="a remark on this run for the cards")
     parser.add_argument("--export-minutes", type=float, default=15, help="training time between two exports")
     parser.add_argument("--save-minutes", type=float, default=3, help="training time between two saved states")
     parser.add_argument("--state", type=Path, help="folder of the saved state (default: build/demo/NAME)")
@@ -92,6 +92,7 @@ def make_card(recipe: Recipe, trainer: Trainer, corpus: JSON, figures: JSON, opt
         "minutes_budget": options.minutes,
         "threads": options.threads,
         "seed": options.seed,
+        "note": options.note,
         "final_train_loss": round(progress.loss, 4),
         **figures,
         **surroundings(),
@@ -164,4 +165,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        say("interrupted; --resume goes on from the last saved state")
+        sys.exit(130)

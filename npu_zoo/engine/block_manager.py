@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
 
 from npu_zoo.core.errors import EngineError
 from npu_zoo.engine.sequence import Sequence
@@ -41,8 +42,12 @@ class KVManager(ABC):
         """What was committed is computed now."""
 
     @abstractmethod
-    def discard_unsettled(self) -> None:
-        """Nothing of what was committed and not settled may be shared: its step was interrupted."""
+    def discard_unsettled(self, sequences: Iterable[Sequence]) -> list[Sequence]:
+        """Nothing of what was committed and not settled may be shared: its step was interrupted.
+
+        Returns:
+            Those of the given sequences that had taken such a block for computed; their room must be released.
+        """
 
     @abstractmethod
     def release(self, sequence: Sequence) -> None:
@@ -125,21 +130,26 @@ class BlockManager(KVManager):
         """See :class:`KVManager`."""
         self._unsettled.clear()
 
-    def discard_unsettled(self) -> None:
+    def discard_unsettled(self, sequences: Iterable[Sequence]) -> list[Sequence]:
         """See :class:`KVManager`."""
-        for block in self._unsettled:
+        if not self._unsettled:
+            return []
+        lost = set(self._unsettled)
+        for block in lost:
             self._forget(block)
         self._unsettled.clear()
+        return [s for s in sequences if not lost.isdisjoint(s.slots[: s.num_computed_tokens // self.block_size])]
 
     def release(self, sequence: Sequence) -> None:
         """See :class:`KVManager`. The tail is freed first, so that common beginnings live longest."""
-        for block in reversed(sequence.slots):
+        # One by one, so that an interrupt in the middle and a second call free nothing twice.
+        while sequence.slots:
+            block = sequence.slots.pop()
             self._references[block] -= 1
             if self._references[block] == 0:
                 self._free[block] = None
                 if self._digest_of[block] is None:
                     self._free.move_to_end(block, last=False)
-        sequence.slots.clear()
 
     def _acquire(self, block: int) -> None:
         if self._references[block] == 0:
@@ -161,18 +171,24 @@ class BlockManager(KVManager):
             digests.append(hashlib.blake2b(parent + tokens, digest_size=16).digest())
         return digests[index]
 
-    def check(self) -> None:
+    def check(self, sequences: Iterable[Sequence]) -> None:
         """Raise where the books do not balance; for tests and debugging.
 
+        Args:
+            sequences: all that hold room.
+
         Raises:
-            EngineError: a free block is referred to, or one in use is counted as free.
+            EngineError: a block's references are not the sequences that hold it, or a free block is referred to.
         """
+        held = Counter(block for sequence in sequences for block in sequence.slots)
         for block, references in enumerate(self._references):
-            if references < 0 or (references == 0) != (block in self._free):
-                raise EngineError(f"block {block} has {references} references and free={block in self._free}")
-        for digest, block in self._block_of.items():
-            if self._digest_of[block] != digest:
-                raise EngineError(f"block {block} is known by a digest that is not its own")
+            if references != held[block] or (references == 0) != (block in self._free):
+                raise EngineError(
+                    f"block {block} has {references} references, {held[block]} holders, free={block in self._free}"
+                )
+        known = {block: digest for block, digest in enumerate(self._digest_of) if digest is not None}
+        if known != {block: digest for digest, block in self._block_of.items()}:
+            raise EngineError("a block is known by a digest that is not its own")
 
 
 class SlotManager(KVManager):
@@ -213,10 +229,11 @@ class SlotManager(KVManager):
     def settle(self) -> None:
         """Nothing is shared."""
 
-    def discard_unsettled(self) -> None:
+    def discard_unsettled(self, sequences: Iterable[Sequence]) -> list[Sequence]:
         """Nothing is shared."""
+        return []
 
     def release(self, sequence: Sequence) -> None:
         """See :class:`KVManager`."""
-        self._free.extend(sequence.slots)
-        sequence.slots.clear()
+        while sequence.slots:
+            self._free.append(sequence.slots.pop())

@@ -44,6 +44,7 @@ class NativeEngine(Engine):
         )
         self._requests: dict[str, Request] = {}
         self._owner: dict[int, Request] = {}
+        self._shut_down = False
 
     def add_request(
         self,
@@ -54,6 +55,8 @@ class NativeEngine(Engine):
         add_special_tokens: bool = True,
     ) -> None:
         """See :meth:`Engine.add_request`."""
+        if self._shut_down:
+            raise EngineError("the engine was shut down and takes no more requests; start another one")
         if request_id in self._requests:
             raise UsageError(f"request id '{request_id}' is in use by an unfinished request")
         token_ids = self._prompt_token_ids(prompt, add_special_tokens=add_special_tokens)
@@ -95,20 +98,11 @@ class NativeEngine(Engine):
         for row, hidden in prompts:
             self._add_prompt_logprobs(row, hidden)
         self.kv.settle()
-        for row in rows:
-            row.sequence.num_computed_tokens += row.num_tokens
         sampling = [row.sequence for row in rows if row.samples]
-        if not sampling:
-            return []
-        held_back = [self._held_back(sequence) for sequence in sampling]
-        sampled = self.sampler.sample(logits, sampling, held_back)
-        for sequence, token_id, logprobs in zip(sampling, sampled.token_ids, sampled.logprobs, strict=True):
-            self._append(sequence, token_id, logprobs)
-        touched = {id(owner): owner for owner in (self._owner[s.number] for s in sampling)}
-        for sequence in sampling:
-            if sequence.finished:
-                self._retire(sequence)
-        return [self._report(request) for request in touched.values()]
+        for row in rows:
+            # A sequence that got no token yet must find one to compute, should the step be interrupted before it does.
+            row.sequence.num_computed_tokens = row.start + row.num_tokens - row.samples
+        return self._sample(logits, sampling) if sampling else []
 
     def render_chat(self, messages: SequenceOf[dict[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
         """See :meth:`Engine.render_chat`."""
@@ -128,7 +122,7 @@ class NativeEngine(Engine):
             "device": str(self.runner.device),
             "attention": {"backend": attention.backend, "block_size": attention.block_size, "reason": attention.reason},
             "kernels": {choice.operation: choice.kernel for choice in self.config.kernels},
-            "parameter_bytes": self.runner.model.parameter_bytes(),
+            "parameter_bytes": self.runner.parameter_bytes,
             "kv_cache_bytes": cache.num_bytes,
             "kv_cache_tokens": cache.num_tokens,
             "max_model_len": cache.max_model_len,
@@ -138,7 +132,19 @@ class NativeEngine(Engine):
         """See :meth:`Engine.shutdown`."""
         for request_id in list(self._requests):
             self.abort_request(request_id)
+        self._shut_down = True
         self.__dict__.pop("runner", None)
+
+    def _sample(self, logits: Tensor, sequences: list[Sequence]) -> list[RequestOutput]:
+        """Draw the next token of each sequence, and report the requests that they belong to."""
+        held_back = [self._held_back(sequence) for sequence in sequences]
+        sampled = self.sampler.sample(logits, sequences, held_back)
+        touched = {id(owner): owner for owner in (self._owner[s.number] for s in sequences)}
+        for sequence, token_id, logprobs in zip(sequences, sampled.token_ids, sampled.logprobs, strict=True):
+            self._append(sequence, token_id, logprobs)
+            if sequence.finished:
+                self._retire(sequence)
+        return [self._report(request) for request in touched.values()]
 
     def _need_tokenizer(self, purpose: str) -> Tokenizer:
         if self.tokenizer is None:
@@ -206,6 +212,7 @@ class NativeEngine(Engine):
     def _append(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> None:
         output = sequence.output
         sequence.token_ids.append(token_id)
+        sequence.num_computed_tokens = sequence.num_tokens - 1
         output.token_ids.append(token_id)
         if logprobs is not None and output.logprobs is not None:
             output.logprobs.append(self._describe(logprobs))
@@ -275,9 +282,11 @@ class NativeEngine(Engine):
         found = sequence.prompt_logprobs
         if found is None:
             return
-        if row.start == 0:
+        if not found:
             found.append(None)
-        targets = sequence.token_ids[row.start + 1 : min(row.start + row.num_tokens + 1, sequence.num_prompt_tokens)]
+        # A row that is computed again, after preemption or an interrupted step, has given some of them already.
+        hidden = hidden[len(found) - 1 - row.start :]
+        targets = sequence.token_ids[len(found) : min(row.start + row.num_tokens + 1, sequence.num_prompt_tokens)]
         wanted = sequence.params.prompt_logprobs or 0
         for first in range(0, len(targets), _PROMPT_LOGPROB_ROWS):
             chosen = targets[first : first + _PROMPT_LOGPROB_ROWS]

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from npu_zoo.core.config import EngineConfig, SamplingParams
 from npu_zoo.core.engine import Engine, Progress, RequestOutput
-from npu_zoo.core.errors import PromptError, UsageError
+from npu_zoo.core.errors import EngineError, PromptError, UsageError
 from npu_zoo.dispatch import create_engine, resolve
 from npu_zoo.settings import engine_args
 
@@ -128,23 +128,23 @@ class LLM:
         self.shutdown()
 
     def _run(
-        self, prompts: list[tuple[Prompt, bool]], params: list[SamplingParams], on_output: OnOutput | None
+        self, prompts: Sequence[tuple[Prompt, bool]], params: list[SamplingParams], on_output: OnOutput | None
     ) -> list[RequestOutput]:
         request_ids: list[str] = []
         latest: dict[str, RequestOutput] = {}
         self.partial_outputs = []
         try:
             for (prompt, special), sampling in zip(prompts, params, strict=True):
-                request_id = str(next(self._numbers))
-                self.engine.add_request(request_id, prompt, sampling, add_special_tokens=special)
-                request_ids.append(request_id)
+                request_ids.append(str(next(self._numbers)))
+                self.engine.add_request(request_ids[-1], prompt, sampling, add_special_tokens=special)
             waiting = set(request_ids)
             while waiting:
-                for output in self._advance(waiting):
-                    latest[output.request_id] = output
-                    if output.finished:
-                        waiting.discard(output.request_id)
-                    if on_output is not None:
+                outputs = self._advance(waiting)
+                # All of a step's outputs are kept before a callback can raise.
+                latest.update({output.request_id: output for output in outputs})
+                waiting.difference_update([output.request_id for output in outputs if output.finished])
+                if on_output is not None:
+                    for output in outputs:
                         on_output(output)
         except BaseException:
             aborted = {i: self.engine.abort_request(i) for i in request_ids}
@@ -158,15 +158,17 @@ class LLM:
         ready = [self._mail.pop(request_id) for request_id in mine if request_id in self._mail]
         if ready:
             return ready
+        if not self.engine.has_unfinished_requests():
+            raise EngineError("the request was aborted elsewhere, or the engine was shut down, before it finished")
         outputs = self.engine.step()
         self._mail.update({o.request_id: o for o in outputs if o.request_id not in mine})
         return [output for output in outputs if output.request_id in mine]
 
     def _stream(self, prompt: Prompt, params: SamplingParams, *, add_special_tokens: bool) -> Iterator[RequestOutput]:
         request_id = str(next(self._numbers))
-        self.engine.add_request(request_id, prompt, params, add_special_tokens=add_special_tokens)
+        finished = False
         try:
-            finished = False
+            self.engine.add_request(request_id, prompt, params, add_special_tokens=add_special_tokens)
             while not finished:
                 for output in self._advance((request_id,)):
                     yield output

@@ -23,6 +23,8 @@ from npu_zoo.platforms.detection import available_memory
 from npu_zoo.registry import get_registry, load_code
 from npu_zoo.weights.load import compare_shapes, load_weights
 
+_WEIGHTS_PER_THREAD = 16 * 2**20
+
 
 @dataclass(frozen=True)
 class CachePlan:
@@ -52,8 +54,6 @@ class ModelRunner:
         self.config = config
         self.device = _device(config)
         self.dtype: torch.dtype = getattr(torch, config.dtype)
-        if config.threads:
-            torch.set_num_threads(config.threads)
         self.model = self._load_model(progress)
         self.cache = plan_cache(config, self._bytes_per_token(), free_memory(self.device))
         self.attention = self._create_attention()
@@ -101,13 +101,22 @@ class ModelRunner:
             raise WeightsError(f"{directory} is in the format {spec.name}, which must be converted first")
         loader = load_code(spec.loader)(directory)
         optional, ignored = model.optional_tensors(), model.ignored_tensors
-        compare_shapes(model.checkpoint_tensors(), loader.shapes(), optional=optional, ignored=ignored).require(
-            directory
-        )
-        self._check_memory(model.parameter_bytes())
+        due = model.checkpoint_tensors()
+        comparison = compare_shapes(due, loader.shapes(), optional=optional, ignored=ignored)
+        comparison.require(directory)
+        self.parameter_bytes = sum(t.nbytes for name, t in due.items() if name not in comparison.absent)
+        self._check_memory(self.parameter_bytes)
+        if self.device.type == "cpu":
+            torch.set_num_threads(config.threads or default_threads(self.parameter_bytes))
         model.to_empty(device=self.device)
-        report = functools.partial(progress, "loading weights") if progress else None
-        load_weights(model.checkpoint_tensors(), loader, optional=optional, ignored=ignored, progress=report)
+        load_weights(
+            model.checkpoint_tensors(),
+            loader,
+            optional=optional,
+            ignored=ignored,
+            on_loaded=model.tensor_loaded,
+            progress=functools.partial(progress, "loading weights") if progress else None,
+        )
         model.finish_loading()
         return model.eval()
 
@@ -144,7 +153,7 @@ def plan_cache(config: EngineConfig, bytes_per_token: int, free: int) -> CachePl
         free: bytes of free memory on the device.
 
     Raises:
-        HardwareError: the memory does not hold one sequence of the length that was asked for.
+        HardwareError: the memory does not hold one sequence of the length that was asked for, or is not there.
     """
     given = config.kv_cache_memory or int(free * config.kv_cache_fraction)
     paged = config.attention == "paged"
@@ -159,12 +168,23 @@ def plan_cache(config: EngineConfig, bytes_per_token: int, free: int) -> CachePl
                 "--kv-cache-memory"
             )
         longest = affordable
-    if paged:
-        blocks_per_sequence = -(-longest // size)
-        slots = min(affordable // size, config.max_num_seqs * blocks_per_sequence)
-        return CachePlan(slots, size, longest, slots * size * bytes_per_token)
-    slots = min(affordable // longest, config.max_num_seqs)
-    return CachePlan(slots, longest, longest, slots * longest * bytes_per_token)
+    slot_size, slots_per_sequence = (size, -(-longest // size)) if paged else (longest, 1)
+    slots = min(affordable // slot_size, config.max_num_seqs * slots_per_sequence)
+    num_bytes = slots * slot_size * bytes_per_token
+    if num_bytes > free:
+        raise HardwareError(
+            f"the KV cache of {num_bytes / 2**30:.1f} GiB that --kv-cache-memory allows does not fit: "
+            f"{free / 2**30:.1f} GiB are free; lower it, or leave it unset for a share of what is free"
+        )
+    return CachePlan(slots, slot_size, longest, num_bytes)
+
+
+def default_threads(parameter_bytes: int) -> int:
+    """CPU threads for a model: torch's own choice, but one per 16 MiB of weights.
+
+    The share of a smaller model is computed sooner than threads meet at a barrier, and much sooner on a busy machine.
+    """
+    return max(1, min(torch.get_num_threads(), parameter_bytes // _WEIGHTS_PER_THREAD))
 
 
 def free_memory(device: torch.device) -> int:

@@ -124,7 +124,9 @@ def _truncate(logits: Tensor, params: list[SamplingParams]) -> Tensor:
     ordered = ordered.masked_fill(torch.arange(size, device=logits.device) >= kept.unsqueeze(1), float("-inf"))
     probabilities = torch.softmax(ordered, -1)
     before = probabilities.cumsum(-1) - probabilities
-    nucleus = before < torch.tensor([p.top_p for p in params], device=logits.device).unsqueeze(1)
+    # Rounded sums reach 1 before the last token; a row without top_p must lose none of them to another row's.
+    shares = [p.top_p if p.top_p < 1.0 else float("inf") for p in params]
+    nucleus = before < torch.tensor(shares, device=logits.device).unsqueeze(1)
     nucleus &= ordered > float("-inf")
     nucleus[:, 0] = True
     smallest = ordered.masked_fill(~nucleus, float("inf")).amin(-1, keepdim=True)
@@ -134,7 +136,8 @@ def _truncate(logits: Tensor, params: list[SamplingParams]) -> Tensor:
 def _uniform(sequence: Sequence) -> float:
     """A number in [0, 1) from seed, completion and position."""
     key = f"{sequence.seed}/{sequence.index}/{sequence.num_output_tokens}".encode()
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") / 2.0**64
+    # 53 bits are what a float holds: with more, the largest would round to 1 and lie outside every token's share.
+    return (int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 11) / 2.0**53
 
 
 def _logprobs(logits: Tensor, token_ids: list[int], sequences: Rows[Sequence]) -> list[TokenLogprobs | None]:

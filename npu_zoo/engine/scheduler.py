@@ -62,7 +62,9 @@ class Scheduler:
 
     def schedule(self) -> list[ScheduledRow]:
         """The next step's rows, single tokens first; their room is reserved and their full blocks are shared."""
-        self._kv.discard_unsettled()
+        for sequence in reversed(self._kv.discard_unsettled(self.running)):
+            self.running.remove(sequence)
+            self._preempt(sequence)
         rows, preempted = self._schedule_running()
         if not preempted:
             self._admit(rows)
@@ -74,7 +76,10 @@ class Scheduler:
         budget, preempted, position = self._max_num_batched_tokens, False, 0
         while position < len(self.running) and budget > 0:
             sequence = self.running[position]
-            num_tokens = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
+            missing = sequence.num_tokens - sequence.num_computed_tokens
+            num_tokens = min(missing, budget)
+            if num_tokens < missing and not self._chunked:
+                break
             while not self._kv.reserve(sequence, sequence.num_computed_tokens + num_tokens):
                 preempted = True
                 victim = self.running.pop()
@@ -94,7 +99,8 @@ class Scheduler:
             missing = sequence.num_tokens - cached
             num_tokens = min(missing, budget)
             too_large = num_tokens < missing and not self._chunked
-            if too_large or not self._kv.reserve(sequence, cached + num_tokens):
+            # Room for all of it, or a later chunk would have to throw the earlier ones away.
+            if too_large or not self._kv.reserve(sequence, sequence.num_tokens):
                 self._kv.release(sequence)
                 return
             self.waiting.popleft()
@@ -113,6 +119,4 @@ class Scheduler:
         self._kv.release(sequence)
         sequence.num_computed_tokens = 0
         sequence.preemptions += 1
-        if sequence.prompt_logprobs is not None:
-            sequence.prompt_logprobs.clear()
         self.waiting.appendleft(sequence)

@@ -67,7 +67,7 @@ class Sequence:
     @property
     def wants_prompt_logprobs(self) -> bool:
         """Whether every prompt position must be computed rather than taken from the prefix cache."""
-        return self.prompt_logprobs is not None
+        return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens
 
     def finish(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """End it."""

@@ -124,5 +124,5 @@ class LlamaForCausalLM(CausalLM):
     def finish_loading(self) -> None:
         """Tie the head to the embedding where the checkpoint says so, then pack."""
         if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            self.lm_head.tie(self.model.embed_tokens.weight)
         super().finish_loading()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +28,18 @@ class Linear(nn.Module):
         )
         self._packed: Tensor | None = None
 
-    def checkpoint_views(self) -> Iterator[tuple[str, Tensor]]:
-        """Each part's rows of the weight, which a loader fills."""
-        yield from zip(self.parts, torch.split(self.weight, list(self.parts.values())), strict=True)
+    def checkpoint_views(self) -> tuple[Tensor, ...]:
+        """Each part's rows of the weight, in the order of ``parts``, which a loader fills."""
+        return torch.split(self.weight, list(self.parts.values()))
+
+    def tie(self, weight: nn.Parameter) -> None:
+        """Take another layer's [rows, in_features] weight; one that was loaded for this layer does not count."""
+        self.weight, self._packed = weight, None
 
     def pack(self) -> None:
-        """Bring the loaded weight into the kernel's layout; a layout that copies replaces the weight."""
+        """Bring the loaded weight into the kernel's layout, once; a layout that copies replaces the weight."""
+        if self._packed is not None:
+            return
         weight = self.weight.data
         self._packed = self._kernel.pack(weight)
         if self._packed is not weight:

@@ -116,19 +116,21 @@ def compare_shapes(
 
 
 def load_weights(
-    destinations: Mapping[str, Tensor],
+    destinations: dict[str, Tensor],
     loader: WeightLoader,
     *,
     optional: Iterable[str] = (),
     ignored: Sequence[str] = (),
+    on_loaded: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LoadReport:
     """Copy every tensor of a checkpoint into its destination, converting the dtype.
 
     Args:
         destinations: the checkpoint's tensor names and the views they are copied into; a fused parameter gives its
-            parts as views of its rows.
+            parts as views of its rows. Entries are removed as they are filled, so that their storage can be given up.
         optional, ignored: as for :func:`compare_shapes`.
+        on_loaded: called with each tensor's name once it is filled.
         progress: called after each tensor with the bytes done and the bytes in all.
 
     Raises:
@@ -144,8 +146,10 @@ def load_weights(
     with torch.no_grad():
         for name, tensor in loader.tensors():
             if name in destinations:
-                _copy(name, destinations[name], tensor, loader.directory)
+                _copy(name, destinations.pop(name), tensor, loader.directory)
                 count += 1
+                if on_loaded is not None:
+                    on_loaded(name)
             done += tensor.numel() * tensor.element_size()
             if progress is not None:
                 progress(done, total)

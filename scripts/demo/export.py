@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +35,15 @@ Model = Any
 """A transformers causal language model; the library's own types do not pass a strict check."""
 
 
+_LICENCE = """\
+## Licence
+
+The weights, the tokenizer and the cards are under Apache-2.0, like the project. The training text is the CPython
+standard library, Copyright (c) Python Software Foundation, under the PSF License Version 2; none of its files is
+part of this folder.
+"""
+
+
 @contextmanager
 def replaced(target: Path) -> Iterator[Path]:
     """A new file's or folder's temporary place; it takes the target's name when the block ends well."""
@@ -42,7 +51,7 @@ def replaced(target: Path) -> Iterator[Path]:
     part = Path(tempfile.mkdtemp(prefix=".part-", dir=target.parent)) / target.name
     try:
         yield part
-        os.replace(part, target)
+        part.replace(target)
     finally:
         shutil.rmtree(part.parent, ignore_errors=True)
 
@@ -76,7 +85,8 @@ def new_model(config: JSON) -> Model:
     with tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder) / "config.json", config)
         parsed = transformers.AutoConfig.from_pretrained(folder)
-    return transformers.AutoModelForCausalLM.from_config(parsed, dtype=torch.float32, attn_implementation="sdpa")
+    factory: Any = transformers.AutoModelForCausalLM
+    return factory.from_config(parsed, dtype=torch.float32, attn_implementation="sdpa")
 
 
 def write_descriptions(recipe: Recipe, tokenizer: Tokenizer, out: Path) -> None:
@@ -107,6 +117,8 @@ def write_weights(weights: dict[str, Tensor], out: Path) -> None:
     stored = {name: value.to(torch.bfloat16).contiguous() for name, value in weights.items()}
     with replaced(out / "model.safetensors") as part:
         save_file(stored, part, metadata={"format": "pt"})
+        # The library keeps its files to their owner; this one ships with a package.
+        part.chmod(0o644)
 
 
 def load_logits(out: Path) -> Logits:
@@ -167,31 +179,56 @@ def surroundings() -> JSON:
     }
 
 
+def _paragraph(text: str, bullet: str = "") -> str:
+    words = " ".join(text.split())
+    return textwrap.fill(
+        words,
+        width=118,
+        initial_indent=bullet,
+        subsequent_indent=" " * len(bullet),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _training_facts(card: JSON, recipe: Recipe) -> str:
+    shares = ", ".join(f"{kind} {share:.0%}" for kind, share in card["mixture"].items())
+    facts = [
+        f"""Corpus: {card["corpus"]}, {card["corpus_files"]} files, {card["corpus_bytes"]:,} bytes,
+        {card["corpus_tokens"]:,} tokens; tests, generated tables and the held-out modules are left out.""",
+        "Tokenizer: byte-level BPE trained on the same corpus.",
+        f"""Samples (share of the tokens): {shares}. *documents* is running text, *units* are single functions, classes
+        and compound statements, *infill* are prefix-suffix-middle examples, *chat* are questions answered with a
+        function or class of the corpus.""",
+        f"""{card["tokens_trained"]:,} tokens in {card["steps"]:,} steps of {recipe.training["batch_rows"]} x
+        {recipe.sequence_length} tokens, {card["minutes"]} minutes on {card["threads"]} CPU threads, seed
+        {card["seed"]}; last training loss {card["final_train_loss"]} nats per token. Trained with Python
+        {card["python"]}, torch {card["torch"]}, transformers {card["transformers"]}.""",
+    ]
+    if card["note"]:
+        facts.append(card["note"])
+    return "\n".join(_paragraph(fact, "* ") for fact in facts)
+
+
 def readme(card: JSON, recipe: Recipe) -> str:
     """The human card, made from the machine-readable one."""
-    shares = ", ".join(f"{kind} {share:.0%}" for kind, share in card["mixture"].items())
+    names = ", ".join(f"`{name}`" for name in card["heldout_files"])
+    heldout = f"""The {len(card["heldout_files"])} held-out files ({card["heldout_bytes"]:,} bytes,
+        {card["heldout_tokens"]:,} tokens) are standard library modules that neither the model nor the tokenizer was
+        trained on: {names}."""
     return f"""# {recipe.title}
 
-{recipe.summary}
+{_paragraph(recipe.summary)}
 
 **It is not** a released model and holds no weight of one: it was trained from random weights, has
-{card["parameters"]:,} parameters and can write plausible lines of Python, not useful programs. Its figures say nothing
-about the family's real checkpoints, which need no file of this folder.
+{card["parameters"]:,} parameters and can write plausible lines of Python, not useful programs. Its figures say
+nothing about the family's real checkpoints, which need no file of this folder.
 
 ## Training
 
-* Corpus: {card["corpus"]}, {card["corpus_files"]} files, {card["corpus_bytes"]:,} bytes,
-  {card["corpus_tokens"]:,} tokens; tests, generated tables and the held-out modules are left out.
-* Tokenizer: byte-level BPE trained on the same corpus.
-* Samples (share of the tokens): {shares}. *documents* is running text, *units* are single functions, classes and
-  compound statements, *infill* are prefix-suffix-middle examples, *chat* are questions answered with a function or
-  class of the corpus.
-* {card["tokens_trained"]:,} tokens in {card["steps"]:,} steps of {recipe.training["batch_rows"]} x
-  {recipe.sequence_length} tokens, {card["minutes"]} minutes on {card["threads"]} CPU threads, seed {card["seed"]};
-  last training loss {card["final_train_loss"]} nats per token. Written with Python {card["python"]},
-  torch {card["torch"]}, transformers {card["transformers"]}.
+{_training_facts(card, recipe)}
 
-To train it again: `python scripts/train_demo.py RECIPE_DIR --out DIR --minutes {card["minutes_budget"]}`
+To train it again: `python scripts/train_demo.py RECIPE_DIR --out DIR --minutes {card["minutes_budget"]:g}`
 (`RECIPE_DIR` is this folder). The learning rate follows the clock, so a repetition on another machine gives a
 similar checkpoint, not the same bytes.
 
@@ -203,18 +240,10 @@ similar checkpoint, not the same bytes.
 | Held-out bits per byte | {card["heldout_bits_per_byte"]} |
 | Greedy completions that parse | {card["parse_share"]} |
 
-*Perplexity.* {card["perplexity_definition"]}
-The {len(card["heldout_files"])} held-out files ({card["heldout_bytes"]:,} bytes, {card["heldout_tokens"]:,} tokens)
-are standard library modules that neither the model nor the tokenizer was trained on:
-{", ".join(f"`{name}`" for name in card["heldout_files"])}.
+{_paragraph("*Perplexity.* " + card["perplexity_definition"] + " " + heldout)}
 
-*Parse share.* {card["parse_share_definition"]}
+{_paragraph("*Parse share.* " + card["parse_share_definition"])}
 
 Both definitions are functions of `scripts/demo/evaluation.py`; `card.json` holds the same facts for programs.
 
-## Licence
-
-The weights, the tokenizer and the cards are under Apache-2.0, like the project. The training text is the CPython
-standard library, Copyright (c) Python Software Foundation, under the PSF License Version 2; none of its files is
-part of this folder.
-"""
+{_LICENCE}"""

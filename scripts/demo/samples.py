@@ -50,7 +50,7 @@ class SampleSource:
         rng = random.Random(f"{self._seed}:{number}")
         length = self._recipe.sequence_length + 1
         mixture = self._recipe.mixture
-        used = {kind: 0 for kind in mixture}
+        used = dict.fromkeys(mixture, 0)
         debt = {kind: rng.random() * length for kind in mixture}
         rows = [self._row(rng, length, used, debt) for _ in range(int(self._recipe.training["batch_rows"]))]
         ids = torch.tensor([row[0] for row in rows])
@@ -89,12 +89,16 @@ class SampleSource:
 
     def _pick(self, rng: random.Random, shares: dict[str, float]) -> tuple[Module, Unit]:
         kind = rng.choices(list(shares), list(shares.values()))[0]
-        return rng.choice(self._units[kind])
+        pairs = [rng.choice(self._units[kind]) for _ in range(rng.randint(1, 2))]
+        # Short pieces teach a small model to come to an end.
+        return min(pairs, key=lambda pair: len(pair[1].source))
 
     def _unit_sample(self, rng: random.Random) -> Sample:
         module, unit = self._pick(rng, UNIT_SHARES)
         text = unit_text(unit, module, rng)
-        ids = [self._ids["bos"], *self._encode(text), self._ids["document_end"]]
+        # A prompt may end anywhere, so the tokens of some samples are cut where a prompt might end.
+        cut = rng.randrange(len(text)) if rng.random() < 0.4 else 0
+        ids = [self._ids["bos"], *self._encode(text[:cut]), *self._encode(text[cut:]), self._ids["document_end"]]
         return ids, list(ids)
 
     def _infill_sample(self, rng: random.Random) -> Sample:
@@ -107,7 +111,9 @@ class SampleSource:
         tokens = self._infill
         ids = [self._ids["bos"], tokens["begin"], *prefix, tokens["hole"], *suffix, tokens["end"]]
         ids += [*middle, self._ids["document_end"]]
-        return ids, list(ids)
+        # The marks are always given, never to be written by the model.
+        marks = set(tokens.values())
+        return ids, [IGNORED if token in marks else token for token in ids]
 
     def _chat_sample(self, rng: random.Random) -> Sample:
         module, unit = self._pick(rng, ASKED_SHARES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any
 
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -50,7 +50,7 @@ def token_id(tokenizer: Tokenizer, name: str) -> int:
     found = tokenizer.token_to_id(name)
     if found is None:
         raise ValueError(f"the tokenizer has no token {name!r}")
-    return cast(int, found)
+    return found
 
 
 class ChatRenderer:

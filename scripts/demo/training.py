@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -77,7 +76,7 @@ class Trainer:
         self._state.parent.mkdir(parents=True, exist_ok=True)
         part = self._state.with_suffix(".part")
         torch.save(data, part)
-        os.replace(part, self._state)
+        part.replace(self._state)
 
     def load(self) -> None:
         """Take up the saved state."""
@@ -96,7 +95,7 @@ class Trainer:
                 group["lr"] = rate * share
         with torch.autocast("cpu", torch.bfloat16):
             loss = self._loss(ids, labels)
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.model.parameters(), float(self._settings["clip"]))
         for item in self._optimizers:
             item.step()

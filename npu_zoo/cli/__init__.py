@@ -1,0 +1,19 @@
+"""The command line. ``main`` is the console script; what it needs is imported inside it, command by command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line on ``argv`` (without the program's name; sys.argv's where None) and return the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments == ["--version"]:
+        from npu_zoo import __version__
+
+        print(f"npu-zoo {__version__}")
+        return 0
+    from npu_zoo.cli.app import run_app
+
+    return run_app(arguments)

@@ -1,0 +1,130 @@
+"""The root application: its commands, and the one place where errors become messages and exit codes."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import traceback
+from dataclasses import dataclass
+
+import typer
+from typer.models import CommandInfo
+
+from npu_zoo import __version__
+from npu_zoo.cli import chat, config, explain, matrix, plugins, run
+from npu_zoo.cli.help import ZooCommand, ZooGroup
+from npu_zoo.core.errors import NpuZooError
+from npu_zoo.registry import get_registry
+
+PROGRAM = "npu-zoo"
+INTERRUPTED = 130
+USAGE = 2
+
+
+@dataclass
+class GlobalOptions:
+    """The options that stand before the command."""
+
+    debug: bool = False
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"{PROGRAM} {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    context: typer.Context,
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Show the version."),
+) -> None:
+    """Run model families on Ascend NPUs and elsewhere, each checked against its feature matrix.
+
+    `npu-zoo list` shows the families; `npu-zoo run --model FAMILY` runs one, with or without weights or an NPU.
+    """
+    if isinstance(context.obj, GlobalOptions):
+        context.obj.debug = debug
+
+
+def build_app() -> typer.Typer:
+    """The application with the zoo's own commands."""
+    app = typer.Typer(
+        cls=ZooGroup, callback=_root, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True
+    )
+    app.command("run", cls=ZooCommand)(run.run)
+    app.command("chat", cls=ZooCommand)(chat.chat)
+    app.command("list", cls=ZooCommand)(matrix.list_models)
+    app.command("matrix", cls=ZooCommand)(matrix.show_matrix)
+    app.command("check", cls=ZooCommand)(matrix.check)
+    app.command("explain", cls=ZooCommand)(explain.explain)
+    app.command("plugins", cls=ZooCommand)(plugins.plugins)
+    app.add_typer(config.group, name="config")
+    return app
+
+
+def _with_plugins(app: typer.Typer) -> typer.Typer:
+    """Add the plugins' commands; one that takes a name of the zoo's own is left out."""
+    commands, groups = list(app.registered_commands), list(app.registered_groups)
+    get_registry().add_commands(app)
+    taken = {command.name for command in commands} | {group.name for group in groups}
+    app.registered_commands[:] = commands + [
+        added for added in app.registered_commands[len(commands) :] if _is_free(_command_name(added), taken)
+    ]
+    app.registered_groups[:] = groups + [
+        added for added in app.registered_groups[len(groups) :] if _is_free(added.name, taken)
+    ]
+    return app
+
+
+def _command_name(info: CommandInfo) -> str:
+    return info.name or (info.callback.__name__ if info.callback else "").lower().replace("_", "-")
+
+
+def _is_free(name: str | None, taken: set[str | None]) -> bool:
+    if name in taken:
+        print(f"warning: a plugin's command '{name}' is left out: the name is taken", file=sys.stderr)
+    return name not in taken
+
+
+def run_app(arguments: list[str]) -> int:
+    """Parse and run; every error becomes a message on stderr and an exit code."""
+    options = GlobalOptions()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = _invoke(arguments or ["--help"], options)
+        sys.stdout.flush()
+        return code
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Nobody reads on; the interpreter's own flush at exit must not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if options.debug:
+            traceback.print_exc()
+        text, code = _message(error)
+        print(f"error: {text}", file=sys.stderr)
+        return code
+
+
+def _invoke(arguments: list[str], options: GlobalOptions) -> int:
+    command = typer.main.get_command(_with_plugins(build_app()))
+    result = command.main(arguments, prog_name=PROGRAM, standalone_mode=False, obj=options)
+    return result if isinstance(result, int) else 0
+
+
+def _message(error: Exception) -> tuple[str, int]:
+    """An error's text and exit code. Errors of the parser know how to format themselves."""
+    if isinstance(error, NpuZooError):
+        return str(error), error.exit_code
+    if hasattr(error, "format_message"):
+        context = getattr(error, "ctx", None)
+        hint = f"\n`{context.command_path} --help` shows the options" if context else ""
+        return error.format_message() + hint, getattr(error, "exit_code", USAGE)
+    hint = f"run `{PROGRAM} --debug …` for the traceback, and report it"
+    return f"unexpected {type(error).__name__}: {error}\n{hint}", 1

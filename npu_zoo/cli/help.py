@@ -1,0 +1,49 @@
+"""Help pages: plain, aligned, options grouped by panel, and no import of rich."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer.core
+
+DEFAULT_PANEL = "Options"
+
+
+def option_text(parameter: Any) -> str:
+    """One option or argument as help shows it, such as ``--tp, --tensor-parallel-size N`` or ``--[no-]chat``."""
+    if parameter.param_type_name == "argument":
+        return f"[{parameter.metavar or parameter.name.upper()}]"
+    if parameter.secondary_opts:
+        return "--[no-]" + str(parameter.opts[0]).removeprefix("--")
+    names = ", ".join(parameter.opts)
+    return names if parameter.is_flag else f"{names} {parameter.metavar or 'TEXT'}"
+
+
+def panels(parameters: list[Any]) -> dict[str, list[tuple[str, str]]]:
+    """Option texts with their help, by panel, in the order of declaration."""
+    grouped: dict[str, list[tuple[str, str]]] = {}
+    for parameter in parameters:
+        if not getattr(parameter, "hidden", False):
+            panel = getattr(parameter, "rich_help_panel", None) or DEFAULT_PANEL
+            grouped.setdefault(panel, []).append((option_text(parameter), parameter.help or ""))
+    return grouped
+
+
+class _PanelMixin:
+    """Writes a command's options panel by panel."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write every panel as a definition list."""
+        for panel, records in panels(self.get_params(ctx)).items():  # type: ignore[attr-defined]
+            with formatter.section(panel):
+                formatter.write_dl(records, col_max=34)
+        if hasattr(self, "format_commands"):
+            self.format_commands(ctx, formatter)
+
+
+class ZooCommand(_PanelMixin, typer.core.TyperCommand):
+    """A command with plain help."""
+
+
+class ZooGroup(_PanelMixin, typer.core.TyperGroup):
+    """A group with plain help."""

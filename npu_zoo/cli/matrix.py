@@ -1,0 +1,135 @@
+"""``list``, ``matrix`` and ``check``: what there is and what is supported. None of them imports torch."""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated, Any
+
+import typer
+
+from npu_zoo.cli.options import JsonFlag, request_options
+from npu_zoo.cli.output import joined, print_fields, print_json, print_table
+from npu_zoo.core.features import AXES, FeatureRow, Verdict
+from npu_zoo.core.specs import FamilySpec, VariantSpec
+from npu_zoo.dispatch import check as check_request
+from npu_zoo.registry import Registry, get_registry
+from npu_zoo.settings import Settings
+
+REFUSED = 3
+
+
+class Format(str, enum.Enum):
+    """How ``matrix`` writes."""
+
+    table = "table"
+    markdown = "markdown"
+    json = "json"
+    html = "html"
+
+
+def list_models(as_json: JsonFlag = False) -> None:
+    """List families, their variants and where weights are from."""
+    registry = get_registry()
+    if as_json:
+        print_json([_family_data(family, registry) for family in registry.families.values()])
+        return
+    for position, family in enumerate(registry.families.values()):
+        print(("\n" if position else "") + f"{family.name}: {family.title} (from {_provider(family, registry)})")
+        rows = [(v.name, ", ".join(v.aliases), v.size, _where_from(v)) for v in family.variants]
+        print_table(("variant", "alias", "size", "weights"), rows)
+    if not registry.families:
+        print("no model family is registered; `npu-zoo plugins` shows why")
+
+
+def _provider(family: FamilySpec, registry: Registry) -> str:
+    record = registry.plugins[registry.owner(family.name)]
+    return record.distribution or record.target or record.name
+
+
+def _where_from(variant: VariantSpec) -> str:
+    return variant.huggingface or variant.modelscope or ("bundled" if variant.bundled else "--weights DIR")
+
+
+def _family_data(family: FamilySpec, registry: Registry) -> dict[str, Any]:
+    fields = {"name", "aliases", "size", "title", "chat", "huggingface", "modelscope"}
+    return {
+        "name": family.name,
+        "title": family.title,
+        "plugin": registry.owner(family.name),
+        "distribution": _provider(family, registry),
+        "default_variant": family.default_variant,
+        "documentation": family.documentation,
+        "variants": [{**v.model_dump(include=fields), "bundled": bool(v.bundled)} for v in family.variants],
+    }
+
+
+def show_matrix(
+    model: str | None = typer.Argument(None, metavar="FAMILY[:VARIANT]", help="Only this family or variant."),
+    form: Annotated[
+        Format, typer.Option("--format", metavar="FORM", help="table, markdown, json or html. Default: table.")
+    ] = Format.table,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show the feature matrix.
+
+    A row says what is supported together, who says so, and how far it is proven.
+    """
+    from npu_zoo.cli import matrix_formats
+
+    registry = get_registry()
+    if model:
+        family, variant = registry.find(model)
+        parts = [matrix_formats.part_of(family, variant)]
+    else:
+        parts = [matrix_formats.part_of(family, None) for family in registry.families.values()]
+    if as_json or form is Format.json:
+        print_json([part.data() for part in parts])
+    elif form is Format.table:
+        matrix_formats.print_tables(parts)
+    else:
+        print(matrix_formats.html(parts) if form is Format.html else matrix_formats.markdown(parts), end="")
+
+
+@request_options()
+def check(settings: Settings, as_json: JsonFlag = False) -> None:
+    """Check a request against the feature matrix.
+
+    Needs no device and no weights. The exit code is 3 where the request is refused.
+    """
+    verdict = check_request(settings.args)
+    if as_json:
+        print_json(verdict_data(verdict))
+    elif verdict.row is None:
+        print(f"not supported: {verdict.model}\n{verdict.describe()}")
+    else:
+        print(f"{verdict.status}: {verdict.model}")
+        print_fields({**request_fields(verdict), **row_fields(verdict.row)})
+    if not verdict.supported:
+        raise typer.Exit(REFUSED)
+
+
+def verdict_data(verdict: Verdict) -> dict[str, Any]:
+    """A verdict as plain data."""
+    row = verdict.row
+    return {
+        "model": verdict.model,
+        "request": verdict.request,
+        "supported": verdict.supported,
+        "status": verdict.status if verdict.supported else None,
+        "reasons": [reason.model_dump(mode="json") for reason in verdict.reasons],
+        "alternatives": list(verdict.alternatives),
+        "row": row.model_dump(mode="json") if row else None,
+    }
+
+
+def request_fields(verdict: Verdict) -> dict[str, str]:
+    """The request's value on every axis, for people; axes at their usual value are left out."""
+    usual = {"quantization": "none", "kv_cache_dtype": "auto", "long_sequence": False, "serving": "offline"}
+    shown = [axis for axis in AXES if axis not in usual or verdict.request[axis] != usual[axis]]
+    return {axis.replace("_", " "): joined([verdict.request[axis]]) for axis in shown}
+
+
+def row_fields(row: FeatureRow) -> dict[str, str]:
+    """Who says that a row is supported and how far it is proven."""
+    fields = {"source": row.source, "status": row.status, "evidence": row.evidence}
+    return {**fields, "remark": row.note} if row.note else fields

@@ -1,0 +1,195 @@
+"""The feature matrix as terminal tables, Markdown, HTML and data."""
+
+from __future__ import annotations
+
+import html as html_module
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from npu_zoo.cli.output import joined, print_fields, print_table
+from npu_zoo.core.features import Conflict, Denial, FeatureRow
+from npu_zoo.core.specs import FamilySpec, VariantSpec
+
+_USUAL: dict[str, tuple[Any, ...]] = {
+    "parallelism": ("tp",),
+    "quantization": ("none",),
+    "kv_cache_dtype": ("auto",),
+    "long_sequence": (False,),
+    "serving": ("offline",),
+}
+_COLUMNS = ("sizes", "hardware", "dtype", "world_size", "attention", *_USUAL, "source", "status", "evidence")
+
+STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem}"
+    "table{border-collapse:collapse;width:100%}th,td{border:1px solid #ccc;padding:.3rem .6rem;text-align:left;"
+    "vertical-align:top}th{background:#f3f3f3}code{font-size:90%}.table{overflow-x:auto}"
+)
+
+
+@dataclass(frozen=True)
+class MatrixPart:
+    """A family's rows, denials and conflicts, or one variant's."""
+
+    family: FamilySpec
+    variant: VariantSpec | None
+    rows: tuple[FeatureRow, ...]
+    denials: tuple[Denial, ...]
+
+    @property
+    def conflicts(self) -> tuple[Conflict, ...]:
+        """Pairs of values that exclude each other."""
+        return self.family.conflicts
+
+    @property
+    def name(self) -> str:
+        """``family`` or ``family:variant``."""
+        return f"{self.family.name}:{self.variant.name}" if self.variant else self.family.name
+
+    @property
+    def sources(self) -> list[str]:
+        """Every source, in the order of first mention; a table cites them by number."""
+        return list(dict.fromkeys([r.source for r in self.rows] + [d.source for d in self.denials]))
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns in which some row differs from the usual, and those that always count."""
+        return [c for c in _COLUMNS if c not in _USUAL or any(tuple(r.values(c)) != _USUAL[c] for r in self.rows)]
+
+    @property
+    def usual(self) -> str:
+        """What all rows share on the axes that have no column."""
+        hidden = [axis for axis in _USUAL if axis not in self.columns]
+        return joined(f"{axis} {joined(_USUAL[axis])}" for axis in hidden)
+
+    def data(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "family": self.family.name,
+            "variant": self.variant.name if self.variant else None,
+            "title": self.family.title,
+            "rows": [row.model_dump(mode="json") for row in self.rows],
+            "denials": [denial.model_dump(mode="json") for denial in self.denials],
+            "conflicts": [conflict.model_dump(mode="json") for conflict in self.conflicts],
+        }
+
+
+def part_of(family: FamilySpec, variant: VariantSpec | None) -> MatrixPart:
+    """The part of a family's matrix that speaks of a variant's size, or all of it."""
+    if variant is None:
+        return MatrixPart(family, None, family.rows, family.denials)
+    denials = tuple(denial for denial in family.denials if variant.size in denial.sizes)
+    return MatrixPart(family, variant, family.matrix.of_size(variant.size), denials)
+
+
+def print_tables(parts: Sequence[MatrixPart]) -> None:
+    """Write every part as a table that fits the terminal, with its sources below."""
+    for position, part in enumerate(parts):
+        print(("\n" if position else "") + f"{part.name}: {part.family.title}")
+        columns = part.columns if part.variant is None else part.columns[1:]
+        rows = [[_short(cell) for cell in _cells(part, row, columns)] for row in part.rows]
+        print_table([c.replace("_", " ") for c in columns], rows)
+        if part.usual:
+            print()
+            print_fields({"all rows:": part.usual})
+        for number, source in enumerate(part.sources, 1):
+            print(f"[{number}] {source}")
+
+
+def _short(cell: str) -> str:
+    """A cell with the short spellings of the dtypes, which every command takes too."""
+    for name, short in (("float32", "fp32"), ("bfloat16", "bf16"), ("float16", "fp16")):
+        cell = cell.replace(name, short)
+    return cell
+
+
+def _cells(part: MatrixPart, row: FeatureRow, columns: Sequence[str]) -> list[str]:
+    return [_cell(part, row, column) for column in columns]
+
+
+def _cell(part: MatrixPart, row: FeatureRow, column: str) -> str:
+    if column == "source":
+        return f"[{part.sources.index(row.source) + 1}]"
+    value = getattr(row, column)
+    return joined(value) if isinstance(value, tuple) else str(value)
+
+
+def denial_lines(part: MatrixPart) -> list[str]:
+    """What the sources say no to, one sentence each."""
+    lines = []
+    for denial in part.denials:
+        where = f" on {joined(denial.hardware)}" if denial.hardware else ""
+        reason = f" ({denial.reason})" if denial.reason else ""
+        number = part.sources.index(denial.source) + 1
+        lines.append(f"{denial.axis} {joined(denial.values)}: no, for {joined(denial.sizes)}{where}{reason} [{number}]")
+    return lines
+
+
+def conflict_lines(part: MatrixPart) -> list[str]:
+    """The pairs of values that exclude each other, one sentence each."""
+    return [
+        f"{c.first[0]}={joined([c.first[1]])} excludes {c.second[0]}={joined([c.second[1]])}: {c.reason}"
+        for c in part.conflicts
+    ]
+
+
+def note_lines(part: MatrixPart) -> list[str]:
+    """What single rows have to say beside their cells."""
+    return [f"{joined(row.sizes)} on {joined(row.hardware)}: {row.note}" for row in part.rows if row.note]
+
+
+def markdown(parts: Sequence[MatrixPart]) -> str:
+    """A section a part: a table, what the sources deny, conflicts, notes, sources."""
+    return "\n".join(_markdown_part(part) for part in parts)
+
+
+def _markdown_part(part: MatrixPart) -> str:
+    columns = part.columns
+    lines = [f"## {part.family.title} (`{part.name}`)", ""]
+    lines += ["| " + " | ".join(c.replace("_", " ") for c in columns) + " |", "|" + "---|" * len(columns)]
+    lines += [
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in _cells(part, r, columns)) + " |" for r in part.rows
+    ]
+    if part.usual:
+        lines += ["", f"All rows: {part.usual}."]
+    for title, found in _lists(part):
+        lines += ["", f"{title}:", "", *(f"- {line}" for line in found)]
+    lines += ["", "Sources:", "", *(f"{number}. {source}" for number, source in enumerate(part.sources, 1))]
+    return "\n".join(lines) + "\n"
+
+
+def _lists(part: MatrixPart) -> list[tuple[str, list[str]]]:
+    kinds: tuple[tuple[str, Callable[[MatrixPart], list[str]]], ...] = (
+        ("The sources say no to", denial_lines),
+        ("Exclude each other", conflict_lines),
+        ("Notes", note_lines),
+    )
+    return [(title, lines(part)) for title, lines in kinds if lines(part)]
+
+
+def html(parts: Sequence[MatrixPart]) -> str:
+    """One self-contained page."""
+    body = "\n".join(_html_part(part) for part in parts)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Feature matrix</title>'
+        f"<style>{STYLE}</style></head>\n<body>\n<h1>Feature matrix</h1>\n{body}\n</body></html>\n"
+    )
+
+
+def _html_part(part: MatrixPart) -> str:
+    escape = html_module.escape
+    columns = part.columns
+    head = "".join(f"<th>{escape(c.replace('_', ' '))}</th>" for c in columns)
+    rows = "\n".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(part, r, columns)) + "</tr>" for r in part.rows
+    )
+    lists = "".join(
+        f"<p>{escape(title)}:</p>\n<ul>" + "".join(f"<li>{escape(line)}</li>" for line in found) + "</ul>\n"
+        for title, found in _lists(part)
+    )
+    usual = f"<p>All rows: {escape(part.usual)}.</p>\n" if part.usual else ""
+    sources = "<ol>" + "".join(f"<li>{escape(source)}</li>" for source in part.sources) + "</ol>"
+    return (
+        f"<h2>{escape(part.family.title)} (<code>{escape(part.name)}</code>)</h2>\n"
+        f'<div class="table"><table><tr>{head}</tr>\n{rows}</table></div>\n{usual}{lists}<p>Sources:</p>\n{sources}'
+    )

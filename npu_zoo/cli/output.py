@@ -1,0 +1,81 @@
+"""How listings are written: aligned text for people, JSON for programs, remarks on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+WIDTH_OF_A_PIPE = 140
+_GAP = "  "
+
+
+def print_json(value: Any) -> None:
+    """Write a value as indented JSON on stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def note(text: str) -> None:
+    """Write a remark on stderr."""
+    print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def joined(values: Iterable[object]) -> str:
+    """Values as a cell or sentence shows them; true and false in lower case."""
+    return ", ".join(str(value).lower() if isinstance(value, bool) else str(value) for value in values)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Write an aligned table; where it is too wide for the terminal, cells wrap between words."""
+    table = [list(columns), *(list(row) for row in rows)]
+    widths = _column_widths(table, _width())
+    for number, row in enumerate(table):
+        wrapped = [_wrap(cell, width) for cell, width in zip(row, widths, strict=True)]
+        height = max(map(len, wrapped))
+        for lines in zip(*(cell + [""] * (height - len(cell)) for cell in wrapped), strict=True):
+            text = _GAP.join(f"{line:<{width}}" for line, width in zip(lines, widths, strict=True))
+            print(_bold(text.rstrip()) if number == 0 else text.rstrip())
+        if number == 0:
+            print(_GAP.join("-" * width for width in widths))
+
+
+def print_fields(fields: Mapping[str, str]) -> None:
+    """Write names and values, one pair a line, the values aligned and wrapped at the terminal's width."""
+    indent = max(map(len, fields), default=0) + len(_GAP)
+    for name, value in fields.items():
+        first, *rest = _wrap(value, max(20, _width() - indent))
+        print(f"{name:<{indent}}{first}")
+        for line in rest:
+            print(" " * indent + line)
+
+
+def _column_widths(table: list[list[str]], available: int) -> list[int]:
+    """Widths that fit: the widest column gives way first, and none goes below its longest word."""
+    columns = list(zip(*table, strict=True))
+    widths = [max(len(line) for cell in column for line in cell.split("\n")) for column in columns]
+    least = [max((len(word) for cell in column for word in cell.split()), default=1) for column in columns]
+    excess = sum(widths) + len(_GAP) * (len(widths) - 1) - available
+    while excess > 0:
+        shrinkable = [i for i, width in enumerate(widths) if width > least[i]]
+        if not shrinkable:
+            break
+        widths[max(shrinkable, key=lambda i: widths[i])] -= 1
+        excess -= 1
+    return widths
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    lines = [textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False) for line in text.split("\n")]
+    return [part for line in lines for part in line or [""]]
+
+
+def _width() -> int:
+    return shutil.get_terminal_size((WIDTH_OF_A_PIPE, 24)).columns
+
+
+def _bold(text: str) -> str:
+    return f"\033[1m{text}\033[0m" if sys.stdout.isatty() and "NO_COLOR" not in os.environ else text

@@ -1,0 +1,104 @@
+"""Where ``run`` takes its prompts from: options, a file, standard input; every one is kept, in order."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from npu_zoo.cli.options import parse_ids
+from npu_zoo.cli.output import note
+from npu_zoo.core.errors import UsageError
+
+EXAMPLE = "def fibonacci(n):\n"
+"""What the bundled checkpoint completes where no prompt is given."""
+
+NO_PROMPT = (
+    "no prompt was given; use --prompt TEXT, --prompts-file FILE (one prompt a line), --prompt-token-ids 1,2,3, "
+    "--fim-prefix with --fim-suffix, or standard input"
+)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text, token ids, or a prefix and suffix with a hole between them."""
+
+    text: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    fim: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """The prompt options as they were given."""
+
+    texts: list[str] | None = None
+    file: Path | None = None
+    token_ids: list[str] | None = None
+    fim_prefix: str | None = None
+    fim_suffix: str | None = None
+    fim_prefix_file: Path | None = None
+    fim_suffix_file: Path | None = None
+
+    def collect(self) -> list[Prompt]:
+        """Every prompt in order: texts, then the file's lines; or token ids; or a hole to fill; or standard input.
+
+        Raises:
+            UsageError: kinds are mixed, or a file cannot be read.
+        """
+        fim = self._fim()
+        texts = [*(self.texts or ()), *(_lines(self.file) if self.file else ())]
+        ids = [tuple(parse_ids(text, "--prompt-token-ids")) for text in self.token_ids or ()]
+        if sum(map(bool, (texts, ids, fim))) > 1:
+            raise UsageError("prompts as text, as token ids and with a hole to fill cannot be mixed in one run")
+        if fim:
+            return [Prompt(fim=fim)]
+        if ids:
+            return [Prompt(token_ids=found) for found in ids]
+        if not texts and not self.file:
+            texts = _standard_input()
+        return [Prompt(text=text) for text in texts]
+
+    def _fim(self) -> tuple[str, str] | None:
+        prefix = _one_of(self.fim_prefix, self.fim_prefix_file, "prefix")
+        suffix = _one_of(self.fim_suffix, self.fim_suffix_file, "suffix")
+        return None if prefix is None and suffix is None else (prefix or "", suffix or "")
+
+
+def _one_of(text: str | None, file: Path | None, kind: str) -> str | None:
+    if text is not None and file is not None:
+        raise UsageError(f"--fim-{kind} and --fim-{kind}-file exclude each other")
+    return read_text(file) if file else text
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file's text; ``-`` is standard input.
+
+    Raises:
+        UsageError: it cannot be read or is not UTF-8.
+    """
+    try:
+        return sys.stdin.read() if str(path) == "-" else path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8: {error}") from error
+
+
+def _lines(path: Path) -> list[str]:
+    """One prompt a line. Only a line feed ends a line: code may hold form feeds and other separators."""
+    lines = [line.removesuffix("\r") for line in read_text(path).split("\n")]
+    if lines[-1] == "":
+        lines.pop()
+    prompts = [line for line in lines if line.strip()]
+    if len(prompts) < len(lines):
+        note(f"{path}: {len(lines) - len(prompts)} blank line(s) skipped, {len(prompts)} prompt(s) read")
+    return prompts
+
+
+def _standard_input() -> list[str]:
+    """All of standard input as one prompt, without its last line feed; nothing from a terminal."""
+    if sys.stdin is None or sys.stdin.isatty():
+        return []
+    text = read_text(Path("-"))
+    return [text.removesuffix("\n")] if text.strip() else []

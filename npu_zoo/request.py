@@ -1,0 +1,198 @@
+"""What a request asks for on every axis of the matrix, with what it leaves open filled in. Nothing here imports torch.
+
+The family's owner, the checkpoint's config.json and the rows that are left decide what is unset.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from npu_zoo.checkpoint import read_config, read_generation_config
+from npu_zoo.core.config import EngineArgs, ModelConfig
+from npu_zoo.core.errors import UsageError, WeightsError
+from npu_zoo.core.features import Attention, AxisValue, FeatureRow, layout_names
+from npu_zoo.core.hardware import DTYPE_ALIASES, DTYPES, PRODUCTS, DType
+from npu_zoo.core.specs import FamilySpec, VariantSpec
+from npu_zoo.platforms.detection import detect_hardware
+from npu_zoo.registry import Registry
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request with every axis filled in; ``asked`` is the model as it was named, for messages."""
+
+    asked: str
+    family: FamilySpec
+    variant: VariantSpec
+    hardware: str
+    dtype: DType
+    tp: int
+    pp: int
+    ep: int
+    world_size: int
+    attention: Attention
+    quantization: str
+    kv_cache_dtype: str
+    serving: str
+    long_sequence: bool
+
+    @property
+    def model(self) -> str:
+        """``family:variant``."""
+        return f"{self.family.name}:{self.variant.name}"
+
+    @property
+    def axes(self) -> dict[str, AxisValue | tuple[AxisValue, ...]]:
+        """A value for every axis of the matrix."""
+        return {
+            "hardware": self.hardware,
+            "dtype": self.dtype,
+            "parallelism": layout_names(self.world_size, self.tp, self.pp, self.ep),
+            "world_size": self.world_size,
+            "attention": self.attention,
+            "quantization": self.quantization,
+            "kv_cache_dtype": self.kv_cache_dtype,
+            "long_sequence": self.long_sequence,
+            "serving": self.serving,
+        }
+
+
+def read_request(args: EngineArgs, registry: Registry) -> tuple[Request, ModelConfig | None]:
+    """Fill in what is unset; beside it the checkpoint's hyperparameters, or else the variant's where it states them.
+
+    Raises:
+        UsageError: the request is malformed or names an unknown model.
+        WeightsError: ``weights`` were given and their config.json cannot be read.
+        HardwareError: no hardware is named, and the machine's cannot be told.
+    """
+    family, variant, config = _identify(args, registry)
+    return _fill_in(args, family, variant, config), config
+
+
+def _identify(args: EngineArgs, registry: Registry) -> tuple[FamilySpec, VariantSpec, ModelConfig | None]:
+    """The family and variant, and the checkpoint's hyperparameters where weights are given or bundled."""
+    if not args.model:
+        names = ", ".join(sorted(registry.families)) or "none is registered"
+        raise UsageError(f"no model was named; use --model FAMILY or FAMILY:VARIANT. Families: {names}")
+    family, variant = registry.find(args.model)
+    if args.weights is None:
+        variant = variant or family.variant(family.default_variant)
+        assert variant is not None  # FamilySpec checks default_variant
+        bundled = bundled_directory(variant)
+        return family, variant, _read_model_config(bundled) if bundled else variant.config
+    config = _read_model_config(Path(args.weights))
+    return family, variant or _variant_of(family, config), config
+
+
+def _variant_of(family: FamilySpec, config: ModelConfig) -> VariantSpec:
+    """The variant that has exactly a checkpoint's hyperparameters and end-of-text ids, or else ``custom``."""
+    for variant in family.variants:
+        if (
+            variant.config
+            and not variant.config.differences(config)
+            and variant.config.eos_token_id == config.eos_token_id
+        ):
+            return variant
+    custom = family.variant("custom")
+    if custom is None:
+        names = ", ".join(v.name for v in family.variants)
+        raise UsageError(f"the checkpoint matches no variant of {family.name}; name one: {names}")
+    return custom
+
+
+def _read_model_config(directory: Path) -> ModelConfig:
+    config = ModelConfig.from_hf(read_config(directory))
+    found: Any = read_generation_config(directory).get("eos_token_id")
+    ids = [] if found is None else found if isinstance(found, list) else [found]
+    if not all(isinstance(i, int) for i in ids):
+        raise WeightsError(f"{directory}/generation_config.json holds eos_token_id {found!r}; ids are whole numbers")
+    return config.model_copy(update={"eos_token_id": tuple(dict.fromkeys((*config.eos_token_id, *ids)))})
+
+
+def bundled_directory(variant: VariantSpec) -> Path | None:
+    """Where the checkpoint lies that ships with a variant; None where none does."""
+    if not variant.bundled:
+        return None
+    package, _, folder = variant.bundled.partition(":")
+    return Path(str(importlib.resources.files(package) / folder))
+
+
+def _fill_in(args: EngineArgs, family: FamilySpec, variant: VariantSpec, config: ModelConfig | None) -> Request:
+    hardware = args.hardware or detect_hardware()
+    if hardware not in PRODUCTS:
+        raise UsageError(f"unknown hardware '{hardware}'; known: {', '.join(PRODUCTS)}")
+    rows = _rows_on(family, variant.size, hardware, experimental=bool(args.allow_experimental))
+    dtype = _dtype(args.dtype, rows, config)
+    rows = [row for row in rows if dtype in row.dtype] or rows
+    tp, pp, ep, world_size = _parallel_sizes(args, rows)
+    offered = [kind for row in rows for kind in row.attention]
+    too_long = bool(config and args.max_model_len and args.max_model_len > config.max_position_embeddings)
+    model = args.model or family.name
+    return Request(
+        asked=model if ":" in model else f"{family.name}:{variant.name}",
+        family=family,
+        variant=variant,
+        hardware=hardware,
+        dtype=dtype,
+        tp=tp,
+        pp=pp,
+        ep=ep,
+        world_size=world_size,
+        attention=args.attention or ("paged" if "paged" in offered or not offered else offered[0]),
+        quantization=args.quantization or "none",
+        kv_cache_dtype=args.kv_cache_dtype or "auto",
+        serving=args.serving or "offline",
+        long_sequence=too_long,
+    )
+
+
+def _rows_on(family: FamilySpec, size: str, hardware: str, *, experimental: bool) -> list[FeatureRow]:
+    """What defaults are taken from: the rows that the request may use, or else the experimental ones."""
+    allowed = [r for r in family.matrix.of_size(size, experimental=experimental) if hardware in r.hardware]
+    return allowed or [row for row in family.matrix.of_size(size) if hardware in row.hardware]
+
+
+def parse_dtype(text: str) -> DType:
+    """A dtype from its name or a short spelling (``bf16``, ``fp16``, ``fp32``).
+
+    Raises:
+        UsageError: it is neither.
+    """
+    name = DTYPE_ALIASES.get(text.lower(), text.lower())
+    if name not in DTYPES:
+        raise UsageError(f"unknown dtype '{text}'; known: {', '.join(DTYPES)} ({', '.join(DTYPE_ALIASES)})")
+    return name
+
+
+def _dtype(asked: str | None, rows: list[FeatureRow], config: ModelConfig | None) -> DType:
+    """The asked dtype, or the first that is offered of: the checkpoint's own, bfloat16, float16, float32."""
+    if asked is not None:
+        return parse_dtype(asked)
+    offered = {dtype for row in rows for dtype in row.dtype}
+    preferred: list[DType] = [config.torch_dtype] if config and config.torch_dtype else []
+    preferred += ["bfloat16", "float16", "float32"]
+    return next((dtype for dtype in preferred if dtype in offered), preferred[0])
+
+
+def _parallel_sizes(args: EngineArgs, rows: list[FeatureRow]) -> tuple[int, int, int, int]:
+    """tp, pp, ep and the world size; where none is asked for, the smallest world that the rows offer."""
+    tp, pp, ep = args.tensor_parallel_size, args.pipeline_parallel_size, args.expert_parallel_size
+    world = args.world_size
+    if (tp, pp, ep, world) == (None, None, None, None):
+        world = min((size for row in rows for size in row.world_size), default=1)
+    pp = pp or 1
+    if world is None:
+        world = (tp or ep or 1) * pp
+    if tp is None and world % pp == 0:
+        tp = world // pp
+    if tp is None or tp * pp != world:
+        raise UsageError(
+            f"world size {world} is not tp {tp or '?'} x pp {pp}; "
+            "give --world-size alone, or --tp and --pp that multiply to it"
+        )
+    if ep is not None and world % ep:
+        raise UsageError(f"world size {world} does not divide into expert parallel groups of {ep}")
+    return tp, pp, ep or 1, world

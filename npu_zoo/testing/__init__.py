@@ -1,0 +1,1 @@
+"""What tests of the zoo, and of plugins for it, are written with. Importing it imports no torch."""

@@ -1,0 +1,110 @@
+"""What the benchmark asks of both systems, and how a run becomes a figure."""
+
+from __future__ import annotations
+
+import pytest
+from harness.cases import CASES, Case, Request
+from harness.systems import left_pad, static_batches
+from harness.timeline import Run, summarise
+
+LOADED = [case for case in CASES.values() if not case.fresh]
+NUM_TOKENS = 100
+
+
+def _first_blocks(requests: list[Request]) -> set[tuple[int, ...]]:
+    return {tuple(request.prompt[:16]) for request in requests if isinstance(request.prompt, list)}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_requests_hold_what_the_case_says(case: Case) -> None:
+    requests = case.requests(NUM_TOKENS, 0)
+    assert len(requests) == case.count
+    for request in requests:
+        assert case.output[0] <= request.max_tokens <= case.output[1]
+        if isinstance(request.prompt, list):
+            assert case.prompt[0] <= len(request.prompt) - case.shared_prefix <= case.prompt[1]
+            assert set(request.prompt) <= set(range(NUM_TOKENS))
+
+
+@pytest.mark.parametrize("case", LOADED, ids=lambda case: case.name)
+def test_both_systems_get_the_same_round(case: Case) -> None:
+    assert case.requests(NUM_TOKENS, 2) == case.requests(NUM_TOKENS, 2)
+
+
+@pytest.mark.parametrize("case", LOADED, ids=lambda case: case.name)
+def test_no_round_finds_another_rounds_prefix_cached(case: Case) -> None:
+    rounds = [_first_blocks(case.requests(NUM_TOKENS, number)) for number in (-1, 0, 1)]
+    assert len(set.union(*rounds)) == sum(map(len, rounds))
+
+
+@pytest.mark.parametrize("case", LOADED, ids=lambda case: case.name)
+def test_rounds_are_the_same_work(case: Case) -> None:
+    def lengths(number: int) -> list[tuple[int, int]]:
+        return [(len(request.prompt), request.max_tokens) for request in case.requests(NUM_TOKENS, number)]
+
+    assert lengths(0) == lengths(1)
+
+
+def test_only_the_shared_prefix_is_shared() -> None:
+    case = CASES["shared-prefix"]
+    prompts = [request.prompt for request in case.requests(NUM_TOKENS, 0)]
+    assert len({tuple(prompt[:1024]) for prompt in prompts}) == 1
+    assert len({tuple(prompt[1024:]) for prompt in prompts}) == 32
+    assert len(_first_blocks(CASES["mixed"].requests(NUM_TOKENS, 0))) == 64
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_scaling_keeps_the_form(case: Case) -> None:
+    small = case.scaled(16)
+    assert small.count == case.count
+    assert sum(small.prompt) + small.shared_prefix <= sum(case.prompt) + case.shared_prefix
+    assert 1 <= small.output[0] <= small.output[1] <= case.output[1]
+    # A decode case without a second token would divide by nothing.
+    assert small.output[0] >= min(2, case.output[0])
+    assert case.scaled(1) == case
+
+
+def test_warm_up_is_one_batch_of_few_tokens() -> None:
+    requests = CASES["mixed"].warm_up(NUM_TOKENS)
+    assert len(requests) == 16
+    assert max(request.max_tokens for request in requests) <= 4
+
+
+EVENTS = [(10.5, "a", 1), (10.5, "b", 1), (11.0, "a", 2), (11.5, "a", 3), (11.5, "c", 1), (12.5, "c", 2)]
+
+
+def _run() -> Run:
+    return summarise(10.0, EVENTS, [[7, 7, 7], [7], [7, 7]])
+
+
+def test_decoding_starts_when_the_last_request_has_its_first_token() -> None:
+    run = _run()
+    assert (run.first_token, run.all_started, run.end) == (10.5, 11.5, 12.5)
+    assert run.tokens_at_all_started == 5
+    assert run.output_lengths == [3, 1, 2]
+
+
+def test_figures_of_a_run() -> None:
+    requests = [Request([1] * 20, 3), Request([1] * 10, 1), Request([1] * 15, 2)]
+    figures = {case.metric: case.value(_run(), requests) for case in LOADED}
+    assert figures == {"decode": 1.0, "prefill": 30.0, "total": 51 / 2.5}
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "told"),
+    [([[7, 7, 7], [7], [7]], "6 tokens"), ([[7, 7, 7], [7], [7, 7], [7]], "3 requests")],
+    ids=["a token too many", "a request unseen"],
+)
+def test_a_run_whose_tokens_do_not_add_up_is_refused(token_ids: list[list[int]], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        summarise(10.0, EVENTS, token_ids)
+
+
+def test_static_batches_sort_by_output_and_lose_nobody() -> None:
+    requests = [Request([1], length) for length in (5, 1, 4, 2, 3)]
+    assert static_batches(requests, 2) == [[1, 3], [4, 2], [0]]
+    assert static_batches(requests, 0) == static_batches(requests, 5) == [[0, 1, 2, 3, 4]]
+
+
+def test_left_padding() -> None:
+    assert left_pad([[1, 2, 3], [4]], 9) == ([[1, 2, 3], [9, 9, 4]], [[1, 1, 1], [0, 0, 1]])

@@ -1,0 +1,103 @@
+"""Checkpoints and workers, with the real transformers on a tiny model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness.cases import Case, Request
+from harness.checkpoint import ensure_checkpoint
+from harness.shapes import SHAPES
+from harness.systems import LoadOptions
+from harness.worker import Worker, WorkerError, child_environment
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+SHAPE = dataclasses.replace(SHAPES["tiny"], dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ensure_checkpoint(tmp_path_factory.mktemp("checkpoints"), SHAPE)
+
+
+def test_the_checkpoint_has_every_tensor_of_the_model(checkpoint: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    factory: Any = AutoModelForCausalLM
+    model, report = factory.from_pretrained(checkpoint, output_loading_info=True)
+    assert not any(report.values()), report
+    assert sum(value.numel() for value in model.parameters()) == SHAPE.parameters
+
+
+def test_the_tokenizer_round_trips(checkpoint: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    text = "def führer(n):\n\treturn  '深'\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    eos = json.loads((checkpoint / "config.json").read_text())["eos_token_id"]
+    assert tokenizer.eos_token_id == eos
+    assert SHAPE.num_tokens < len(tokenizer) <= SHAPE.vocab_size
+
+
+def test_a_complete_checkpoint_is_kept_and_a_partial_one_is_not(checkpoint: Path) -> None:
+    stamp = (checkpoint / "model.safetensors").stat().st_mtime_ns
+    leftover = checkpoint.with_suffix(".part")
+    leftover.mkdir()
+    assert ensure_checkpoint(checkpoint.parent, SHAPE) == checkpoint
+    assert (checkpoint / "model.safetensors").stat().st_mtime_ns == stamp
+    other = dataclasses.replace(SHAPE, name="other")
+    (checkpoint.parent / "other-float32-v1.part" / "stale").mkdir(parents=True)
+    written = ensure_checkpoint(checkpoint.parent, other)
+    assert not (written / "stale").exists()
+
+
+def test_children_get_threads_and_may_cache_byte_code() -> None:
+    found = child_environment({"PYTHONDONTWRITEBYTECODE": "1", "HOME": "/home"}, 3)
+    assert found["OMP_NUM_THREADS"] == "3"
+    assert found["HOME"] == "/home"
+    assert "PYTHONDONTWRITEBYTECODE" not in found
+
+
+def test_errors_of_a_worker_reach_the_parent() -> None:
+    with Worker("machine", 1) as worker:
+        with pytest.raises(WorkerError, match="no system; known: npu-zoo, transformers"):
+            worker.run([Request([1], 1)])
+        with pytest.raises(WorkerError, match="unknown command 'fly'"):
+            worker.call("fly")
+        worker.process.kill()
+        with pytest.raises(WorkerError, match="ended with status -9"):
+            worker.call("peak_memory")
+
+
+@pytest.mark.slow
+def test_static_batches_do_not_change_what_transformers_says(checkpoint: Path) -> None:
+    case = Case("x", "x", "total", 6, (3, 40), (1, 9))
+    requests = case.requests(SHAPE.num_tokens, 0)
+    with Worker("transformers", 1) as worker:
+        worker.load(LoadOptions(SHAPE.model, str(checkpoint), SHAPE.dtype, SHAPE.max_model_len, 0, 1))
+        alone, padded = worker.run(requests, 1), worker.run(requests, 4)
+        assert worker.call("peak_memory") > 100 * 2**20
+    assert alone.token_ids == padded.token_ids
+    assert alone.output_lengths == [request.max_tokens for request in requests]
+    assert worker.started < alone.start < alone.first_token <= alone.all_started <= alone.end < padded.start
+
+
+@pytest.mark.slow
+def test_the_whole_script_on_a_tiny_model(tmp_path: Path) -> None:
+    record_file = tmp_path / "record.json"
+    options = ["--shape", "tiny", "--rounds", "1", "--threads", "1", "--cases", "decode-8,shared-prefix"]
+    command = [sys.executable, str(BENCHMARKS / "engine.py"), *options]
+    command += ["--workdir", str(tmp_path / "work"), "--json", str(record_file)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "default"})
+    assert done.returncode == 0, done.stderr
+    record = json.loads(record_file.read_text())
+    assert [case["name"] for case in record["cases"]] == ["decode-8", "shared-prefix"]
+    assert record["correctness"]["equal"] == record["correctness"]["requests"]
+    assert "decode, batch 8" in done.stdout

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from npu_zoo.cli.chat import Conversation
+from npu_zoo.core.config import SamplingParams
+from npu_zoo.core.engine import CompletionOutput, RequestMetrics, RequestOutput
+from npu_zoo.core.errors import PromptError
+
+LIMIT = 40
+
+
+class ParrotLLM:
+    """Says the last message back letter by letter; a conversation is as long as its contents together."""
+
+    def __init__(self) -> None:
+        self.engine = SimpleNamespace(config=SimpleNamespace(max_model_len=LIMIT), render_chat=self.render)
+        self.seen: list[list[dict[str, Any]]] = []
+        self.interrupt_at: int | None = None
+        self.closed = 0
+
+    def render(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        return [0] * sum(len(message["content"]) for message in messages)
+
+    def stream_chat(self, messages: Sequence[dict[str, Any]], params: SamplingParams) -> Iterator[RequestOutput]:
+        self.seen.append(list(messages))
+        if len(self.render(messages)) > LIMIT:
+            raise PromptError("too long")
+        return self._stream(messages[-1]["content"])
+
+    def _stream(self, text: str) -> Iterator[RequestOutput]:
+        try:
+            for end in range(1, len(text) + 1):
+                if end == self.interrupt_at:
+                    os.kill(os.getpid(), signal.SIGINT)
+                output = CompletionOutput(0, text[:end])
+                yield RequestOutput("0", None, [], [output], end == len(text), RequestMetrics(0.0))
+        finally:
+            self.closed += 1
+
+
+def talk(llm: ParrotLLM, *lines: str | type[BaseException], system: str | None = None) -> Conversation:
+    given = iter(lines)
+
+    def read_line() -> str:
+        line = next(given, EOFError)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    conversation = Conversation(llm, SamplingParams(max_tokens=4), system)  # type: ignore[arg-type]
+    conversation.loop(read_line)
+    return conversation
+
+
+def contents(messages: Sequence[dict[str, Any]]) -> list[str]:
+    return [message["content"] for message in messages]
+
+
+def test_turns_pile_up_until_the_end_of_input(capsys: pytest.CaptureFixture[str]) -> None:
+    llm = ParrotLLM()
+    conversation = talk(llm, "one", "", "two")
+    assert contents(conversation.messages) == ["one", "one", "two", "two"]
+    assert [message["role"] for message in llm.seen[1]] == ["user", "assistant", "user"]
+    assert capsys.readouterr().out == "one\ntwo\n\n"
+
+
+def test_exit_ends_and_clear_forgets(capsys: pytest.CaptureFixture[str]) -> None:
+    llm = ParrotLLM()
+    talk(llm, "one", "/clear", "two", "/exit", "three")
+    assert [contents(seen) for seen in llm.seen] == [["one"], ["two"]]
+
+
+def test_the_system_message_comes_first_and_starts_over() -> None:
+    llm = ParrotLLM()
+    talk(llm, "one", "/system be brief", "two", "/system", "three", system="old")
+    assert [contents(seen) for seen in llm.seen] == [["old", "one"], ["be brief", "two"], ["three"]]
+    assert llm.seen[0][0]["role"] == "system"
+
+
+def test_help_and_unknown_commands_are_no_messages(capsys: pytest.CaptureFixture[str]) -> None:
+    llm = ParrotLLM()
+    talk(llm, "/help", "/exot")
+    captured = capsys.readouterr()
+    assert "/clear" in captured.out
+    assert "there is no command /exot" in captured.err
+    assert llm.seen == []
+
+
+def test_an_interrupt_stops_the_answer_and_keeps_what_came(capsys: pytest.CaptureFixture[str]) -> None:
+    llm = ParrotLLM()
+    llm.interrupt_at = 3
+    conversation = talk(llm, "abcdef")
+    assert contents(conversation.messages) == ["abcdef", "abc"]
+    assert "abc\n(stopped)" in capsys.readouterr().out
+    assert llm.closed == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_at_the_prompt_clears_the_line_and_a_second_one_tells_how_to_end(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    llm = ParrotLLM()
+    talk(llm, KeyboardInterrupt, "a", KeyboardInterrupt, KeyboardInterrupt)
+    first, _, second = capsys.readouterr().out.partition("a\n")
+    assert "/exit" not in first
+    assert second.count("/exit") == 1
+
+
+def test_the_oldest_turns_go_when_the_conversation_no_longer_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    llm = ParrotLLM()
+    conversation = talk(llm, "a" * 10, "b" * 10, "c" * 10, system="s")
+    assert [contents(seen) for seen in llm.seen] == [
+        ["s", "a" * 10],
+        ["s", "a" * 10, "a" * 10, "b" * 10],
+        ["s", "b" * 10, "b" * 10, "c" * 10],
+    ]
+    assert len(conversation.messages) == 4
+    assert "the 2 oldest message(s) no longer fit" in capsys.readouterr().err
+
+
+def test_a_message_that_never_fits_is_refused_and_forgotten(capsys: pytest.CaptureFixture[str]) -> None:
+    llm = ParrotLLM()
+    conversation = talk(llm, "x" * 50, "y")
+    assert "error: too long" in capsys.readouterr().err
+    assert contents(conversation.messages) == ["y", "y"]

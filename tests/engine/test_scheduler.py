@@ -1,0 +1,290 @@
+"""The scheduler and the block manager together, against a cache that remembers what was written where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from npu_zoo.core.config import SamplingParams
+from npu_zoo.core.engine import CompletionOutput
+from npu_zoo.engine.block_manager import BlockManager, KVManager, SlotManager
+from npu_zoo.engine.scheduler import ScheduledRow, Scheduler
+from npu_zoo.engine.sequence import Sequence
+
+MAX_MODEL_LEN = 24
+
+
+class Simulation:
+    """Runs the scheduler with a cache whose every position holds the tokens that it was computed from.
+
+    Keys and values depend on all tokens before them, so a read is right only where the whole beginning is the reader's.
+    """
+
+    def __init__(self, kv: KVManager, slot_size: int, budget: int, max_num_seqs: int, chunked: bool = True) -> None:
+        self.kv, self.slot_size = kv, slot_size
+        self.budget, self.max_num_seqs, self.chunked = budget, max_num_seqs, chunked
+        self.scheduler = Scheduler(
+            kv, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, enable_chunked_prefill=chunked
+        )
+        self.cache: dict[tuple[int, int], tuple[int, ...]] = {}
+        self.live: list[Sequence] = []
+        self.finished: list[Sequence] = []
+
+    def add(self, prompt: list[int], max_tokens: int) -> Sequence:
+        max_tokens = min(max_tokens, MAX_MODEL_LEN - len(prompt))
+        sequence = Sequence(0, list(prompt), len(prompt), SamplingParams(), max_tokens, 0, CompletionOutput(0))
+        self.live.append(sequence)
+        self.scheduler.add(sequence)
+        return sequence
+
+    def abort(self, sequence: Sequence) -> None:
+        self.live.remove(sequence)
+        self.scheduler.remove(sequence)
+
+    def interrupted_step(self) -> None:
+        """A step that ends with nonsense in the cache where it would have written."""
+        for row in self.scheduler.schedule():
+            for position in range(row.start, row.start + row.num_tokens):
+                self.cache[self.place(row.sequence, position)] = ()
+
+    def step(self) -> list[ScheduledRow]:
+        rows = self.scheduler.schedule()
+        self.check_rows(rows)
+        for row in rows:
+            for position in range(row.start, row.start + row.num_tokens):
+                self.cache[self.place(row.sequence, position)] = tuple(row.sequence.token_ids[: position + 1])
+        for row in rows:
+            self.check_reads(row)
+        self.kv.settle()
+        sampling = [row.sequence for row in rows if row.samples]
+        for row in rows:
+            row.sequence.num_computed_tokens += row.num_tokens
+        for sequence in sampling:
+            self.append(sequence)
+        return rows
+
+    def append(self, sequence: Sequence) -> None:
+        # Equal beginnings go on equally, so that generated blocks are shared as well.
+        sequence.token_ids.append(sum(sequence.token_ids) % 3)
+        if sequence.num_output_tokens >= sequence.max_tokens:
+            self.abort(sequence)
+            self.finished.append(sequence)
+
+    def check_rows(self, rows: list[ScheduledRow]) -> None:
+        assert rows or not self.live
+        assert sum(row.num_tokens for row in rows) <= self.budget
+        assert len(self.scheduler.running) <= self.max_num_seqs
+        assert len({row.sequence.number for row in rows}) == len(rows)
+        for row in rows:
+            assert row.num_tokens > 0
+            assert row.start == row.sequence.num_computed_tokens
+            assert self.chunked or row.samples
+            assert len(row.sequence.slots) * self.slot_size >= row.start + row.num_tokens
+
+    def check_reads(self, row: ScheduledRow) -> None:
+        for position in range(row.start + row.num_tokens):
+            found = self.cache[self.place(row.sequence, position)]
+            assert found == tuple(row.sequence.token_ids[: position + 1])
+
+    def check_sharing(self) -> None:
+        """Several sequences hold one block only where it is full for each, and at the same place."""
+        places: dict[int, int] = {}
+        shared: set[int] = set()
+        for sequence in self.live:
+            for index, block in enumerate(sequence.slots):
+                assert places.setdefault(block, index) == index
+                if block in shared or sum(block in other.slots for other in self.live) > 1:
+                    shared.add(block)
+                    assert (index + 1) * self.slot_size <= sequence.num_tokens
+                    assert sequence.num_computed_tokens >= (index + 1) * self.slot_size
+
+    def place(self, sequence: Sequence, position: int) -> tuple[int, int]:
+        return sequence.slots[position // self.slot_size], position % self.slot_size
+
+
+def simulation(**changes: Any) -> Simulation:
+    options: dict[str, Any] = {
+        "num_blocks": 12, "block_size": 2, "caching": True, "budget": 24, "max_num_seqs": 4, "chunked": True
+    } | changes  # fmt: skip
+    kv = BlockManager(options["num_blocks"], options["block_size"], enable_prefix_caching=options["caching"])
+    return Simulation(kv, options["block_size"], options["budget"], options["max_num_seqs"], options["chunked"])
+
+
+PROMPTS = st.lists(st.integers(0, 2), min_size=1, max_size=20)
+"""Of few tokens, so that beginnings are often equal."""
+
+
+class Machine(RuleBasedStateMachine):
+    """Requests come, go, and are interrupted, in any order, in a cache with room for little more than one."""
+
+    @initialize(
+        block_size=st.integers(1, 5),
+        spare=st.integers(0, 12),
+        caching=st.booleans(),
+        chunked=st.booleans(),
+        budget=st.integers(1, 30),
+        max_num_seqs=st.integers(1, 5),
+    )
+    def begin(self, block_size: int, spare: int, budget: int, chunked: bool, **more: Any) -> None:
+        budget = budget if chunked else budget + MAX_MODEL_LEN
+        num_blocks = -(-MAX_MODEL_LEN // block_size) + spare
+        self.run = simulation(num_blocks=num_blocks, block_size=block_size, budget=budget, chunked=chunked, **more)
+
+    @rule(prompt=PROMPTS, max_tokens=st.integers(1, 8))
+    def add(self, prompt: list[int], max_tokens: int) -> None:
+        self.run.add(prompt, max_tokens)
+
+    @rule()
+    def step(self) -> None:
+        self.run.step()
+        self.run.check_sharing()
+
+    @rule()
+    def interrupted_step(self) -> None:
+        self.run.interrupted_step()
+
+    @precondition(lambda self: self.run.live)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        self.run.abort(data.draw(st.sampled_from(self.run.live)))
+
+    @invariant()
+    def books_balance(self) -> None:
+        if hasattr(self, "run"):
+            self.run.kv.check(self.run.live)  # type: ignore[attr-defined]
+
+    def teardown(self) -> None:
+        if not hasattr(self, "run"):
+            return
+        bound = 100 + 50 * len(self.run.live)
+        while self.run.live and bound:
+            self.run.step()
+            bound -= 1
+        assert self.run.live == []
+        assert self.run.kv.num_free == self.run.kv.num_total
+
+
+TestMachine = Machine.TestCase
+TestMachine.settings = settings(max_examples=60, stateful_step_count=40)
+
+
+def requests() -> st.SearchStrategy[list[tuple[list[int], int]]]:
+    return st.lists(st.tuples(PROMPTS, st.integers(1, 8)), min_size=1, max_size=12)
+
+
+def drain(run: Simulation) -> Iterator[list[ScheduledRow]]:
+    for _ in range(2000):
+        if not run.live:
+            return
+        yield run.step()
+    raise AssertionError(f"{len(run.live)} sequences do not finish")
+
+
+@given(arriving=requests(), chunked=st.booleans(), budget=st.integers(1, 30))
+def test_the_first_that_came_gets_on_in_every_step(
+    arriving: list[tuple[list[int], int]], chunked: bool, budget: int
+) -> None:
+    run = simulation(chunked=chunked, budget=budget if chunked else budget + MAX_MODEL_LEN)
+    for prompt, max_tokens in arriving:
+        run.add(prompt, max_tokens)
+    for _ in range(2000):
+        if not run.live:
+            break
+        first, preemptions = run.live[0], run.live[0].preemptions
+        assert first in [row.sequence for row in run.step()]
+        assert first.preemptions == preemptions
+    assert len(run.finished) == len(arriving)
+
+
+@given(arriving=requests())
+def test_room_for_all_means_no_preemption(arriving: list[tuple[list[int], int]]) -> None:
+    run = simulation(num_blocks=4 * MAX_MODEL_LEN // 2, max_num_seqs=4)
+    for prompt, max_tokens in arriving:
+        run.add(prompt, max_tokens)
+    for _ in drain(run):
+        assert all(sequence.preemptions == 0 for sequence in run.live)
+
+
+@given(arriving=requests(), num_slots=st.integers(1, 4))
+def test_slots_are_handed_out_and_come_back(arriving: list[tuple[list[int], int]], num_slots: int) -> None:
+    run = Simulation(SlotManager(num_slots, MAX_MODEL_LEN), MAX_MODEL_LEN, budget=7, max_num_seqs=8)
+    for prompt, max_tokens in arriving:
+        run.add(prompt, max_tokens)
+    for _ in drain(run):
+        held = [slot for sequence in run.live for slot in sequence.slots]
+        assert len(set(held)) == len(held) == num_slots - run.kv.num_free
+        assert all(sequence.preemptions == 0 for sequence in run.live)
+    assert run.kv.num_free == num_slots
+
+
+def test_a_long_prompt_is_split_and_single_tokens_go_first() -> None:
+    run = simulation(budget=6)
+    run.add([1, 2], 5)
+    run.step()
+    run.add([0] * 16, 2)
+    shares = [[(row.start, row.num_tokens) for row in run.step()] for _ in range(3)]
+    assert shares == [[(2, 1), (0, 5)], [(3, 1), (5, 5)], [(4, 1), (10, 5)]]
+
+
+def test_the_last_that_came_gives_way() -> None:
+    run = simulation(num_blocks=12, caching=False, budget=24)
+    first, last = run.add([1] * 10, 12), run.add([2] * 10, 12)
+    for _ in drain(run):
+        assert first.preemptions == 0
+    assert last.preemptions > 0
+    assert [s.num_output_tokens for s in run.finished] == [12, 12]
+
+
+def test_what_waits_behind_a_request_without_room_does_not_overtake_it() -> None:
+    run = simulation(caching=False)
+    run.add([1] * 16, 4)
+    large, small = run.add([2] * 16, 1), run.add([0], 1)
+    rows = run.step()
+    assert [row.sequence for row in rows] == [run.live[0]]
+    for _ in drain(run):
+        if small in run.finished:
+            assert large in run.finished
+
+
+def test_no_chunk_is_computed_before_there_is_room_for_the_whole_prompt() -> None:
+    run = simulation(caching=False, budget=4)
+    run.add([1] * 12, 8)
+    long = run.add([2] * 16, 1)
+    for rows in drain(run):
+        assert long.preemptions == 0
+        assert all(row.num_tokens <= 4 for row in rows)
+    assert run.finished[-1] is long
+
+
+def test_who_shares_blocks_of_an_interrupted_step_computes_them_anew() -> None:
+    run = simulation(num_blocks=24)
+    writer, reader = run.add([1] * 9, 4), run.add([1] * 9, 4)
+    run.interrupted_step()
+    assert set(reader.slots) & set(writer.slots)
+    run.abort(writer)
+    for _ in drain(run):
+        pass
+    assert reader in run.finished
+
+
+def test_nothing_of_an_interrupted_step_is_shared_later() -> None:
+    run = simulation(num_blocks=24)
+    run.add([1] * 9, 4)
+    run.interrupted_step()
+    run.abort(run.live[0])
+    later = run.add([1] * 9, 4)
+    rows = run.step()
+    assert [(row.sequence, row.start) for row in rows] == [(later, 0)]
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_blocks_are_shared_only_where_that_is_asked_for(caching: bool) -> None:
+    run = simulation(caching=caching, num_blocks=24)
+    first, second = run.add([1] * 9, 4), run.add([1] * 9, 4)
+    run.step()
+    assert len(set(first.slots) & set(second.slots)) == (4 if caching else 0)

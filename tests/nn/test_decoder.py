@@ -1,0 +1,122 @@
+"""The shared decoder's parameters and where a checkpoint's tensors go."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM as TheirLlama
+
+from npu_zoo.checkpoint import read_config
+from npu_zoo.core.config import KernelChoice, ModelConfig
+from npu_zoo.nn.context import BuildContext
+from npu_zoo.nn.decoder import LlamaForCausalLM
+from npu_zoo.nn.kernels.table import Kernels, bind_kernels
+from npu_zoo.nn.linear import Linear
+from npu_zoo.nn.model import build_on_meta
+from npu_zoo.testing.checkpoints import write_llama_checkpoint
+
+
+@pytest.fixture(params=[{}, {"tie_word_embeddings": True}, {"num_key_value_heads": 1, "head_dim": 24}], ids=str)
+def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    options: dict[str, Any] = request.param
+    return write_llama_checkpoint(tmp_path / "weights", tokenizer=False, **options)
+
+
+def reference_kernels() -> Kernels:
+    names = [name for name in Kernels.__dataclass_fields__ if name != "more"]
+    where = "npu_zoo.nn.kernels.reference:"
+    return bind_kernels(
+        KernelChoice(name, name, where + ("Linear" if name == "linear" else name), "", True) for name in names
+    )
+
+
+def build(directory: Path, kernels: Kernels | None = None) -> LlamaForCausalLM:
+    context = BuildContext(kernels or reference_kernels(), torch.float32, 64)
+    model = build_on_meta(LlamaForCausalLM, ModelConfig.from_hf(read_config(directory)), context)
+    assert isinstance(model, LlamaForCausalLM)
+    return model
+
+
+def test_names_and_shapes_are_transformers(directory: Path) -> None:
+    theirs = TheirLlama.from_pretrained(directory).state_dict()
+    ours = build(directory).checkpoint_tensors()
+    assert {name: tuple(t.shape) for name, t in ours.items()} == {name: tuple(t.shape) for name, t in theirs.items()}
+
+
+def test_a_tied_head_need_not_be_stored(directory: Path) -> None:
+    model = build(directory)
+    assert model.optional_tensors() == ({"lm_head.weight"} if model.config.tie_word_embeddings else set())
+
+
+def test_the_parts_of_a_layer_fill_it_without_gap_or_overlap(directory: Path) -> None:
+    model = build(directory).to_empty(device="cpu")
+    for number, tensor in enumerate(model.checkpoint_tensors().values()):
+        tensor.fill_(number + 1)
+    assert model.parameter_bytes() == 4 * sum(t.numel() for t in model.checkpoint_tensors().values())
+    for parameter in model.parameters():
+        assert (parameter > 0).all()
+    attention = model.model.layers[1].self_attn
+    blocks = attention.qkv_proj.weight[:, 0].unique_consecutive()
+    names = list(model.checkpoint_tensors())
+    assert blocks.tolist() == [names.index(f"model.layers.1.self_attn.{n}_proj.weight") + 1 for n in "qkv"]
+
+
+class Transposed:
+    """A kernel that keeps the weight in a layout of its own."""
+
+    @staticmethod
+    def pack(weight: Tensor) -> Tensor:
+        return weight.t().contiguous()
+
+    @staticmethod
+    def apply(x: Tensor, packed: Tensor) -> Tensor:
+        return x @ packed
+
+
+@pytest.mark.parametrize("own_layout", [False, True])
+def test_packing_keeps_the_values_and_drops_the_first_copy(own_layout: bool) -> None:
+    kernels = dataclasses.replace(reference_kernels(), **({"linear": Transposed} if own_layout else {}))
+    layer = Linear(3, {"a": 2, "b": 1}, BuildContext(kernels, torch.float32, 8))
+    weight = torch.arange(9.0).reshape(3, 3)
+    for view, part in zip(layer.checkpoint_views(), weight.split((2, 1)), strict=True):
+        view.copy_(part)
+    x = torch.tensor([[1.0, 2.0, 3.0]])
+    before = layer(x) if not own_layout else x @ weight.t()
+    layer.pack()
+    assert torch.equal(layer(x), before)
+    assert torch.equal(before, x @ weight.t())
+    assert layer.weight.numel() == (0 if own_layout else 9)
+
+
+@pytest.mark.parametrize("own_layout", [False, True])
+def test_a_tied_head_multiplies_with_the_embedding(tmp_path: Path, own_layout: bool) -> None:
+    """Even where the checkpoint stores a head too."""
+    directory = write_llama_checkpoint(tmp_path / "weights", tokenizer=False, tie_word_embeddings=True)
+    kernels = dataclasses.replace(reference_kernels(), **({"linear": Transposed} if own_layout else {}))
+    model = build(directory, kernels).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in model.checkpoint_tensors().items():
+        tensor.normal_(generator=generator)
+        model.tensor_loaded(name)
+    model.finish_loading()
+    hidden = torch.ones(1, 64)
+    assert torch.allclose(model.compute_logits(hidden), hidden @ model.model.embed_tokens.weight.t(), atol=1e-4)
+    assert model.model.embed_tokens.weight.shape == (320, 64)
+
+
+def test_a_layer_is_packed_once_all_its_parts_are_in(tmp_path: Path) -> None:
+    directory = write_llama_checkpoint(tmp_path / "weights", tokenizer=False)
+    kernels = dataclasses.replace(reference_kernels(), linear=Transposed)
+    model = build(directory, kernels).to_empty(device="cpu")
+    weights = [model.model.layers[0].self_attn.qkv_proj, model.model.layers[1].self_attn.qkv_proj]
+    for part in "kvq":
+        assert [layer.weight.numel() for layer in weights] == [128 * 64, 128 * 64]
+        model.tensor_loaded(f"model.layers.0.self_attn.{part}_proj.weight")
+    assert [layer.weight.numel() for layer in weights] == [0, 128 * 64]
+    model.finish_loading()
+    assert [layer.weight.numel() for layer in weights] == [0, 0]
