@@ -87,6 +87,10 @@ def create_engine(config: EngineConfig, progress: Progress | None = None) -> Eng
 def _verdict(args: EngineArgs, request: Request, registry: Registry) -> Verdict:
     matrix = request.family.matrix
     sharing = [b for b in registry.attention_backends.values() if b.kind == request.attention and b.prefix_caching]
+    if request.attention == "flash" and args.block_size is not None:
+        raise ConfigError(
+            f"block_size={args.block_size} is for --attention paged; flash keeps a sequence contiguous, without blocks"
+        )
     if not sharing:
         conflict = Conflict(
             first=("attention", request.attention),

@@ -24,6 +24,7 @@ from npu_zoo.registry import get_registry, load_code
 from npu_zoo.weights.load import compare_shapes, load_weights
 
 _WEIGHTS_PER_THREAD = 16 * 2**20
+_TORCH_THREADS = torch.get_num_threads()  # its own choice, which a model that runs here may lower for itself
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def default_threads(parameter_bytes: int) -> int:
 
     The share of a smaller model is computed sooner than threads meet at a barrier, and much sooner on a busy machine.
     """
-    return max(1, min(torch.get_num_threads(), parameter_bytes // _WEIGHTS_PER_THREAD))
+    return max(1, min(_TORCH_THREADS, parameter_bytes // _WEIGHTS_PER_THREAD))
 
 
 def free_memory(device: torch.device) -> int:

@@ -65,31 +65,26 @@ class Scheduler:
         for sequence in reversed(self._kv.discard_unsettled(self.running)):
             self.running.remove(sequence)
             self._preempt(sequence)
-        rows, preempted = self._schedule_running()
-        if not preempted:
-            self._admit(rows)
+        rows = self._schedule_running()
+        self._admit(rows)
         rows.sort(key=lambda row: row.num_tokens > 1)
         return rows
 
-    def _schedule_running(self) -> tuple[list[ScheduledRow], bool]:
+    def _schedule_running(self) -> list[ScheduledRow]:
         rows: list[ScheduledRow] = []
-        budget, preempted, position = self._max_num_batched_tokens, False, 0
+        budget, position = self._max_num_batched_tokens, 0
         while position < len(self.running) and budget > 0:
             sequence = self.running[position]
-            missing = sequence.num_tokens - sequence.num_computed_tokens
-            num_tokens = min(missing, budget)
-            if num_tokens < missing and not self._chunked:
-                break
+            num_tokens = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
             while not self._kv.reserve(sequence, sequence.num_computed_tokens + num_tokens):
-                preempted = True
                 victim = self.running.pop()
                 self._preempt(victim)
                 if victim is sequence:
-                    return rows, preempted
+                    return rows
             rows.append(self._row(sequence, num_tokens))
             budget -= num_tokens
             position += 1
-        return rows, preempted
+        return rows
 
     def _admit(self, rows: list[ScheduledRow]) -> None:
         budget = self._max_num_batched_tokens - sum(row.num_tokens for row in rows)

@@ -43,7 +43,7 @@ class Plugin:
                 model="nowhere.model:Model",
                 variants=(VariantSpec(name="small", size="small", stop_token_ids=(7, 2)),),
                 default_variant="small",
-                rows=(row,),
+                rows=(row, row.model_copy(update={"dtype": ("bfloat16",), "world_size": (4,)})),
             )
         ]
 
@@ -195,6 +195,14 @@ def test_more_devices_than_the_engine_takes(registry: Registry, weights: Weights
     assert "engine native runs on at most 1 device(s) in this version, and the request takes 2" in str(refusal)
 
 
+def test_the_smallest_world_is_that_of_the_dtype(registry: Registry) -> None:
+    worlds = {
+        dtype: check(EngineArgs(model="wide:small", hardware="cpu", dtype=dtype), registry).request["world_size"]
+        for dtype in ("fp16", "bf16")
+    }
+    assert worlds == {"fp16": 1, "bf16": 4}
+
+
 def test_hardware_that_the_matrix_has_and_the_engine_has_not(weights: Weights) -> None:
     with pytest.raises(HardwareError, match=r"does not run on atlas_800i_a2 \(chip ascend910b\).*runs on cpu, cuda"):
         config_of(weights(), hardware="atlas_800i_a2", allow_experimental=True)
@@ -313,3 +321,8 @@ def test_an_engine_that_cannot_be_imported(weights: Weights) -> None:
     broken = unchecked_config(config_of(weights()), engine_class="npu_zoo.engine.nowhere:Engine")
     with pytest.raises(PluginError, match="nowhere"):
         create_engine(broken)
+
+
+def test_a_block_size_is_refused_where_there_are_no_blocks() -> None:
+    with pytest.raises(ConfigError, match="block_size=16 is for --attention paged"):
+        check(EngineArgs(model="deepseek_coder", hardware="cpu", attention="flash", block_size=16))

@@ -39,6 +39,12 @@ def llm(request: pytest.FixtureRequest, launch: Launch, checkpoint: Path) -> LLM
     return launch(checkpoint, attention=request.param)
 
 
+@pytest.fixture(params=[2048, 20])
+def chunked(request: pytest.FixtureRequest, launch: Launch, checkpoint: Path) -> LLM:
+    """An engine whose steps take whole prompts, and one that splits them."""
+    return launch(checkpoint, max_num_batched_tokens=request.param)
+
+
 @pytest.fixture(scope="module")
 def reference(launch: Launch, checkpoint: Path) -> LLM:
     """Another engine, which shares nothing between requests and is never interrupted."""
@@ -61,6 +67,7 @@ def test_a_stream_grows_to_what_generate_gives(llm: LLM, due: list[str]) -> None
         assert output.outputs[0].text.startswith(seen[-1])
         seen.append(output.outputs[0].text)
     assert len(seen) == 13
+    assert len(set(seen)) > 6
     assert seen[-1] == due[0]
     assert output.finished
     assert is_clean(llm)
@@ -188,12 +195,13 @@ def test_an_interrupted_step_spoils_nothing(
         assert texts(llm.generate(PROMPTS, GREEDY)) == due
 
 
-@pytest.mark.parametrize("when", [1, 2, 5])
+@pytest.mark.parametrize("when", [1, 2, 6])
 @pytest.mark.parametrize(("part", "name", "after"), PLACES)
 def test_requests_go_on_after_an_interrupted_step(
-    llm: LLM, reference: LLM, monkeypatch: pytest.MonkeyPatch, part: str, name: str, after: bool, when: int
+    chunked: LLM, reference: LLM, monkeypatch: pytest.MonkeyPatch, part: str, name: str, after: bool, when: int
 ) -> None:
     """As in a server that aborts one request of a failed step and keeps the others."""
+    llm = chunked
     shared = [9, 8, 7] * 24
     plain = SamplingParams(temperature=0, max_tokens=8, logprobs=1, ignore_eos=True)
     requests = {"b": ([*shared, 5], plain), "c": (shared, replace(plain, prompt_logprobs=1))}

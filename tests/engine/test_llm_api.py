@@ -26,6 +26,7 @@ from npu_zoo.core.errors import (
     WeightsError,
 )
 from npu_zoo.dispatch import create_engine, resolve
+from npu_zoo.engine import runner
 from npu_zoo.testing.checkpoints import write_llama_checkpoint
 from npu_zoo.testing.door import unchecked_config
 
@@ -167,6 +168,15 @@ def test_more_cache_than_there_is_memory(launch: Launch, checkpoint: Path, monke
     monkeypatch.setattr("npu_zoo.engine.runner.free_memory", lambda device: 1000)
     with pytest.raises(HardwareError, match="take a smaller variant"):
         launch(checkpoint)
+
+
+def test_a_small_model_takes_few_threads_and_leaves_the_next_one_its_own(
+    launch: Launch, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "_TORCH_THREADS", 4)
+    launch(checkpoint, threads=None)
+    assert torch.get_num_threads() == 1
+    assert [runner.default_threads(size * 2**20) for size in (0, 16, 33, 4096)] == [1, 1, 2, 4]
 
 
 def test_flash_runs_without_a_shared_cache(launch: Launch, checkpoint: Path, promised: LLM) -> None:

@@ -102,6 +102,7 @@ def test_a_low_temperature_is_greedy_and_a_high_one_uniform() -> None:
         {"top_k": 10},
         {"top_k": 99},
         {"top_p": 1e-9},
+        {"top_p": 1e-60},
         {"top_p": 0.3},
         {"top_p": 0.73},
         {"min_p": 0.33},
@@ -147,6 +148,11 @@ def test_the_largest_draw_stays_inside(monkeypatch: pytest.MonkeyPatch) -> None:
     digest = SimpleNamespace(digest=lambda: b"\xff" * 8)
     monkeypatch.setattr(hashlib, "blake2b", lambda *args, **kwargs: digest)
     assert sample([[5.0, 0.0, 0.0]], [sequence_of(top_k=1)]) == [0]
+
+
+def test_the_smallest_draw_is_of_a_token_that_was_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler_module, "_uniform", lambda sequence: 0.0)
+    assert sample([[0.0, 5.0, 0.0]], [sequence_of(top_k=1)]) == [1]
 
 
 def test_a_draw_depends_on_seed_completion_and_position() -> None:

@@ -231,6 +231,13 @@ def test_a_long_prompt_is_split_and_single_tokens_go_first() -> None:
     assert shares == [[(2, 1), (0, 5)], [(3, 1), (5, 5)], [(4, 1), (10, 5)]]
 
 
+def test_single_tokens_go_first_among_new_ones_too() -> None:
+    run = simulation()
+    for prompt in ([1, 2, 0], [2], [1, 1], [0]):
+        run.add(prompt, 3)
+    assert [row.num_tokens for row in run.step()] == [1, 1, 3, 2]
+
+
 def test_the_last_that_came_gives_way() -> None:
     run = simulation(num_blocks=12, caching=False, budget=24)
     first, last = run.add([1] * 10, 12), run.add([2] * 10, 12)

@@ -78,7 +78,7 @@ def test_long_lists_are_cut_with_their_count() -> None:
 def test_optional_and_ignored_names_are_kept_in_the_report(tmp_path: Path) -> None:
     destinations = {"w": torch.zeros(1), "lm_head": torch.full((1,), 7.0), "a.inv_freq": torch.zeros(1)}
     tensors = {name: torch.ones(1) for name in ("w", "a.inv_freq", "b.inv_freq")}
-    report = load_weights(destinations, loader(tmp_path, tensors), optional=["lm_head"], ignored=["*.inv_freq"])
+    report = load_weights(dict(destinations), loader(tmp_path, tensors), optional=["lm_head"], ignored=["*.inv_freq"])
     assert (report.tensors, report.absent, report.ignored) == (2, ("lm_head",), ("b.inv_freq",))
     assert [float(tensor) for tensor in destinations.values()] == [1.0, 7.0, 1.0]
 
@@ -105,3 +105,14 @@ def test_progress_counts_bytes_to_the_end(tmp_path: Path) -> None:
         progress=lambda done, total: calls.append((done, total)),
     )
     assert calls == [(4, 16), (16, 16)]
+
+
+def test_a_filled_destination_is_given_up_when_its_loading_is_told(tmp_path: Path) -> None:
+    tensors = {"a": torch.ones(1), "b": torch.ones(3)}
+    destinations = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    told: list[tuple[str, bool]] = []
+    load_weights(
+        destinations, loader(tmp_path, tensors), on_loaded=lambda name: told.append((name, name in destinations))
+    )
+    assert sorted(told) == [("a", False), ("b", False)]
+    assert destinations == {}

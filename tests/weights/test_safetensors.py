@@ -301,7 +301,7 @@ loader = SafetensorsLoader(pathlib.Path(sys.argv[1]))
 torch.ones(8).to(torch.float32).copy_(torch.ones(8))
 before = peak()
 own = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in loader.shapes().items()}
-load_weights(own, loader)
+load_weights(dict(own), loader)
 print((peak() - before) / loader.total_bytes(), float(own["layer.29"][-1, -1]))
 """
 

@@ -1,0 +1,75 @@
+"""What the READMEs show is what happens: their sessions and their Python are run, their links lead somewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = ["README.md", "README.zh-CN.md"]
+MEASURED = re.compile(r"tokens/s")
+
+
+def sessions() -> list[tuple[str, str, list[str]]]:
+    """Page, command and shown output of every command in a console block."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"```console\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL):
+            for entry in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+                command, _, output = entry.partition("\n")
+                found.append((page, command, output.splitlines()))
+    return found
+
+
+def comparable(lines: list[str]) -> list[str]:
+    """Lines without what is measured anew in every run; in any order, for two streams meet in one terminal."""
+    return sorted(line.rstrip() for line in lines if line.strip() and not MEASURED.search(line))
+
+
+@pytest.mark.parametrize(("page", "command", "shown"), sessions())
+def test_a_session_shows_what_its_command_prints(page: str, command: str, shown: list[str]) -> None:
+    program, *arguments = shlex.split(command)
+    assert program == "npu-zoo"
+    run = subprocess.run(
+        [sys.executable, "-m", "npu_zoo", *arguments],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "COLUMNS": "100"},
+        check=False,
+    )
+    assert comparable((run.stdout + run.stderr).splitlines()) == comparable(shown), f"{page}: {command}"
+
+
+def test_both_pages_have_a_session() -> None:
+    assert {page for page, _, _ in sessions()} == set(PAGES)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_python_of_the_readme_runs(page: str) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        subprocess.run([sys.executable, "-W", "error", "-c", block], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        *PAGES,
+        "CONTRIBUTING.md",
+        "benchmarks/README.md",
+        *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md"))),
+    ],
+)
+def test_links_lead_somewhere(page: str) -> None:
+    path = ROOT / page
+    for target in re.findall(r"\]\(([^)#\s]+)\)", path.read_text(encoding="utf-8")):
+        if not re.match(r"[a-z]+:", target):
+            assert (path.parent / target).exists(), target
