@@ -163,8 +163,8 @@ def _environment_key(variable: str) -> str:
     known.update({SAMPLING_PREFIX + name.upper(): f"sampling.{name}" for name in SAMPLING_FIELDS})
     if variable not in known:
         raise ConfigError(
-            f"the environment variable {variable} is no setting{_nearest(variable, (*known, *PROCESS_VARIABLES))}; "
-            "unset it, or see `npu-zoo config show` for the settings"
+            f"the environment variable {variable} is no setting; unset it, or see `npu-zoo config show` for the "
+            f"settings{_nearest(variable, (*known, *PROCESS_VARIABLES))}"
         )
     return ALIASES.get(known[variable], known[variable])
 

@@ -14,6 +14,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"npu-zoo {__version__}")
         return 0
-    from npu_zoo.cli.app import run_app
+    try:
+        from npu_zoo.cli.app import run_app
 
-    return run_app(arguments)
+        return run_app(arguments)
+    except KeyboardInterrupt:  # while the imports still run
+        return 130

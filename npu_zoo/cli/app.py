@@ -7,9 +7,10 @@ import os
 import sys
 import traceback
 from dataclasses import dataclass
+from typing import TypeVar
 
 import typer
-from typer.models import CommandInfo
+from typer.models import CommandInfo, TyperInfo
 
 from npu_zoo import __version__
 from npu_zoo.cli import chat, config, explain, matrix, plugins, run
@@ -20,6 +21,8 @@ from npu_zoo.registry import get_registry
 PROGRAM = "npu-zoo"
 INTERRUPTED = 130
 USAGE = 2
+
+Info = TypeVar("Info", CommandInfo, TyperInfo)
 
 
 @dataclass
@@ -65,27 +68,33 @@ def build_app() -> typer.Typer:
 
 
 def _with_plugins(app: typer.Typer) -> typer.Typer:
-    """Add the plugins' commands; one that takes a name of the zoo's own is left out."""
-    commands, groups = list(app.registered_commands), list(app.registered_groups)
+    """Add the plugins' commands; one that takes a name of the zoo's own or of an earlier plugin is left out."""
+    commands, groups, callback = list(app.registered_commands), list(app.registered_groups), app.registered_callback
     get_registry().add_commands(app)
+    if app.registered_callback is not callback:
+        app.registered_callback = callback
+        print("warning: a plugin's app.callback() is left out: the root's options are the zoo's", file=sys.stderr)
     taken = {command.name for command in commands} | {group.name for group in groups}
-    app.registered_commands[:] = commands + [
-        added for added in app.registered_commands[len(commands) :] if _is_free(_command_name(added), taken)
-    ]
-    app.registered_groups[:] = groups + [
-        added for added in app.registered_groups[len(groups) :] if _is_free(added.name, taken)
-    ]
+    app.registered_commands[:] = commands + _unclaimed(app.registered_commands[len(commands) :], taken)
+    app.registered_groups[:] = groups + _unclaimed(app.registered_groups[len(groups) :], taken)
     return app
+
+
+def _unclaimed(added: list[Info], taken: set[str | None]) -> list[Info]:
+    """Those whose name is not taken yet; their names are taken then."""
+    kept = []
+    for info in added:
+        name = _command_name(info) if isinstance(info, CommandInfo) else info.name
+        if name in taken:
+            print(f"warning: a plugin's command '{name}' is left out: the name is taken", file=sys.stderr)
+        else:
+            taken.add(name)
+            kept.append(info)
+    return kept
 
 
 def _command_name(info: CommandInfo) -> str:
     return info.name or (info.callback.__name__ if info.callback else "").lower().replace("_", "-")
-
-
-def _is_free(name: str | None, taken: set[str | None]) -> bool:
-    if name in taken:
-        print(f"warning: a plugin's command '{name}' is left out: the name is taken", file=sys.stderr)
-    return name not in taken
 
 
 def run_app(arguments: list[str]) -> int:

@@ -15,6 +15,7 @@ from npu_zoo.core.features import Attention, FeatureRow, Verdict
 from npu_zoo.core.hardware import DType, chip_of
 from npu_zoo.dispatch import check, resolve
 from npu_zoo.registry import get_registry
+from npu_zoo.request import read_request
 from npu_zoo.selection import select_attention, select_kernels
 from npu_zoo.settings import Settings
 
@@ -77,10 +78,10 @@ def explain_request(args: EngineArgs) -> Explanation:
 def _without_weights(args: EngineArgs, verdict: Verdict, row: FeatureRow, obstacle: NpuZooError) -> Explanation:
     registry, request = get_registry(), verdict.request
     chip, dtype = chip_of(str(request["hardware"])).name, cast("DType", request["dtype"])
-    _, variant = registry.find(verdict.model)
+    _, model_config = read_request(args, registry)
     attention: AttentionChoice | str = "depends on the head size of the checkpoint; give --weights"
-    if variant and variant.config:
-        kind, head_dim = cast("Attention", request["attention"]), variant.config.head_dim
+    if model_config:
+        kind, head_dim = cast("Attention", request["attention"]), model_config.head_dim
         attention = _or_reason(
             lambda: select_attention(registry.attention_backends, kind, chip, dtype, head_dim, args.block_size)
         )

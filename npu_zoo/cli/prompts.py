@@ -44,7 +44,7 @@ class PromptOptions:
         """Every prompt in order: texts, then the file's lines; or token ids; or a hole to fill; or standard input.
 
         Raises:
-            UsageError: kinds are mixed, or a file cannot be read.
+            UsageError: kinds are mixed, or a file cannot be read or holds no prompt.
         """
         fim = self._fim()
         texts = [*(self.texts or ()), *(_lines(self.file) if self.file else ())]
@@ -55,8 +55,9 @@ class PromptOptions:
             return [Prompt(fim=fim)]
         if ids:
             return [Prompt(token_ids=found) for found in ids]
-        if not texts and not self.file:
-            texts = _standard_input()
+        if not texts and self.file:
+            raise UsageError(f"{self.file} holds no prompt; write one a line")
+        texts = texts or _standard_input()
         return [Prompt(text=text) for text in texts]
 
     def _fim(self) -> tuple[str, str] | None:
@@ -77,12 +78,15 @@ def read_text(path: Path) -> str:
     Raises:
         UsageError: it cannot be read or is not UTF-8.
     """
+    standard = str(path) == "-"
+    name = "standard input" if standard else str(path)
     try:
-        return sys.stdin.read() if str(path) == "-" else path.read_bytes().decode("utf-8-sig")
+        # Not the text stream: what it decodes with depends on the locale.
+        return (sys.stdin.buffer.read() if standard else path.read_bytes()).decode("utf-8-sig")
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
+        raise UsageError(f"cannot read {name}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8: {error}") from error
+        raise UsageError(f"{name} is not UTF-8: {error}") from error
 
 
 def _lines(path: Path) -> list[str]:
@@ -97,8 +101,8 @@ def _lines(path: Path) -> list[str]:
 
 
 def _standard_input() -> list[str]:
-    """All of standard input as one prompt, without its last line feed; nothing from a terminal."""
+    """All of standard input as one prompt, without its last line end; nothing from a terminal."""
     if sys.stdin is None or sys.stdin.isatty():
         return []
     text = read_text(Path("-"))
-    return [text.removesuffix("\n")] if text.strip() else []
+    return [text.removesuffix("\n").removesuffix("\r")] if text.strip() else []

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from npu_zoo import dispatch
 from npu_zoo.core.features import AXES, FeatureRow
 
 DUO = ("--hardware", "atlas_300i_duo")
@@ -87,6 +88,16 @@ def test_explain_without_weights_says_what_does_not_depend_on_them(cli: Callable
     assert "--weights DIR" in data["obstacle"]
     assert {"rms_norm", "linear"} <= {kernel["operation"] for kernel in data["kernels"]}
     assert data["attention"]["block_size"] > 0
+
+
+def test_explain_knows_the_head_size_of_the_demo_where_the_engine_cannot_start(
+    cli: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "is_importable", lambda module: module != "torch")
+    ran = cli("explain", "--model", "deepseek_coder", "--hardware", "cpu", "--json")
+    assert ran.code == 4
+    assert "needs torch" in ran.err
+    assert json.loads(ran.out)["attention"]["block_size"] > 0
 
 
 def test_explain_names_engine_backend_block_size_and_kernels(cli: Callable) -> None:

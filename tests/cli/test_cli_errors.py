@@ -5,13 +5,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import typer
 
 from npu_zoo import hookimpl
 from npu_zoo.cli import app as cli_app
+from npu_zoo.cli import main
 from npu_zoo.core.errors import (
     EngineError,
     HardwareError,
@@ -122,6 +123,34 @@ def test_a_plugins_command_cannot_take_a_name_of_the_zoo(cli: Callable, plugin_c
     ran = cli("check", "--help")
     assert "Check a request against the feature matrix." in ran.out
     assert "a plugin's command 'check' is left out" in ran.err
+
+
+def test_of_two_commands_of_a_name_the_first_stays(cli: Callable, plugin_commands: Callable) -> None:
+    def register(app: typer.Typer) -> None:
+        app.command("twice")(lambda: print("first"))
+        app.command("twice")(lambda: print("second"))
+
+    plugin_commands(register)
+    ran = cli("twice")
+    assert ran.out == "first\n"
+    assert "a plugin's command 'twice' is left out" in ran.err
+
+
+def test_a_plugin_cannot_replace_the_root_s_options(cli: Callable, plugin_commands: Callable) -> None:
+    plugin_commands(lambda app: app.callback()(lambda: print("mine")) and None)
+    ran = cli("--debug", "list")
+    assert ran.code == 0
+    assert "mine" not in ran.out
+    assert "app.callback() is left out" in ran.err
+
+
+def test_an_interrupt_during_the_imports_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(ModuleType):
+        def __getattr__(self, name: str) -> object:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "npu_zoo.cli.app", Interrupted("npu_zoo.cli.app"))
+    assert main(["list"]) == 130
 
 
 def test_a_raising_register_commands_leaves_the_rest_working(cli: Callable, plugin_commands: Callable) -> None:

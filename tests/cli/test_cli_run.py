@@ -115,6 +115,23 @@ def test_standard_input_is_one_prompt_and_only_where_there_is_no_other(cli: Call
     assert len(results(cli("run", *MODEL, "--json", "--prompts-file", "-", stdin="a\nb\n").out)) == 2
 
 
+def test_standard_input_is_utf8_whatever_the_locale(cli: Callable, started: list[EchoLLM]) -> None:
+    (found,) = results(cli("run", *MODEL, "--json", stdin="\ufeffa\r\n\u00e4\r\n".encode()).out)
+    assert found["prompt"] == "a\r\n\u00e4"
+    ran = cli("run", *MODEL, "--json", stdin=b"\xff\xfe")
+    assert ran.code == 2
+    assert "standard input is not UTF-8" in ran.err
+
+
+def test_a_file_without_a_prompt_is_an_error_and_no_example(
+    cli: Callable, started: list[EchoLLM], tmp_path: Path
+) -> None:
+    (tmp_path / "p.txt").write_text("\n \n")
+    ran = cli("run", *MODEL, "--prompts-file", str(tmp_path / "p.txt"))
+    assert (ran.code, ran.out) == (2, "")
+    assert "p.txt holds no prompt" in ran.err
+
+
 def test_without_a_prompt_the_demo_completes_an_example(cli: Callable, started: list[EchoLLM]) -> None:
     ran = cli("run", *MODEL)
     assert ran.code == 0
