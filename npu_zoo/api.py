@@ -1,6 +1,8 @@
 """The torch-free surface for plugin authors."""
 
-from npu_zoo.core.config import FimFormat, ModelConfig, PromptFormat, RopeScaling
+from npu_zoo.core.attention import AttentionBackend, AttentionMetadata, CacheLayout, SequenceSlice
+from npu_zoo.core.config import EngineConfig, FimFormat, ModelConfig, PromptFormat, RopeScaling, SamplingParams
+from npu_zoo.core.engine import CompletionOutput, Engine, Logprob, RequestMetrics, RequestOutput
 from npu_zoo.core.errors import (
     ConfigError,
     EngineError,
@@ -14,6 +16,7 @@ from npu_zoo.core.errors import (
     UsageError,
     WeightsError,
 )
+from npu_zoo.core.evidence import EvidenceRecord
 from npu_zoo.core.features import Attention, Conflict, Denial, FeatureMatrix, FeatureRow
 from npu_zoo.core.hardware import DType
 from npu_zoo.core.hookspecs import hookimpl
@@ -26,35 +29,49 @@ from npu_zoo.core.specs import (
     VariantSpec,
     WeightFormatSpec,
 )
+from npu_zoo.core.weights import WeightLoader
 
 __all__ = [
     "Attention",
+    "AttentionBackend",
     "AttentionBackendSpec",
+    "AttentionMetadata",
+    "CacheLayout",
+    "CompletionOutput",
     "ConfigError",
     "Conflict",
     "DType",
     "Denial",
+    "Engine",
+    "EngineConfig",
     "EngineError",
     "EngineSpec",
+    "EvidenceRecord",
     "FamilySpec",
     "FeatureMatrix",
     "FeatureRow",
     "FimFormat",
     "HardwareError",
     "KernelSpec",
+    "Logprob",
     "ModelConfig",
     "NpuZooError",
     "PluginError",
     "PromptError",
     "PromptFormat",
     "QuantizationSpec",
+    "RequestMetrics",
+    "RequestOutput",
     "RopeScaling",
+    "SamplingParams",
+    "SequenceSlice",
     "TokenizerError",
     "UnknownModelError",
     "UnsupportedError",
     "UsageError",
     "VariantSpec",
     "WeightFormatSpec",
+    "WeightLoader",
     "WeightsError",
     "hookimpl",
 ]

@@ -52,15 +52,25 @@ def _matches(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
 
 
 def _must_convert(directory: Path, spec: WeightFormatSpec, files: list[str]) -> str:
+    out = f"{directory}-safetensors"
+    load = f"AutoModelForCausalLM.from_pretrained({str(directory)!r}, dtype='auto')"
     return (
         f"{directory} holds {_some(files)}: {spec.description or spec.name}, which no engine loads directly; "
-        "convert it to safetensors first:\n"
-        f"  npu-zoo convert {directory} {directory}-safetensors --to hf-safetensors\n"
-        "or, where this release of npu-zoo has no such command, in Python with transformers:\n"
-        f"  AutoModelForCausalLM.from_pretrained({str(directory)!r}, dtype='auto')"
-        f".save_pretrained({str(directory) + '-safetensors'!r})\n"
-        "and copy the tokenizer's files beside it"
+        "convert it to safetensors first, then copy the tokenizer's files beside the result:\n"
+        f'  python -c "from transformers import AutoModelForCausalLM; {load}.save_pretrained({out!r})"'
     )
+
+
+def has_chat_template(directory: str | Path) -> bool:
+    """Whether a checkpoint brings a chat template, in tokenizer_config.json or in a file of its own.
+
+    Raises:
+        WeightsError: tokenizer_config.json is too large, or no JSON object.
+    """
+    directory = Path(directory)
+    if (directory / "chat_template.jinja").is_file() or (directory / "chat_template.json").is_file():
+        return True
+    return bool((_read_json(directory / "tokenizer_config.json") or {}).get("chat_template"))
 
 
 def _some(names: list[str]) -> str:

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any, cast
 
-from npu_zoo.checkpoint import detect_format
+from npu_zoo.checkpoint import detect_format, has_chat_template
 from npu_zoo.core.config import _SEAL, AttentionChoice, EngineArgs, EngineConfig, KernelChoice, ModelConfig
 from npu_zoo.core.engine import Engine, Progress
 from npu_zoo.core.errors import ConfigError, HardwareError, UnsupportedError, UsageError, WeightsError
@@ -56,9 +56,10 @@ def resolve(args: EngineArgs, registry: Registry | None = None) -> EngineConfig:
     verdict = _verdict(args, request, registry)
     if not verdict.supported or verdict.row is None:
         raise UnsupportedError(verdict)
+    engine = _engine(args, request, registry)
     weights, config = _weights(args, request, registry, config)
     _check_split(request, config)
-    engine = _engine(args, request, registry)
+    _check_world_size(engine, request)
     chip = chip_of(request.hardware)
     attention = select_attention(
         registry.attention_backends, request.attention, chip.name, request.dtype, config.head_dim, args.block_size
@@ -95,17 +96,27 @@ def _verdict(args: EngineArgs, request: Request, registry: Registry) -> Verdict:
         conflict = Conflict(
             first=("attention", request.attention),
             second=("enable_prefix_caching", True),
-            reason="its keys and values are stored per sequence and cannot be shared",
+            reason="its keys and values are stored per sequence and cannot be shared; leave prefix caching off",
         )
         matrix = matrix.model_copy(update={"conflicts": (*matrix.conflicts, conflict)})
-    options = args.model_dump(exclude_none=True)
-    return matrix.check(
+    verdict = matrix.check(
         request.asked,
         request.variant.size,
         request.axes,
         allow_experimental=bool(args.allow_experimental),
-        options=options,
+        options=args.model_dump(exclude_none=True),
     )
+    reasons = tuple(_with_length(reason, args, request) for reason in verdict.reasons)
+    return verdict.model_copy(update={"reasons": reasons})
+
+
+def _with_length(reason: Reason, args: EngineArgs, request: Request) -> Reason:
+    """A refusal of long sequences in the terms in which they were asked for."""
+    if reason.axis != "long_sequence" or not request.long_sequence:
+        return reason
+    limit = request.max_position_embeddings
+    text = f"max_model_len={args.max_model_len} is beyond the checkpoint's {limit} positions; {reason.message}"
+    return reason.model_copy(update={"message": f"{text}; give --max-model-len {limit} or less"})
 
 
 def _weights(
@@ -180,15 +191,18 @@ def _engine(args: EngineArgs, request: Request, registry: Registry) -> EngineSpe
             f"engine {name} does not run on {request.hardware} (chip {chip}) in this version; it runs on "
             f"{', '.join(engine.chips)}. The matrix supports the request: `npu-zoo check` shows its row"
         )
-    if engine.max_world_size and request.world_size > engine.max_world_size:
-        raise HardwareError(
-            f"engine {name} runs on at most {engine.max_world_size} device(s) in this version, "
-            f"and the request takes {request.world_size}"
-        )
     missing = [module for module in engine.requires if not is_importable(module)]
     if missing:
         raise HardwareError(f"engine {name} needs {', '.join(missing)}: pip install 'npu-zoo[run]'")
     return engine
+
+
+def _check_world_size(engine: EngineSpec, request: Request) -> None:
+    if engine.max_world_size and request.world_size > engine.max_world_size:
+        raise HardwareError(
+            f"engine {engine.name} runs on at most {engine.max_world_size} device(s) in this version, "
+            f"and the request takes {request.world_size}"
+        )
 
 
 def _check_fallbacks(args: EngineArgs, kernels: tuple[KernelChoice, ...]) -> None:
@@ -274,6 +288,8 @@ def _max_num_batched_tokens(args: EngineArgs, max_model_len: int, *, chunked: bo
 
 def _notes(args: EngineArgs, request: Request, row: FeatureRow, kernels: tuple[KernelChoice, ...]) -> list[str]:
     notes = []
+    if args.weights is not None and request.family.prompt and not has_chat_template(args.weights):
+        notes.append(f"the checkpoint brings no chat template; chats take {request.family.title}'s own")
     if args.weights is None:
         real = next((v for v in request.family.variants if v.huggingface), None)
         how = f"; real weights: `hf download {real.huggingface} --local-dir DIR`, then --weights DIR" if real else ""

@@ -38,6 +38,7 @@ class Request:
     kv_cache_dtype: str
     serving: str
     long_sequence: bool
+    max_position_embeddings: int | None
 
     @property
     def model(self) -> str:
@@ -146,6 +147,7 @@ def _fill_in(args: EngineArgs, family: FamilySpec, variant: VariantSpec, config:
         kv_cache_dtype=args.kv_cache_dtype or "auto",
         serving=args.serving or "offline",
         long_sequence=too_long,
+        max_position_embeddings=config.max_position_embeddings if config else None,
     )
 
 

@@ -58,6 +58,7 @@ class FeatureRow(_Frozen):
         sizes: the variant sizes that the row speaks of (``Variant.size``).
         parallelism: ``tp`` (tensor parallel over the whole world), ``tp+ep``, ``tp+pp``, ``pp``, or an exact split such
             as ``tp8+pp2``.
+        derived: the axes whose values follow from the source without being stated in it.
         source: the document that says so, ``derived`` from one, or ``zoo`` for what this project adds.
         status: ``experimental`` rows need ``--allow-experimental``.
         evidence: how far the claim is proven; anything above ``claimed`` needs an evidence record.
@@ -74,6 +75,7 @@ class FeatureRow(_Frozen):
     long_sequence: tuple[bool, ...] = (False,)
     serving: tuple[str, ...] = ("offline",)
     source: str
+    derived: tuple[str, ...] = ()
     status: Status = "supported"
     evidence: EvidenceLevel = "claimed"
     note: str = ""
@@ -236,7 +238,7 @@ class FeatureMatrix(_Frozen):
         row, _ = _narrow(model, self.of_size(size), request)
         if row is None:
             return reasons
-        text = f"the zoo offers this as experimental (source: {row.source}); --allow-experimental runs it"
+        text = "the zoo offers this as experimental; --allow-experimental runs it"
         return tuple(r.model_copy(update={"message": f"{r.message}; {text}"}) for r in reasons)
 
 
@@ -315,11 +317,13 @@ def _flags(alternative: Mapping[str, AxisValue], request: Mapping[str, AxisValue
     """An alternative as the options that ask for it: the four that every request has, and what differs."""
     shown = ["hardware", "dtype", "world_size", "attention"]
     shown += [axis for axis in AXES if axis not in shown and alternative[axis] != request.get(axis)]
-    return " ".join(_flag(axis, alternative[axis]) for axis in shown if axis != "long_sequence")
+    return " ".join(
+        _flag(axis, alternative[axis], alternative["world_size"]) for axis in shown if axis != "long_sequence"
+    )
 
 
-def _flag(axis: str, value: AxisValue) -> str:
+def _flag(axis: str, value: AxisValue, world_size: AxisValue) -> str:
     if axis == "parallelism":
         parts = re.findall(r"(tp|pp|ep)(\d*)", str(value))
-        return " ".join(f"--{kind} {size or 'N'}" for kind, size in parts)
+        return " ".join(f"--{kind} {size or world_size}" for kind, size in parts)
     return f"--{axis.replace('_', '-')} {_spell(value)}"

@@ -10,6 +10,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from npu_zoo.core.config import FimFormat, ModelConfig, PromptFormat
+from npu_zoo.core.evidence import EvidenceRecord, row_digest
 from npu_zoo.core.features import Attention, Conflict, Denial, FeatureMatrix, FeatureRow
 from npu_zoo.core.hardware import DType
 
@@ -60,6 +61,7 @@ class FamilySpec(_Spec):
         variants: every variant; exactly one name or alias each.
         default_variant: what the bare family name means where no weights are given.
         rows, denials, conflicts: the feature matrix; see :mod:`npu_zoo.core.features`.
+        records: the evidence of every row whose ``evidence`` is above ``claimed``.
         environment: environment variables to preset per hardware, never over what the user has set.
     """
 
@@ -74,6 +76,7 @@ class FamilySpec(_Spec):
     rows: tuple[FeatureRow, ...] = Field(min_length=1)
     denials: tuple[Denial, ...] = ()
     conflicts: tuple[Conflict, ...] = ()
+    records: tuple[EvidenceRecord, ...] = ()
     environment: dict[str, dict[str, str]] = Field(default_factory=dict)
     documentation: str = ""
 
@@ -91,6 +94,10 @@ class FamilySpec(_Spec):
             raise ValueError(f"rows speak of unknown sizes {', '.join(stray)}; known: {', '.join(sorted(sizes))}")
         if len(set(self.rows)) != len(self.rows):
             raise ValueError("a row is registered twice")
+        for row in self.rows:
+            proven = {record.level for record in self.records if record.row == row_digest(row)}
+            if row.evidence != "claimed" and row.evidence not in proven:
+                raise ValueError(f"a row for {', '.join(row.sizes)} says {row.evidence} and has no record of it")
         return self
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
@@ -156,19 +157,25 @@ class NativeEngine(Engine):
             tokenizer = self._need_tokenizer("a text prompt")
             token_ids = tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
         else:
-            token_ids = list(prompt)
+            token_ids = _as_ids(prompt)
         if not token_ids:
             raise PromptError("the prompt is empty; give at least one token")
         size = self.config.model_config.vocab_size
-        strange = [t for t in token_ids if not isinstance(t, int) or isinstance(t, bool) or not 0 <= t < size]
+        strange = [t for t in token_ids if not 0 <= t < size]
         if strange:
             raise PromptError(f"the prompt holds {strange[0]!r}, which is no token id; ids are 0 to {size - 1}")
         if len(token_ids) >= self.max_model_len:
             raise PromptError(
                 f"the prompt has {len(token_ids)} tokens, and max_model_len={self.max_model_len} leaves room for "
-                f"{self.max_model_len - 1} and one of output; shorten it or raise --max-model-len"
+                f"{self.max_model_len - 1} and one of output; {self._how_to_fit()}"
             )
         return token_ids
+
+    def _how_to_fit(self) -> str:
+        longest = self.config.model_config.max_position_embeddings
+        if self.max_model_len >= longest:
+            return f"shorten it: {longest} is the model's own limit"
+        return f"shorten it, or raise --max-model-len (the model's own limit is {longest})"
 
     def _sequence(self, index: int, token_ids: list[int], params: SamplingParams) -> Sequence:
         room = self.max_model_len - len(token_ids)
@@ -292,6 +299,16 @@ class NativeEngine(Engine):
             chosen = targets[first : first + _PROMPT_LOGPROB_ROWS]
             logits = self.runner.compute_logits(hidden[first : first + len(chosen)])
             found.extend(self._describe(entry) for entry in top_logprobs(logits, chosen, [wanted] * len(chosen)))
+
+
+def _as_ids(prompt: SequenceOf[int]) -> list[int]:
+    """Token ids as plain integers, from whatever counts as one (NumPy's and torch's do)."""
+    if isinstance(prompt, (bytes, bytearray)):
+        raise PromptError("the prompt is of bytes; give text, or a list of token ids")
+    try:
+        return [operator.index(token_id) for token_id in prompt]
+    except TypeError as error:
+        raise PromptError(f"the prompt is no list of token ids: {error}; give text, or whole numbers") from error
 
 
 def load_tokenizer(config: EngineConfig) -> Tokenizer:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 from npu_zoo.core.config import EngineConfig, SamplingParams
@@ -47,7 +48,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Iterable[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         on_output: OnOutput | None = None,
@@ -136,7 +137,8 @@ class LLM:
         try:
             for (prompt, special), sampling in zip(prompts, params, strict=True):
                 request_ids.append(str(next(self._numbers)))
-                self.engine.add_request(request_ids[-1], prompt, sampling, add_special_tokens=special)
+                with _naming(len(request_ids), len(prompts)):
+                    self.engine.add_request(request_ids[-1], prompt, sampling, add_special_tokens=special)
             waiting = set(request_ids)
             while waiting:
                 outputs = self._advance(waiting)
@@ -178,15 +180,32 @@ class LLM:
             self._mail.pop(request_id, None)
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+@contextlib.contextmanager
+def _naming(number: int, count: int) -> Iterator[None]:
+    """Say which of several prompts an error speaks of."""
+    try:
+        yield
+    except PromptError as error:
+        if count == 1:
+            raise
+        raise PromptError(f"prompt {number} of {count}: {error}") from error
+
+
+def _as_list(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, (str, bytes)):
         return [cast("Prompt", prompts)]
-    return list(cast("Sequence[Prompt]", prompts))
+    if not isinstance(prompts, Iterable):
+        raise UsageError(f"prompts are {type(prompts).__name__}; give texts, or lists of token ids")
+    listed = list(prompts)
+    one = bool(listed) and not isinstance(listed[0], str) and hasattr(listed[0], "__index__")
+    return [cast("Prompt", listed)] if one else cast("list[Prompt]", listed)
 
 
 def _per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    if not isinstance(params, Sequence) or not all(isinstance(p, SamplingParams) for p in params):
+        raise UsageError(f"sampling parameters are {type(params).__name__}; give SamplingParams, one or one per prompt")
     if len(params) != count:
         raise UsageError(f"{len(params)} sampling parameters for {count} prompts; give one, or one per prompt")
     return list(params)

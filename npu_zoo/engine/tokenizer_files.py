@@ -45,7 +45,7 @@ def read_tokenizer_files(directory: Path, trust_remote_code: bool) -> TokenizerF
     if not any((directory / name).is_file() for name in _FILES):
         raise TokenizerError(
             f"{directory} holds no tokenizer; looked for {', '.join(_FILES)}; "
-            "copy the checkpoint's tokenizer files into it"
+            "copy the checkpoint's tokenizer files into it, or set skip_tokenizer_init and give token ids"
         )
     try:
         if (directory / "tokenizer.json").is_file():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
@@ -13,7 +13,7 @@ from npu_zoo.nn.context import BuildContext, ForwardContext
 from npu_zoo.nn.linear import Linear
 
 
-class CausalLM(nn.Module):
+class CausalLM(nn.Module, ABC):
     """A causal language model.
 
     The module tree carries the checkpoint's names, except that a :class:`Linear` of several parts stands for its parts:

@@ -96,7 +96,11 @@ def test_resolve_imports_no_torch_and_reads_no_weight(weights: Weights) -> None:
     )
     found = json.loads(done.stdout)
     assert found["heavy"] == []
-    assert {Path(name).name for name in found["opened"]} == {"config.json", "generation_config.json"}
+    assert {Path(name).name for name in found["opened"]} == {
+        "config.json",
+        "generation_config.json",
+        "tokenizer_config.json",
+    }
 
 
 @pytest.mark.parametrize(
@@ -245,7 +249,9 @@ def test_notes_say_which_checkpoint_runs(weights: Weights) -> None:
     (demo,) = resolve(EngineArgs(model="deepseek_coder", hardware="cpu")).notes
     assert "no weights were given: this is the small demo checkpoint of DeepSeek-Coder; real weights: `hf down" in demo
     directory = weights()
-    assert config_of(directory).notes == ("the weights are taken for deepseek_coder:custom",)
+    lacking = "the checkpoint brings no chat template; chats take DeepSeek-Coder's own"
+    assert config_of(directory).notes == (lacking, "the weights are taken for deepseek_coder:custom")
+    (directory / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
     assert config_of(directory, "deepseek_coder:custom").notes == ()
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -250,7 +251,7 @@ def test_pickled_checkpoints_are_refused_with_the_way_out(checkpoint: Path, tmp_
     directory.mkdir()
     shutil.copy(checkpoint / "config.json", directory)
     torch.save({}, directory / "pytorch_model.bin")
-    with pytest.raises(WeightsError, match=r"pytorch_model.bin(.|\n)*npu-zoo convert"):
+    with pytest.raises(WeightsError, match=r"pytorch_model.bin(.|\n)*python -c"):
         LLM("deepseek_coder:custom", weights=str(directory), hardware="cpu")
 
 
@@ -282,3 +283,31 @@ def test_a_random_checkpoint_is_the_same_for_the_same_seed(tmp_path: Path) -> No
     assert torch.equal(state, torch.random.get_rng_state())
     with pytest.raises(UsageError, match="vocab_size=200 is below the tokenizer's 290"):
         write_llama_checkpoint(tmp_path / "four", vocab_size=200)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "message"),
+    [
+        (["a"], {"max_tokens": 3}, "sampling parameters are dict"),
+        (None, None, "prompts are NoneType"),
+        (b"abc", None, "the prompt is of bytes"),
+        ([["a", "b"]], None, "no list of token ids"),
+        ([[1.5]], None, "no list of token ids"),
+    ],
+)
+def test_what_is_no_prompt_or_no_parameter_is_said(promised: LLM, prompts: Any, params: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        promised.generate(prompts, params)
+
+
+def test_prompts_may_come_from_numpy_and_from_a_generator(promised: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=3)
+    plain = promised.generate([[5, 6, 7]], params)[0].outputs[0].token_ids
+    assert promised.generate(np.array([5, 6, 7]), params)[0].outputs[0].token_ids == plain
+    assert promised.generate((ids for ids in [[5, 6, 7]]), params)[0].outputs[0].token_ids == plain
+
+
+def test_an_error_names_the_prompt_of_a_batch(promised: LLM) -> None:
+    with pytest.raises(PromptError, match="prompt 2 of 3: the prompt is empty"):
+        promised.generate([[5], [], [6]], SamplingParams(max_tokens=1))
+    assert not promised.engine.has_unfinished_requests()

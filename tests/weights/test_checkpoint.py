@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from npu_zoo.checkpoint import MAX_CONFIG_BYTES, detect_format, read_config, read_generation_config
 from npu_zoo.core.config import ModelConfig
 from npu_zoo.core.errors import WeightsError
 from npu_zoo.core.specs import WeightFormatSpec
+from npu_zoo.testing.checkpoints import write_llama_checkpoint
 
 CONFIGS = Path(__file__).parent.parent / "data" / "configs"
 SPECS = {
@@ -40,8 +44,19 @@ def test_bin_is_refused_with_what_converts_it(tmp_path: Path) -> None:
         detect_format(tmp_path, SPECS)
     message = str(caught.value)
     assert "holds pytorch_model-00001-of-00001.bin: pickled, which no engine loads directly" in message
-    assert f"npu-zoo convert {tmp_path} {tmp_path}-safetensors --to hf-safetensors" in message
     assert f"from_pretrained('{tmp_path}', dtype='auto').save_pretrained('{tmp_path}-safetensors')" in message
+
+
+@pytest.mark.slow
+def test_the_command_that_a_bin_checkpoint_is_refused_with_converts_it(tmp_path: Path) -> None:
+    source = write_llama_checkpoint(tmp_path / "pickled", seed=0)
+    torch.save(load_file(source / "model.safetensors"), source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    with pytest.raises(WeightsError) as caught:
+        detect_format(source, SPECS)
+    command = shlex.split(str(caught.value).splitlines()[-1])
+    subprocess.run([sys.executable, *command[1:]], check=True, capture_output=True)
+    assert detect_format(f"{source}-safetensors", SPECS).name == "hf-safetensors"
 
 
 def test_directories_without_a_checkpoint_say_what_was_looked_for(tmp_path: Path) -> None:

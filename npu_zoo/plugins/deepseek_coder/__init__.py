@@ -166,6 +166,7 @@ ROWS = (
         world_size=(4,),
         attention=_BOTH,
         source=MINDFORMERS,
+        derived=("dtype", "attention"),
         note="910B and four cards are stated; dtype and attention are derived from its configuration",
     ),
     FeatureRow(
