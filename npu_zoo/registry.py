@@ -6,20 +6,23 @@ clash drops that plugin, keeps its error, and leaves the rest working.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import importlib
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Any
+from typing import Any, TypeVar
 
 import pluggy
+from pydantic import ValidationError
 
 from npu_zoo.core import hookspecs
-from npu_zoo.core.errors import NpuZooError, PluginError, UnknownModelError, UsageError
+from npu_zoo.core.errors import NpuZooError, PluginError, UnknownModelError, UsageError, validation_lines
 from npu_zoo.core.specs import (
     AttentionBackendSpec,
     EngineSpec,
@@ -31,6 +34,7 @@ from npu_zoo.core.specs import (
 )
 
 PLUGINS_VARIABLE = "NPU_ZOO_PLUGINS"
+App = TypeVar("App")
 
 _SPEC_HOOKS: dict[str, type[Any]] = {
     "register_families": FamilySpec,
@@ -51,7 +55,8 @@ class PluginRecord:
         target: the entry point's value.
         distribution: name and version of the package that brings it.
         error: why it was dropped; None where it works.
-        registered: names of what it registered, by hook.
+        registered: names of what it registered, by hook; its commands once the command line has taken them.
+        imports_torch: whether torch came along when it was loaded or its hooks were called.
     """
 
     name: str
@@ -60,6 +65,13 @@ class PluginRecord:
     builtin: bool = False
     error: str | None = None
     registered: dict[str, list[str]] = field(default_factory=dict)
+    imports_torch: bool = False
+
+    @property
+    def remarks(self) -> list[str]:
+        """What its author should look at, although it loads."""
+        found = [] if self.registered or self.error else ["registers nothing"]
+        return found + (["imports torch at load time: every command gets slower"] if self.imports_torch else [])
 
 
 @dataclass(frozen=True)
@@ -98,13 +110,14 @@ class Registry:
             return record
         self.plugins[candidate.name] = record
         try:
-            plugin = candidate.load()
-            self._register(plugin, candidate.name)
-            specs = self._collect(plugin)
+            with _foreign_code(record):
+                plugin = candidate.load()
+                self._register(plugin, candidate.name)
+                specs = self._collect(plugin)
             self._refuse_clashes(specs)
         # A plugin is foreign code: whatever it raises, and sys.exit too, must not take the others along.
         except (Exception, SystemExit) as error:
-            record.error = f"{type(error).__name__}: {error}"
+            record.error = _error_text(error)
             self._drop(candidate.name)
             return record
         for hook, found in specs.items():
@@ -112,13 +125,20 @@ class Registry:
             record.registered[hook] = [spec.name for spec in found]
         return record
 
-    def add_commands(self, app: Any) -> None:
-        """Let every plugin add its commands; the error of one that raises is kept in its record."""
+    def collect_commands(self, new_app: Callable[[], App]) -> Iterator[tuple[PluginRecord, App]]:
+        """Every plugin with an application that holds its commands, and nothing else.
+
+        A plugin that raises is left out with all that it added; its error is kept in its record.
+        """
         for name, plugin in list(self._manager.list_name_plugin()):
+            record, app = self.plugins[name], new_app()
             try:
-                self._call("register_commands", plugin, app=app)
+                with _foreign_code(record):
+                    self._call("register_commands", plugin, app=app)
             except (Exception, SystemExit) as error:
-                self.plugins[name].error = f"register_commands raised {type(error).__name__}: {error}"
+                record.error = f"register_commands raised {_error_text(error)}"
+            else:
+                yield record, app
 
     def owner(self, family: str) -> str:
         """The name of the plugin that registered a family."""
@@ -150,6 +170,9 @@ class Registry:
         return "\n".join(lines)
 
     def _register(self, plugin: object, name: str) -> None:
+        first = self._manager.get_name(plugin)
+        if first is not None:
+            raise PluginError(f"this is plugin '{first}' once more; keep one of the two entry points")
         misspelt = _misspelt_hook(self._manager, plugin)
         if misspelt:
             near = difflib.get_close_matches(misspelt, _HOOKS, n=1)
@@ -195,6 +218,23 @@ class Registry:
     def _table(self, hook: str) -> dict[str, Any]:
         table: dict[str, Any] = getattr(self, hook.removeprefix("register_"))
         return table
+
+
+@contextlib.contextmanager
+def _foreign_code(record: PluginRecord) -> Iterator[None]:
+    """Keeps what a plugin prints off standard output, where results go, and notes when it brings torch along."""
+    had_torch = "torch" in sys.modules
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        record.imports_torch |= not had_torch and "torch" in sys.modules
+
+
+def _error_text(error: BaseException) -> str:
+    if isinstance(error, ValidationError):
+        return "\n".join(validation_lines(error, error.title))
+    return f"{type(error).__name__}: {error}"
 
 
 def _as_list(hook: str, answers: Any) -> Iterable[Any]:
@@ -267,11 +307,12 @@ def load_code(reference: str) -> Any:
     """
     module_name, _, attribute = reference.partition(":")
     try:
-        module = importlib.import_module(module_name)
+        with contextlib.redirect_stdout(sys.stderr):
+            module = importlib.import_module(module_name)
     except NpuZooError:
         raise
     except Exception as error:
-        raise PluginError(f"cannot import {reference}: {type(error).__name__}: {error}") from error
+        raise PluginError(f"cannot import {reference}: {_error_text(error)}") from error
     if not hasattr(module, attribute):
         raise PluginError(f"{module_name} has no attribute '{attribute}', which a spec names")
     return getattr(module, attribute)

@@ -23,7 +23,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from npu_zoo.core.config import EngineArgs, SamplingParams
-from npu_zoo.core.errors import ConfigError, UsageError
+from npu_zoo.core.errors import ConfigError, UsageError, validation_message
 
 PREFIX = "NPU_ZOO_"
 SAMPLING_PREFIX = PREFIX + "SAMPLING_"
@@ -242,8 +242,7 @@ def _checked(entry: _Entry) -> Any:
             return _sampling_type(name).validate_python(value, strict=entry.strict)
         return getattr(EngineArgs.model_validate({name: value}, strict=entry.strict), name)
     except ValidationError as error:
-        wanted = error.errors()[0]["msg"]
-        wanted = wanted[:1].lower() + wanted[1:]
+        wanted = validation_message(error.errors()[0])
         raise ConfigError(f"{entry.key}={value!r} ({entry.origin}): {wanted}") from None
 
 

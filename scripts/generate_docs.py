@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from npu_zoo.cli.app import PROGRAM, build_app
-from npu_zoo.cli.help import panels
+from npu_zoo.cli.help import json_keys, panels
 from npu_zoo.cli.matrix_formats import markdown, part_of
 from npu_zoo.registry import build_registry, find_candidates
 from npu_zoo.settings import ALIASES, PROCESS_VARIABLES
@@ -108,6 +108,7 @@ def _command(path: str, command: Any, shared: dict[str, list[tuple[str, str]]]) 
         own += [record for record in records if record not in shared.get(panel, ())]
     lines += _table(own) if own else []
     lines += [f"Also the shared options: {', '.join(taken)}.", ""] if taken else []
+    lines += _table(list(json_keys(command).items()), "key of --json") if json_keys(command) else []
     for name, child in getattr(command, "commands", {}).items():
         lines += _command(f"{path} {name}", child, shared)
     return lines
@@ -119,9 +120,9 @@ def _panels(command: Any) -> dict[str, list[tuple[str, str]]]:
         return panels([parameter for parameter in command.get_params(context) if parameter.name not in hidden])
 
 
-def _table(records: list[tuple[str, str]]) -> list[str]:
+def _table(records: list[tuple[str, str]], kind: str = "option") -> list[str]:
     rows = [f"| `{_cell(option)}` | {_cell(text)} |" for option, text in records]
-    return ["| option | meaning |", "|---|---|", *rows, ""]
+    return [f"| {kind} | meaning |", "|---|---|", *rows, ""]
 
 
 def _paragraphs(text: str) -> str:

@@ -69,32 +69,40 @@ def build_app() -> typer.Typer:
 
 def _with_plugins(app: typer.Typer) -> typer.Typer:
     """Add the plugins' commands; one that takes a name of the zoo's own or of an earlier plugin is left out."""
-    commands, groups, callback = list(app.registered_commands), list(app.registered_groups), app.registered_callback
-    get_registry().add_commands(app)
-    if app.registered_callback is not callback:
-        app.registered_callback = callback
-        print("warning: a plugin's app.callback() is left out: the root's options are the zoo's", file=sys.stderr)
-    taken = {command.name for command in commands} | {group.name for group in groups}
-    app.registered_commands[:] = commands + _unclaimed(app.registered_commands[len(commands) :], taken)
-    app.registered_groups[:] = groups + _unclaimed(app.registered_groups[len(groups) :], taken)
+    taken = {*map(_name, app.registered_commands), *map(_name, app.registered_groups)}
+    for record, added in get_registry().collect_commands(typer.Typer):
+        if added.registered_callback is not None:
+            _warn(f"plugin {record.name}: its app.callback() is left out: the root's options are the zoo's")
+        commands = _unclaimed(record.name, added.registered_commands, taken)
+        groups = _unclaimed(record.name, added.registered_groups, taken)
+        app.registered_commands += commands
+        app.registered_groups += groups
+        if commands or groups:
+            record.registered["register_commands"] = [*map(_name, commands), *map(_name, groups)]
     return app
 
 
-def _unclaimed(added: list[Info], taken: set[str | None]) -> list[Info]:
+def _unclaimed(plugin: str, added: list[Info], taken: set[str]) -> list[Info]:
     """Those whose name is not taken yet; their names are taken then."""
     kept = []
     for info in added:
-        name = _command_name(info) if isinstance(info, CommandInfo) else info.name
+        name = _name(info)
         if name in taken:
-            print(f"warning: a plugin's command '{name}' is left out: the name is taken", file=sys.stderr)
+            _warn(f"plugin {plugin}: its command '{name}' is left out: the name is taken")
         else:
             taken.add(name)
             kept.append(info)
     return kept
 
 
-def _command_name(info: CommandInfo) -> str:
+def _name(info: CommandInfo | TyperInfo) -> str:
+    if isinstance(info, TyperInfo):
+        return str(info.name or "")
     return info.name or (info.callback.__name__ if info.callback else "").lower().replace("_", "-")
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def run_app(arguments: list[str]) -> int:

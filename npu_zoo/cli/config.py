@@ -10,7 +10,39 @@ import typer
 from npu_zoo.cli.help import ZooCommand, ZooGroup
 from npu_zoo.cli.options import JsonFlag, request_options
 from npu_zoo.cli.output import print_json
+from npu_zoo.dispatch import DEFAULT_KV_CACHE_FRACTION, DEFAULT_MAX_NUM_BATCHED_TOKENS, DEFAULT_MAX_NUM_SEQS
 from npu_zoo.settings import Settings
+
+DEFAULTS: dict[str, str] = {
+    "model": "none; every request names one",
+    "weights": "the bundled checkpoint, where the variant has one",
+    "hardware": "detected",
+    "dtype": "the checkpoint's, or else what the matrix offers",
+    "tensor_parallel_size": "world_size / pipeline_parallel_size",
+    "pipeline_parallel_size": "1",
+    "expert_parallel_size": "1",
+    "world_size": "the parallel sizes' product, or else the smallest that the matrix offers",
+    "attention": "paged, where the matrix offers it",
+    "quantization": "none",
+    "kv_cache_dtype": "auto",
+    "serving": "offline",
+    "engine": "native",
+    "allow_experimental": "false",
+    "block_size": "the backend's choice",
+    "max_model_len": "the checkpoint's; the engine lowers it to what its memory holds",
+    "max_num_seqs": str(DEFAULT_MAX_NUM_SEQS),
+    "max_num_batched_tokens": str(DEFAULT_MAX_NUM_BATCHED_TOKENS),
+    "kv_cache_memory": "what kv_cache_fraction gives",
+    "kv_cache_fraction": str(DEFAULT_KV_CACHE_FRACTION),
+    "enable_prefix_caching": "true, where the backend can share blocks",
+    "enable_chunked_prefill": "true",
+    "seed": "0",
+    "threads": "torch's choice",
+    "strict_kernels": "false",
+    "skip_tokenizer_init": "false",
+    "trust_remote_code": "false",
+}
+"""What an unset field of EngineArgs comes to, or what decides it."""
 
 group = typer.Typer(cls=ZooGroup, help="Show the configuration.", rich_markup_mode=None)
 
@@ -24,20 +56,31 @@ def show(
 ) -> None:
     """Show the settings after all layers: defaults < file < environment < options.
 
-    The output is a configuration file in YAML; null is unset.
+    The output is a configuration file in YAML; null is unset, and the remark beside it says what that comes to.
     """
     values = settings.args.model_dump(mode="json")
+    defaults = {key: DEFAULTS[key] for key, value in values.items() if value is None}
     if as_json:
-        shown: dict[str, Any] = {"settings": values, "sampling": dict(settings.sampling)}
+        shown: dict[str, Any] = {"settings": values, "defaults": defaults, "sampling": dict(settings.sampling)}
         print_json({**shown, "origins": dict(settings.origins)} if origin else shown)
         return
-    lines = [(f"{key}: {_yaml(value)}", settings.origins[key]) for key, value in values.items()]
+    lines = [(f"{key}: {_yaml(value)}", _remark(key, settings, origin=origin)) for key, value in values.items()]
     if settings.sampling:
         lines.append(("sampling:", ""))
-        lines += [(f"  {k}: {_yaml(v)}", settings.origins[f"sampling.{k}"]) for k, v in settings.sampling.items()]
+        lines += [
+            (f"  {name}: {_yaml(value)}", _remark(f"sampling.{name}", settings, origin=origin))
+            for name, value in settings.sampling.items()
+        ]
     width = max(len(text) for text, _ in lines)
     for text, where in lines:
-        print(f"{text:<{width}}  # {where}" if origin and where else text)
+        print(f"{text:<{width}}  # {where}" if where else text)
+
+
+def _remark(key: str, settings: Settings, *, origin: bool) -> str:
+    """What stands beside a value: what an unset one comes to, or where it is from."""
+    if getattr(settings.args, key, "") is None:
+        return f"default: {DEFAULTS[key]}"
+    return settings.origins[key] if origin else ""
 
 
 def _yaml(value: Any) -> str:

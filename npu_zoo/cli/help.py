@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import typer.core
 
 DEFAULT_PANEL = "Options"
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def json_output(keys: Mapping[str, str]) -> Callable[[Command], Command]:
+    """Document the keys of a command's ``--json``; ``a.b`` is b in an object, ``a[].b`` in objects of a list."""
+
+    def decorate(function: Command) -> Command:
+        function.json_keys = dict(keys)  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+def json_keys(command: Any) -> dict[str, str]:
+    """What :func:`json_output` says of a parsed command; empty where it says nothing."""
+    return dict(getattr(command.callback, "json_keys", {}))
 
 
 def option_text(parameter: Any) -> str:
@@ -37,6 +54,9 @@ class _PanelMixin:
         for panel, records in panels(self.get_params(ctx)).items():  # type: ignore[attr-defined]
             with formatter.section(panel):
                 formatter.write_dl(records, col_max=34)
+        if json_keys(self):
+            with formatter.section("Keys of --json"):
+                formatter.write_dl(list(json_keys(self).items()), col_max=34)
         if hasattr(self, "format_commands"):
             self.format_commands(ctx, formatter)
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from npu_zoo.cli.help import json_output
 from npu_zoo.cli.options import JsonFlag, request_options
 from npu_zoo.cli.output import joined, print_fields, print_json, print_table
 from npu_zoo.core.features import AXES, FeatureRow, Verdict
@@ -16,6 +17,20 @@ from npu_zoo.registry import Registry, get_registry
 from npu_zoo.settings import Settings
 
 REFUSED = 3
+VERDICT_KEYS: dict[str, str] = {
+    "model": "The model as it was asked for, with its variant.",
+    "request": f"The request's value on every axis: {', '.join(AXES)}.",
+    "supported": "Whether the request is supported.",
+    "status": "supported or experimental; null where the request is refused.",
+    "reasons": "Why it is refused, one object per failing axis; empty where it is supported.",
+    "reasons[].axis": "The axis or setting that fails.",
+    "reasons[].value": "What was asked on it.",
+    "reasons[].supported": "What is left on it.",
+    "reasons[].message": "The reason in words.",
+    "alternatives": "The nearest requests that would pass, each with a value on every axis.",
+    "row": f"The matrix row that offers the request; null where it is refused: {', '.join(FeatureRow.model_fields)}.",
+}
+"""What :func:`verdict_data` holds."""
 
 
 class Format(str, enum.Enum):
@@ -90,6 +105,7 @@ def show_matrix(
         print(matrix_formats.html(parts) if form is Format.html else matrix_formats.markdown(parts), end="")
 
 
+@json_output(VERDICT_KEYS)
 @request_options()
 def check(settings: Settings, as_json: JsonFlag = False) -> None:
     """Check a request against the feature matrix.
@@ -109,7 +125,7 @@ def check(settings: Settings, as_json: JsonFlag = False) -> None:
 
 
 def verdict_data(verdict: Verdict) -> dict[str, Any]:
-    """A verdict as plain data."""
+    """A verdict as plain data, under the names of :data:`VERDICT_KEYS`."""
     row = verdict.row
     return {
         "model": verdict.model,

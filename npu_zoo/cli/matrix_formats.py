@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from npu_zoo.cli.output import joined, print_fields, print_table
+from npu_zoo.cli.output import joined, print_fields, print_items, print_table
 from npu_zoo.core.features import Conflict, Denial, FeatureRow
 from npu_zoo.core.specs import FamilySpec, VariantSpec
 
@@ -83,7 +83,7 @@ def part_of(family: FamilySpec, variant: VariantSpec | None) -> MatrixPart:
 
 
 def print_tables(parts: Sequence[MatrixPart]) -> None:
-    """Write every part as a table that fits the terminal, with its sources below."""
+    """Write every part as a table that fits the terminal; below it what the sources deny, conflicts, notes, sources."""
     for position, part in enumerate(parts):
         print(("\n" if position else "") + f"{part.name}: {part.family.title}")
         columns = part.columns if part.variant is None else part.columns[1:]
@@ -92,6 +92,10 @@ def print_tables(parts: Sequence[MatrixPart]) -> None:
         if part.usual:
             print()
             print_fields({"all rows:": part.usual})
+        for title, found in _lists(part):
+            print()
+            print_items(title, found)
+        print()
         for number, source in enumerate(part.sources, 1):
             print(f"[{number}] {source}")
 

@@ -53,6 +53,16 @@ def print_fields(fields: Mapping[str, str]) -> None:
             print(" " * indent + line)
 
 
+def print_items(title: str, items: Iterable[str]) -> None:
+    """Write a title and a list below it, wrapped at the terminal's width."""
+    print(f"{title}:")
+    for item in items:
+        first, *rest = _wrap(item, _width() - len(_GAP))
+        print(f"- {first}")
+        for line in rest:
+            print(_GAP + line)
+
+
 def _column_widths(table: list[list[str]], available: int) -> list[int]:
     """Widths that fit: the widest column gives way first, and none goes below its longest word."""
     columns = list(zip(*table, strict=True))

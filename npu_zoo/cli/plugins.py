@@ -15,11 +15,14 @@ def plugins(as_json: JsonFlag = False) -> None:
     if as_json:
         print_json([_data(record) for record in records])
         return
-    rows = [(r.name, r.distribution or "-", _state(r), _registered(r)) for r in records]
-    print_table(("plugin", "from", "state", "registered"), rows)
+    columns = ["plugin", "from", "state", "registered", "remark"]
+    rows = [[r.name, r.distribution or "-", _state(r), _registered(r), "\n".join(r.remarks)] for r in records]
+    if not any(row[-1] for row in rows):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    print_table(columns, rows)
     for record in records:
         if record.error:
-            print(f"\n{record.name}: {record.error}")
+            print(f"\n{record.name}: " + record.error.replace("\n", "\n  "))
 
 
 def _state(record: PluginRecord) -> str:
@@ -45,4 +48,5 @@ def _data(record: PluginRecord) -> dict[str, Any]:
         "state": _state(record),
         "registered": {hook.removeprefix("register_"): names for hook, names in record.registered.items()},
         "error": record.error,
+        "remarks": record.remarks,
     }

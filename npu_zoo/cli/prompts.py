@@ -21,11 +21,12 @@ NO_PROMPT = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text, token ids, or a prefix and suffix with a hole between them."""
+    """A text, token ids, or a prefix and suffix with a hole between them; ``line`` counts a file's lines from 1."""
 
     text: str | None = None
     token_ids: tuple[int, ...] | None = None
     fim: tuple[str, str] | None = None
+    line: int | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class PromptOptions:
             UsageError: kinds are mixed, or a file cannot be read or holds no prompt.
         """
         fim = self._fim()
-        texts = [*(self.texts or ()), *(_lines(self.file) if self.file else ())]
+        texts = [*(Prompt(text=text) for text in self.texts or ()), *(_lines(self.file) if self.file else ())]
         ids = [tuple(parse_ids(text, "--prompt-token-ids")) for text in self.token_ids or ()]
         if sum(map(bool, (texts, ids, fim))) > 1:
             raise UsageError("prompts as text, as token ids and with a hole to fill cannot be mixed in one run")
@@ -57,8 +58,7 @@ class PromptOptions:
             return [Prompt(token_ids=found) for found in ids]
         if not texts and self.file:
             raise UsageError(f"{self.file} holds no prompt; write one a line")
-        texts = texts or _standard_input()
-        return [Prompt(text=text) for text in texts]
+        return texts or _standard_input()
 
     def _fim(self) -> tuple[str, str] | None:
         prefix = _one_of(self.fim_prefix, self.fim_prefix_file, "prefix")
@@ -89,20 +89,20 @@ def read_text(path: Path) -> str:
         raise UsageError(f"{name} is not UTF-8: {error}") from error
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path) -> list[Prompt]:
     """One prompt a line. Only a line feed ends a line: code may hold form feeds and other separators."""
     lines = [line.removesuffix("\r") for line in read_text(path).split("\n")]
     if lines[-1] == "":
         lines.pop()
-    prompts = [line for line in lines if line.strip()]
+    prompts = [Prompt(text=line, line=number) for number, line in enumerate(lines, 1) if line.strip()]
     if len(prompts) < len(lines):
         note(f"{path}: {len(lines) - len(prompts)} blank line(s) skipped, {len(prompts)} prompt(s) read")
     return prompts
 
 
-def _standard_input() -> list[str]:
+def _standard_input() -> list[Prompt]:
     """All of standard input as one prompt, without its last line end; nothing from a terminal."""
     if sys.stdin is None or sys.stdin.isatty():
         return []
     text = read_text(Path("-"))
-    return [text.removesuffix("\n").removesuffix("\r")] if text.strip() else []
+    return [Prompt(text=text.removesuffix("\n").removesuffix("\r"))] if text.strip() else []

@@ -11,6 +11,29 @@ from typing import Any
 from npu_zoo.cli.prompts import Prompt
 from npu_zoo.core.engine import CompletionOutput, Logprob, RequestOutput
 
+COMPLETION_KEYS: dict[str, str] = {
+    "text": "The completion.",
+    "token_ids": "Its token ids.",
+    "finish_reason": "stop, length, or abort where it was interrupted.",
+    "stop_reason": "The stop string or token id that ended it; left out where none did.",
+    "logprobs": "With --logprobs: per output token an object from token id to logprob, rank and decoded_token.",
+}
+RESULT_KEYS: dict[str, str] = {
+    "index": "The prompt's place among all prompts, from 0.",
+    "line": "The line of --prompts-file that the prompt stands in, from 1; only for such prompts.",
+    "prompt": "The prompt; null where it is token ids or has a hole to fill.",
+    "fim_prefix": "Only with a hole to fill: the text before it.",
+    "fim_suffix": "Only with a hole to fill: the text after it.",
+    "prompt_token_ids": "Only where the prompt was given as token ids.",
+    **COMPLETION_KEYS,
+    "outputs": f"Where --n is above 1: every completion, the first too, with its index, {', '.join(COMPLETION_KEYS)}.",
+    "prompt_logprobs": "With --prompt-logprobs: the same per prompt token; null for the first.",
+    "timings.ttft_s": "Seconds to the first token; null where none came.",
+    "timings.total_s": "Seconds in all; null where it did not finish.",
+    "timings.tokens_per_s": "Output tokens of all completions per second; null where it did not finish.",
+}
+"""What :func:`result_data` holds."""
+
 _HEADER_WIDTH = 60
 # A terminal would obey these; a model must not drive it.
 _CONTROL = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\r\t"} | {127: "\u2421"}
@@ -102,9 +125,10 @@ def _title(prompt: Prompt) -> str:
 
 
 def result_data(index: int, prompt: Prompt, output: RequestOutput) -> dict[str, Any]:
-    """One prompt's result: the first completion at the top, all of them in ``outputs`` where there are several."""
+    """One prompt's result under the names of :data:`RESULT_KEYS`; the first completion stands at the top."""
     completions = [_completion_data(completion) for completion in output.outputs]
-    data: dict[str, Any] = {"index": index, "prompt": prompt.text}
+    data: dict[str, Any] = {"index": index, **({} if prompt.line is None else {"line": prompt.line})}
+    data["prompt"] = prompt.text
     if prompt.fim is not None:
         data["fim_prefix"], data["fim_suffix"] = prompt.fim
     if prompt.token_ids is not None:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from npu_zoo.cli.help import json_output
 from npu_zoo.cli.interrupts import interrupt_guard
 from npu_zoo.cli.options import request_options
 from npu_zoo.cli.output import note
 from npu_zoo.cli.progress import LoadingProgress, RunProgress
 from npu_zoo.cli.prompts import EXAMPLE, NO_PROMPT, Prompt, PromptOptions
-from npu_zoo.cli.results import ResultWriter
+from npu_zoo.cli.results import RESULT_KEYS, ResultWriter
 from npu_zoo.core.config import EngineConfig, SamplingParams
 from npu_zoo.core.engine import RequestOutput
 from npu_zoo.core.errors import UsageError
@@ -36,6 +37,7 @@ _CHAT_HELP = "Put prompts through the chat template. Default: as the variant is.
 _IDS_HELP = "A prompt as token ids; repeatable."
 
 
+@json_output(RESULT_KEYS)
 @request_options(engine=True, sampling=DEFAULTS)
 def run(
     settings: Settings,

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from npu_zoo.core.errors import ConfigError, UsageError, WeightsError
+from npu_zoo.core.errors import ConfigError, UsageError, WeightsError, validation_lines
 from npu_zoo.core.features import Attention, FeatureRow
 from npu_zoo.core.hardware import DType
 
@@ -98,8 +98,9 @@ class ModelConfig(BaseModel):
                 known[name] = values.pop(name)
         try:
             return cls.model_validate({**known, "extra": values})
-        except ValueError as error:
-            raise WeightsError(f"config.json holds values of the wrong form: {error}") from error
+        except ValidationError as error:
+            listed = "\n  ".join(validation_lines(error))
+            raise WeightsError(f"config.json holds values of the wrong form:\n  {listed}") from None
 
     def differences(self, other: ModelConfig) -> list[str]:
         """Every compared field in which another config differs, as ``name: this, other``."""

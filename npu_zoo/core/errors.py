@@ -19,9 +19,13 @@ A message says what was asked, what exists, and what to do.
 
 from __future__ import annotations
 
+import reprlib
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
+    from pydantic import ValidationError
+    from pydantic_core import ErrorDetails
+
     from npu_zoo.core.features import Verdict
 
 
@@ -86,3 +90,25 @@ class PluginError(NpuZooError):
 
 class EngineError(NpuZooError):
     """The engine cannot go on."""
+
+
+def validation_lines(error: ValidationError, root: str = "") -> list[str]:
+    """What pydantic found wrong, a line per field: ``FamilySpec.rows.0.world_size: world sizes start at 1``.
+
+    Args:
+        error: what pydantic raised.
+        root: what a field's path begins with, such as the model's name.
+    """
+    lines = []
+    for fault in error.errors(include_url=False):
+        path = ".".join(str(part) for part in (root, *fault["loc"]) if part != "")
+        given = fault["input"]
+        shown = f", given {reprlib.repr(given)}" if isinstance(given, (str, int, float, type(None))) else ""
+        lines.append((f"{path}: " if path else "") + validation_message(fault) + shown)
+    return lines
+
+
+def validation_message(fault: ErrorDetails) -> str:
+    """One of pydantic's messages as part of a sentence, without what it puts before a validator's own."""
+    message = fault["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    return message if message != fault["msg"] else message[:1].lower() + message[1:]

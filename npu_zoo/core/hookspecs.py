@@ -73,5 +73,6 @@ def register_commands(app: typer.Typer) -> None:
     import what a command needs inside the command.
 
     Args:
-        app: the root application; ``app.command()`` adds a command, ``app.add_typer()`` a group.
+        app: an application of the plugin's own, whose commands join the root's once the hook has returned;
+            ``app.command()`` adds a command, ``app.add_typer()`` a group.
     """

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from npu_zoo import dispatch
+from npu_zoo.cli.matrix import VERDICT_KEYS
 from npu_zoo.core.features import AXES, FeatureRow
 
 DUO = ("--hardware", "atlas_300i_duo")
@@ -41,6 +42,18 @@ def test_a_refusal_gives_every_reason_and_alternatives_that_pass(cli: Callable) 
             ("--" + axis.replace("_", "-"), str(alternative[axis])) for axis in ("hardware", "dtype", "world_size")
         ]
         assert cli("check", "--model", "deepseek_coder:33b", *sum(flags, ())).code == 0
+
+
+def test_the_keys_of_check_are_those_that_are_documented(cli: Callable) -> None:
+    supported = json.loads(cli("check", *A2, "--dtype", "bf16", "--json").out)
+    refused = json.loads(cli("check", *A2, "--dtype", "fp32", "--json").out)
+    reasons = {f"reasons[].{key}" for reason in refused["reasons"] for key in reason}
+    for data in (supported, refused):
+        assert {*data, *reasons} == set(VERDICT_KEYS)
+    assert VERDICT_KEYS["request"].endswith(": " + ", ".join(supported["request"]) + ".")
+    assert VERDICT_KEYS["row"].endswith(": " + ", ".join(supported["row"]) + ".")
+    text = cli("check", "--help").out
+    assert [key for key in VERDICT_KEYS if f"\n  {key} " not in text] == []
 
 
 def test_a_refusal_in_words_goes_to_standard_output(cli: Callable) -> None:

@@ -122,7 +122,7 @@ def test_a_plugins_command_cannot_take_a_name_of_the_zoo(cli: Callable, plugin_c
     plugin_commands(lambda app: app.command()(check) and None)
     ran = cli("check", "--help")
     assert "Check a request against the feature matrix." in ran.out
-    assert "a plugin's command 'check' is left out" in ran.err
+    assert "plugin extra: its command 'check' is left out" in ran.err
 
 
 def test_of_two_commands_of_a_name_the_first_stays(cli: Callable, plugin_commands: Callable) -> None:
@@ -133,7 +133,7 @@ def test_of_two_commands_of_a_name_the_first_stays(cli: Callable, plugin_command
     plugin_commands(register)
     ran = cli("twice")
     assert ran.out == "first\n"
-    assert "a plugin's command 'twice' is left out" in ran.err
+    assert "plugin extra: its command 'twice' is left out" in ran.err
 
 
 def test_a_plugin_cannot_replace_the_root_s_options(cli: Callable, plugin_commands: Callable) -> None:
@@ -155,11 +155,27 @@ def test_an_interrupt_during_the_imports_ends_with_130(monkeypatch: pytest.Monke
 
 def test_a_raising_register_commands_leaves_the_rest_working(cli: Callable, plugin_commands: Callable) -> None:
     def register(app: typer.Typer) -> None:
+        app.command("half")(lambda: print("half done"))
         raise ValueError("broken")
 
     registry = plugin_commands(register)
     assert cli("--help").code == 0
     assert "broken" in str(registry.plugins["extra"].error)
+    ran = cli("half")
+    assert (ran.code, ran.out) == (2, "")
+
+
+def test_a_plugins_record_names_the_commands_that_were_taken(cli: Callable, plugin_commands: Callable) -> None:
+    def register(app: typer.Typer) -> None:
+        app.command("hello_there")(lambda: None)
+        app.command("check")(lambda: None)
+        app.add_typer(typer.Typer(), name="more")
+
+    registry = plugin_commands(register)
+    assert registry.plugins["extra"].remarks == ["registers nothing"]
+    cli("--help")
+    assert registry.plugins["extra"].registered == {"register_commands": ["hello_there", "more"]}
+    assert registry.plugins["extra"].remarks == []
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:

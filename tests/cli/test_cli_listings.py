@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import dataclasses
+import html
 import html.parser
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +12,9 @@ import pytest
 
 from npu_zoo import __version__
 from npu_zoo.core.config import EngineArgs
-from npu_zoo.core.features import FeatureRow
-from npu_zoo.registry import get_registry
+from npu_zoo.core.features import Conflict, FeatureRow
+from npu_zoo.dispatch import resolve
+from npu_zoo.registry import PluginRecord, get_registry
 from npu_zoo.settings import SAMPLING_FIELDS, option_name
 
 
@@ -71,6 +75,24 @@ def test_a_variants_matrix_holds_only_its_rows(cli: Callable, form: str) -> None
     assert "README of MindFormers" in ran.out
 
 
+@pytest.mark.parametrize("form", ["table", "markdown", "html"])
+def test_every_form_of_the_matrix_tells_denials_conflicts_and_notes(
+    cli: Callable, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    family = get_registry().families["deepseek_coder"]
+    conflict = Conflict(first=("dtype", "float16"), second=("attention", "flash"), reason="they overflow together")
+    changed = family.model_copy(update={"conflicts": (conflict,)})
+    monkeypatch.setitem(get_registry().families, "deepseek_coder", changed)
+    words = " ".join(html.unescape(cli("matrix", "--format", form).out).split())
+    assert "dtype=float16 excludes attention=flash: they overflow together" in words
+    for denial in family.denials:
+        assert f"{denial.axis} {', '.join(str(value).lower() for value in denial.values)}: no, for " in words
+        assert denial.reason in words
+    notes = [row.note for row in family.rows if row.note]
+    assert notes
+    assert [note for note in notes if note not in words] == []
+
+
 def test_the_html_page_is_self_contained_and_well_formed(cli: Callable) -> None:
     class Checker(html.parser.HTMLParser):
         void = ("meta",)
@@ -103,6 +125,16 @@ def test_plugins_shows_what_each_registered(cli: Callable) -> None:
     assert "engines: native" in cli("plugins").out
 
 
+def test_plugins_shows_remarks_beside_what_loads(cli: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "remark" not in cli("plugins").out
+    monkeypatch.setitem(get_registry().plugins, "idle", PluginRecord("idle"))
+    text = cli("plugins").out
+    assert "remark" in text.splitlines()[0]
+    assert re.search(r"^idle .* loaded .* registers\b", text, re.MULTILINE)
+    record = next(r for r in json.loads(cli("plugins", "--json").out) if r["name"] == "idle")
+    assert (record["state"], record["remarks"]) == ("loaded", ["registers nothing"])
+
+
 def test_plugins_quotes_the_error_of_a_dropped_one(
     cli: Callable, monkeypatch: pytest.MonkeyPatch, fresh_registry: None
 ) -> None:
@@ -133,6 +165,27 @@ def test_config_show_tells_origins(cli: Callable, tmp_path: Path, monkeypatch: p
     lines = [line.split() for line in cli(*arguments, "--origin").out.splitlines()]
     assert ["dtype:", "bf16", "#", "environment", "NPU_ZOO_DTYPE"] in lines
     assert ["tensor_parallel_size:", "2", "#", "option", "--tp"] in lines
+
+
+def test_config_show_says_what_an_unset_value_comes_to(cli: Callable) -> None:
+    lines = [line.split(maxsplit=2) for line in cli("config", "show", "--dtype", "bf16").out.splitlines()]
+    assert ["max_num_seqs:", "null", "# default: 64"] in lines
+    assert ["hardware:", "null", "# default: detected"] in lines
+    assert ["dtype:", "bf16"] in lines
+    data = json.loads(cli("config", "show", "--dtype", "bf16", "--json").out)
+    assert data["settings"]["max_num_seqs"] is None
+    assert data["defaults"]["max_num_seqs"] == "64"
+    assert set(data["defaults"]) == set(EngineArgs.model_fields) - {"dtype"}
+    assert all(data["defaults"].values())
+
+
+def test_the_defaults_of_config_show_are_what_a_request_gets(cli: Callable) -> None:
+    defaults = json.loads(cli("config", "show", "--json").out)["defaults"]
+    config = dataclasses.asdict(resolve(EngineArgs(model="deepseek_coder:demo", hardware="cpu")))
+    plain = {key: text for key, text in defaults.items() if key in config and re.fullmatch(r"[\w.]+", text)}
+    shown = {key: str(config[key]).lower() if isinstance(config[key], bool) else str(config[key]) for key in plain}
+    assert {**plain, "hardware": "cpu"} == shown
+    assert {"max_num_seqs", "max_num_batched_tokens", "kv_cache_fraction", "seed", "strict_kernels"} <= set(plain)
 
 
 def test_what_config_show_writes_is_a_configuration_file(cli: Callable, tmp_path: Path) -> None:

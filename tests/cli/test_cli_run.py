@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from npu_zoo.cli.results import printable
+from npu_zoo.cli.results import COMPLETION_KEYS, RESULT_KEYS, printable
 from npu_zoo.core.config import EngineConfig, SamplingParams
-from npu_zoo.core.engine import CompletionOutput, RequestMetrics, RequestOutput
+from npu_zoo.core.engine import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from npu_zoo.engine.llm import LLM
 
 MODEL = ("--model", "deepseek_coder:demo", "--hardware", "cpu")
@@ -47,6 +47,8 @@ class EchoLLM:
 
     def _finish(self, texts: list[str], params: SamplingParams, on_output: Callable) -> list[RequestOutput]:
         finished = [self._output(index, text.upper(), params.n, "stop") for index, text in enumerate(texts)]
+        for output in finished:
+            self._add_asked(output, params)
         for done, output in enumerate(reversed(finished)):
             if done == self.interrupt_after:
                 rest = [self._output(i, text.upper()[:2], params.n, "abort") for i, text in enumerate(texts)]
@@ -60,6 +62,13 @@ class EchoLLM:
         outputs = [CompletionOutput(i, text + "!" * i, list(range(len(text))), finish_reason=reason) for i in range(n)]
         metrics = RequestMetrics(arrival_time=1.0, first_token_time=1.5, finished_time=3.0)
         return RequestOutput(str(index), None, [1], outputs, finished=True, metrics=metrics)
+
+    @staticmethod
+    def _add_asked(output: RequestOutput, params: SamplingParams) -> None:
+        for completion in output.outputs:
+            completion.stop_reason = params.stop_strings[0] if params.stop_strings else None
+            completion.logprobs = [{7: Logprob(-0.5, 1, "a")}] if params.logprobs else None
+        output.prompt_logprobs = [None] if params.prompt_logprobs else None
 
 
 @pytest.fixture
@@ -107,6 +116,14 @@ def test_blank_lines_are_skipped_and_counted(cli: Callable, started: list[EchoLL
     ran = cli("run", *MODEL, "--prompts-file", str(tmp_path / "p.txt"), "--json")
     assert [found["prompt"] for found in results(ran.out)] == ["a", " b"]
     assert "2 blank line(s) skipped, 2 prompt(s) read" in ran.err
+    assert [(found["index"], found["line"]) for found in results(ran.out)] == [(0, 1), (1, 4)]
+
+
+def test_only_a_prompt_of_a_file_has_a_line(cli: Callable, started: list[EchoLLM]) -> None:
+    ran = cli("run", *MODEL, "--prompt", "a", "--prompts-file", "-", "--json", stdin="\nb\r\nc")
+    assert [(found["prompt"], found.get("line")) for found in results(ran.out)] == [("a", None), ("b", 2), ("c", 3)]
+    assert "line" not in results(ran.out)[0]
+    assert "line" not in results(cli("run", *MODEL, "--json", stdin="whole").out)[0]
 
 
 def test_standard_input_is_one_prompt_and_only_where_there_is_no_other(cli: Callable, started: list[EchoLLM]) -> None:
@@ -149,6 +166,22 @@ def test_the_json_of_a_prompt(cli: Callable, started: list[EchoLLM]) -> None:
         "finish_reason": "stop",
         "timings": {"ttft_s": 0.5, "total_s": 2.0, "tokens_per_s": 1.0},
     }
+
+
+def test_the_keys_of_run_are_those_that_are_documented(cli: Callable, started: list[EchoLLM], tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a\n")
+    everything = ("--n", "2", "--stop", "x", "--logprobs", "1", "--prompt-logprobs", "1")
+    cases = [
+        ("--prompts-file", str(tmp_path / "p.txt"), *everything),
+        ("--prompt-token-ids", "1,2"),
+        ("--fim-prefix", "a", "--fim-suffix", "b"),
+    ]
+    found = [results(cli("run", *MODEL, "--json", *case).out)[0] for case in cases]
+    timings = {f"timings.{key}" for result in found for key in result["timings"]}
+    assert {key for result in found for key in result} - {"timings"} | timings == set(RESULT_KEYS)
+    assert {key for output in found[0]["outputs"] for key in output} == {"index", *COMPLETION_KEYS}
+    text = cli("run", "--help").out
+    assert [key for key in RESULT_KEYS if f"\n  {key} " not in text] == []
 
 
 def test_several_completions(cli: Callable, started: list[EchoLLM]) -> None:

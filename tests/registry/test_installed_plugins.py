@@ -84,6 +84,7 @@ def test_installed_plugins_are_found_loaded_and_listed_without_torch(site: Path)
         "builtin": False,
         "error": None,
         "registered": {"register_families": ["alpha"]},
+        "imports_torch": False,
     }
     assert {"deepseek_coder", "alpha", "beta"} <= set(listed["families"])
     assert listed["plugins"]["gamma"]["error"] == "SystemExit: gamma is not licensed here"
@@ -139,3 +140,43 @@ def test_finding_plugins_imports_none_of_them(site: Path, monkeypatch: pytest.Mo
     monkeypatch.syspath_prepend(site)
     assert "alpha" in names(None)
     assert "alpha_plugin" not in sys.modules
+
+
+CHATTY = """
+import typer
+from npu_zoo.api import hookimpl
+
+print("hello from the import")
+
+@hookimpl
+def register_kernels():
+    print("hello from a hook")
+    return []
+
+@hookimpl
+def register_commands(app: typer.Typer) -> None:
+    print("hello from register_commands")
+    app.command("extra")(lambda: None)
+"""
+
+
+def test_what_a_plugin_prints_and_imports_is_remarked_upon_and_does_not_mix_with_json(tmp_path: Path) -> None:
+    install(tmp_path, "chatty", CHATTY)
+    install(tmp_path, "heavy", "import torch")
+    (tmp_path / "torch.py").write_text("")
+    ran = subprocess.run(
+        [sys.executable, "-m", "npu_zoo", "plugins", "--json"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    records = {record["name"]: record for record in json.loads(ran.stdout)}
+    assert records["chatty"]["registered"] == {"commands": ["extra"]}
+    assert records["chatty"]["remarks"] == []
+    assert records["heavy"]["state"] == "loaded"
+    assert records["heavy"]["remarks"] == [
+        "registers nothing",
+        "imports torch at load time: every command gets slower",
+    ]
+    assert ran.stderr.splitlines() == [f"hello from {place}" for place in ("the import", "a hook", "register_commands")]

@@ -283,8 +283,69 @@ def test_one_name_in_two_distributions(registry: Registry) -> None:
 def test_one_object_under_two_names(registry: Registry) -> None:
     plugin = Good("once")
     load(registry, plugin, "first_name")
-    assert_only_this_one_fell(registry, load(registry, plugin, "second_name"), "ValueError")
+    record = load(registry, plugin, "second_name")
+    assert record.error == "PluginError: this is plugin 'first_name' once more; keep one of the two entry points"
+    assert_only_this_one_fell(registry, record)
     assert registry.owner("once") == "first_name"
+
+
+def broken_row() -> list[FamilySpec]:
+    good = family("lost").model_dump()
+    bad = {**good["rows"][0], "world_size": [0], "status": "maybe"}
+    return [FamilySpec.model_validate({**good, "rows": [good["rows"][0], bad], "name": "Lost"})]
+
+
+def test_a_spec_of_the_wrong_form_is_told_field_by_field(registry: Registry) -> None:
+    record = load(registry, module(register_families=hookimpl(broken_row)))
+    lines = str(record.error).splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith("FamilySpec.name: string should match pattern")
+    assert lines[0].endswith(", given 'Lost'")
+    assert lines[1] == "FamilySpec.rows.1.world_size: world sizes start at 1"
+    assert lines[2] == "FamilySpec.rows.1.status: input should be 'supported' or 'experimental', given 'maybe'"
+    assert_only_this_one_fell(registry, record)
+
+
+def test_a_spec_that_contradicts_itself_is_told_in_one_line(registry: Registry) -> None:
+    def contradictory() -> list[FamilySpec]:
+        return [FamilySpec(**{**dict(family("lost")), "default_variant": "2b"})]
+
+    record = load(registry, module(register_families=hookimpl(contradictory)))
+    assert_only_this_one_fell(registry, record, "FamilySpec: default_variant 2b is none of 1b-instruct, 1b")
+    assert "\n" not in str(record.error)
+
+
+def test_what_a_plugin_prints_goes_to_standard_error(
+    registry: Registry, write_module: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def chatty() -> list[FamilySpec]:
+        print("from a hook")
+        return []
+
+    name = write_module("print('from the import')\nCODE = 1")
+    registry.add(Candidate("chatty", lambda: importlib.import_module(name), name))
+    load(registry, module(register_families=hookimpl(chatty)))
+    assert load_code(f"{write_module('print(3)' + chr(10) + 'CODE = 1')}:CODE") == 1
+    assert capsys.readouterr() == ("", "from the import\nfrom a hook\n3\n")
+
+
+def test_only_a_plugin_that_loads_and_registers_nothing_is_remarked_upon(registry: Registry) -> None:
+    assert load(registry, module()).remarks == ["registers nothing"]
+    assert load(registry, Good()).remarks == []
+    assert load(registry, module(on_start=returns([]))).remarks == []
+
+
+def test_the_plugin_that_brings_torch_is_remarked_upon(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    def heavy() -> list[KernelSpec]:
+        monkeypatch.setitem(sys.modules, "torch", ModuleType("torch"))
+        return [kernel("heavy")]
+
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    assert load(registry, Good("before")).remarks == []
+    record = load(registry, module(register_kernels=hookimpl(heavy)))
+    assert record.error is None
+    assert record.remarks == ["imports torch at load time: every command gets slower"]
+    assert load(registry, Good("after")).remarks == []
 
 
 # Commands
@@ -297,9 +358,14 @@ class Commands(Good):
 
     @hookimpl
     def register_commands(self, app: typer.Typer) -> None:
+        app.command(self.name)(lambda: None)
         if self.error:
             raise self.error
-        app.command(self.name)(lambda: None)
+
+
+def commands(registry: Registry) -> list[str | None]:
+    apps = [app for _, app in registry.collect_commands(typer.Typer)]
+    return [command.name for app in apps for command in app.registered_commands]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no terminal"), SystemExit("no terminal")])
@@ -307,9 +373,7 @@ def test_commands_of_the_others_survive_one_that_raises(registry: Registry, erro
     load(registry, Commands("first"))
     record = load(registry, Commands("second", error))
     load(registry, Commands("third"))
-    app = typer.Typer()
-    registry.add_commands(app)
-    assert sorted(command.name or "" for command in app.registered_commands) == ["first", "third"]
+    assert commands(registry) == ["first", "third"]
     assert record.error == f"register_commands raised {type(error).__name__}: no terminal"
     assert [r.name for r in registry.plugins.values() if r.error] == [record.name]
 
@@ -320,9 +384,7 @@ def test_commands_by_specname(registry: Registry) -> None:
         app.command("added")(lambda: None)
 
     load(registry, module(add=add))
-    app = typer.Typer()
-    registry.add_commands(app)
-    assert [command.name for command in app.registered_commands] == ["added"]
+    assert commands(registry) == ["added"]
 
 
 def test_a_bad_signature_is_not_left_registered(registry: Registry) -> None:
@@ -332,7 +394,7 @@ def test_a_bad_signature_is_not_left_registered(registry: Registry) -> None:
 
     record = load(registry, module(register_families=wrong_signature, register_commands=hookimpl(must_not_run)))
     error = record.error
-    registry.add_commands(typer.Typer())
+    assert commands(registry) == []
     assert record.error == error
     assert not registry._manager.has_plugin(record.name)
 
@@ -349,9 +411,7 @@ def test_unregistering_copes_with_a_pluggy_that_keeps_it(registry: Registry, mon
     with monkeypatch.context() as patch:
         patch.setattr(manager, "register", keeps_then_raises)
         record = load(registry, plugin)
-    app = typer.Typer()
-    registry.add_commands(app)
-    assert app.registered_commands == []
+    assert commands(registry) == []
     assert_only_this_one_fell(registry, record, "TypeError: bad signature")
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
-from npu_zoo.core.config import EngineArgs, SamplingParams
-from npu_zoo.core.errors import ConfigError
+from npu_zoo.core.config import EngineArgs, ModelConfig, SamplingParams
+from npu_zoo.core.errors import ConfigError, WeightsError, validation_lines
 from npu_zoo.settings import SAMPLING_FIELDS, Settings, engine_args, load_settings, option_name
 
 LAYERS = ("file", "environment", "option")
@@ -156,6 +157,29 @@ def test_a_wrong_type_names_key_value_and_origin(tmp_path: Path, given: dict[str
     with pytest.raises(ConfigError) as error:
         load(tmp_path, **given)
     assert [word for word in words if word not in str(error.value)] == []
+
+
+def test_validation_errors_are_one_line_per_field_without_the_librarys_links() -> None:
+    with pytest.raises(ValidationError) as caught:
+        EngineArgs(tensor_parallel_size=0, max_num_seqs="x", nonsense=[1])  # type: ignore[arg-type, call-arg]
+    assert validation_lines(caught.value, "EngineArgs") == [
+        "EngineArgs.tensor_parallel_size: input should be greater than or equal to 1, given 0",
+        "EngineArgs.max_num_seqs: input should be a valid integer, unable to parse string as an integer, given 'x'",
+        "EngineArgs.nonsense: extra inputs are not permitted",
+    ]
+    assert validation_lines(caught.value)[2] == "nonsense: extra inputs are not permitted"
+
+
+def test_a_checkpoints_config_of_the_wrong_form_is_told_the_same_way() -> None:
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "max_position_embeddings")
+    with pytest.raises(WeightsError) as caught:
+        ModelConfig.from_hf({**dict.fromkeys(sizes, 8), "num_attention_heads": 2, "vocab_size": 0, "rms_norm_eps": "x"})
+    first, *rest = str(caught.value).splitlines()
+    assert first == "config.json holds values of the wrong form:"
+    assert rest == [
+        "  vocab_size: input should be greater than 0, given 0",
+        "  rms_norm_eps: input should be a valid number, unable to parse string as a number, given 'x'",
+    ]
 
 
 @pytest.mark.parametrize(
