@@ -5,7 +5,6 @@ Nothing here imports torch or reads a weight, so every refusal comes before both
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any, cast
@@ -80,8 +79,6 @@ def create_engine(config: EngineConfig, progress: Progress | None = None) -> Eng
         PluginError: the engine cannot be imported.
         HardwareError, WeightsError: it cannot start.
     """
-    # torch's CPU allocator reads this once, at its first allocation; huge pages make filling the weights faster.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     return cast("Engine", load_code(config.engine_class)(config, progress))
 
 

@@ -109,12 +109,13 @@ class ModelRunner:
         self._check_memory(self.parameter_bytes)
         if self.device.type == "cpu":
             torch.set_num_threads(config.threads or default_threads(self.parameter_bytes))
-        model.to_empty(device=self.device)
+        model.allocate(self.device)
         load_weights(
             model.checkpoint_tensors(),
             loader,
             optional=optional,
             ignored=ignored,
+            storage=model.storage_of,
             on_loaded=model.tensor_loaded,
             progress=functools.partial(progress, "loading weights") if progress else None,
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from npu_zoo.nn.context import BuildContext
+from npu_zoo.nn.staging import Staging
 
 
 class Linear(nn.Module):
@@ -27,10 +28,22 @@ class Linear(nn.Module):
             torch.empty(sum(parts.values()), in_features, dtype=context.dtype), requires_grad=False
         )
         self._packed: Tensor | None = None
+        self._staging: Staging | None = None
 
     def checkpoint_views(self) -> tuple[Tensor, ...]:
         """Each part's rows of the weight, in the order of ``parts``, which a loader fills."""
         return torch.split(self.weight, list(self.parts.values()))
+
+    @property
+    def packs(self) -> bool:
+        """Whether the kernel keeps the weight in a layout of its own, so that the plain one is only passing through."""
+        return self._kernel.packs(self.weight.dtype)
+
+    def stage(self, staging: Staging) -> None:
+        """Give a weight without storage a buffer to be loaded into; :meth:`pack` gives it back."""
+        if self.weight.is_meta:
+            weight = staging.take(self.weight.shape, self.weight.dtype)
+            self.weight, self._staging = nn.Parameter(weight, requires_grad=False), staging
 
     def tie(self, weight: nn.Parameter) -> None:
         """Take another layer's [rows, in_features] weight; one that was loaded for this layer does not count."""
@@ -44,6 +57,9 @@ class Linear(nn.Module):
         self._packed = self._kernel.pack(weight)
         if self._packed is not weight:
             self.weight = nn.Parameter(torch.empty(0, dtype=weight.dtype), requires_grad=False)
+        if self._staging is not None:
+            self._staging.give_back(weight)
+            self._staging = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., rows of all parts]."""

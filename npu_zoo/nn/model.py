@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from npu_zoo.core.config import ModelConfig
+from npu_zoo.core.errors import EngineError
 from npu_zoo.nn.context import BuildContext, ForwardContext
 from npu_zoo.nn.linear import Linear
+from npu_zoo.nn.staging import Staging
+
+
+@dataclass(frozen=True)
+class _Awaited:
+    """A part of a linear layer that is to be loaded; ``missing`` holds the names of all parts that are yet to come."""
+
+    linear: Linear
+    part: int
+    missing: set[str]
 
 
 class CausalLM(nn.Module, ABC):
@@ -27,7 +39,8 @@ class CausalLM(nn.Module, ABC):
     def __init__(self, config: ModelConfig, context: BuildContext) -> None:
         super().__init__()
         self.config = config
-        self._awaited: dict[str, tuple[Linear, set[str]]] = {}
+        self._awaited: dict[str, _Awaited] = {}
+        self._staging: Staging | None = None
 
     @abstractmethod
     def forward(self, input_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
@@ -51,32 +64,54 @@ class CausalLM(nn.Module, ABC):
         """Names out of :meth:`checkpoint_tensors` that a checkpoint may lack."""
         return frozenset()
 
+    def allocate(self, device: torch.device) -> None:
+        """Give parameters their storage; weights that a kernel lays out anew get it from :meth:`storage_of`."""
+        self._staging, self._awaited = Staging(device), self._linear_parts()
+        for module in self.modules():
+            if isinstance(module, Linear) and module.packs:
+                continue
+            for name, parameter in module.named_parameters(recurse=False):
+                storage = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                setattr(module, name, nn.Parameter(storage, requires_grad=False))
+
+    def storage_of(self, name: str) -> Tensor:
+        """Where a linear layer's part is loaded that has no storage yet; gone once :meth:`tensor_loaded` packs it.
+
+        Raises:
+            EngineError: nothing was allocated, or no linear layer waits for the name.
+        """
+        awaited = self._awaited.get(name)
+        if awaited is None or self._staging is None:
+            raise EngineError(f"there is no storage for {name}; call allocate() before loading")
+        awaited.linear.stage(self._staging)
+        return awaited.linear.checkpoint_views()[awaited.part]
+
     def tensor_loaded(self, name: str) -> None:
         """Called with each of the checkpoint's tensors that is in; packs a layer once all of its parts are.
 
         So a layout that copies costs one layer's memory more, not the model's.
         """
-        if not self._awaited:
-            self._awaited = self._linear_parts()
-        linear, missing = self._awaited.get(name, (None, set()))
-        missing.discard(name)
-        if linear is not None and not missing:
-            linear.pack()
+        awaited = self._awaited.get(name)
+        if awaited is not None:
+            awaited.missing.discard(name)
+            if not awaited.missing:
+                awaited.linear.pack()
 
     def finish_loading(self) -> None:
         """Called once after the weights are in: packs what :meth:`tensor_loaded` has not."""
-        self._awaited.clear()
+        self._awaited, self._staging = {}, None
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack()
 
-    def _linear_parts(self) -> dict[str, tuple[Linear, set[str]]]:
+    def _linear_parts(self) -> dict[str, _Awaited]:
         """Every linear layer and the names it waits for, by each of those names."""
-        found: dict[str, tuple[Linear, set[str]]] = {}
+        found: dict[str, _Awaited] = {}
         for path, module in self.named_modules():
             if isinstance(module, Linear):
                 names = _part_names(path, module)
-                found.update(dict.fromkeys(names, (module, set(names))))
+                missing = set(names)
+                found.update({name: _Awaited(module, part, missing) for part, name in enumerate(names)})
         return found
 
     def parameter_bytes(self) -> int:

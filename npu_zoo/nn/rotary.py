@@ -21,7 +21,7 @@ class RotaryEmbedding(nn.Module):
         self._shape = (context.max_model_len, config.head_dim, config.rope_theta, config.rope_scaling)
         self._dtype = context.dtype
         self._tables: tuple[Tensor, Tensor] | None = None
-        inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        check_scaling(config.rope_scaling)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of [T] positions, [T, head_dim / 2] each."""
@@ -36,17 +36,24 @@ class RotaryEmbedding(nn.Module):
         return angles.cos().to(device, self._dtype), angles.sin().to(device, self._dtype)
 
 
+def check_scaling(scaling: RopeScaling) -> None:
+    """Refuse a scaling that this version does not know.
+
+    Raises:
+        WeightsError: it is none of none, linear.
+    """
+    if scaling.kind not in ("none", "linear"):
+        raise WeightsError(f"the checkpoint uses {scaling.kind} rope scaling; this version has: none, linear")
+
+
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> Tensor:
     """[head_dim / 2] radians per position, in float32.
 
     ``linear`` divides positions by the factor (position interpolation, arXiv:2306.15595; MindFormers' "PI").
 
     Raises:
-        WeightsError: a scaling that this version does not know.
+        WeightsError: see :func:`check_scaling`.
     """
+    check_scaling(scaling)
     frequencies = 1.0 / (theta ** (torch.arange(0, head_dim, 2).float() / head_dim))
-    if scaling.kind == "none":
-        return frequencies
-    if scaling.kind == "linear":
-        return frequencies / scaling.factor
-    raise WeightsError(f"the checkpoint uses {scaling.kind} rope scaling; this version has: none, linear")
+    return frequencies / scaling.factor if scaling.kind == "linear" else frequencies

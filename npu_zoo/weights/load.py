@@ -121,6 +121,7 @@ def load_weights(
     *,
     optional: Iterable[str] = (),
     ignored: Sequence[str] = (),
+    storage: Callable[[str], Tensor] | None = None,
     on_loaded: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LoadReport:
@@ -130,6 +131,7 @@ def load_weights(
         destinations: the checkpoint's tensor names and the views they are copied into; a fused parameter gives its
             parts as views of its rows. Entries are removed as they are filled, so that their storage can be given up.
         optional, ignored: as for :func:`compare_shapes`.
+        storage: asked, just before it is filled, for the storage of a destination that is on the meta device.
         on_loaded: called with each tensor's name once it is filled.
         progress: called after each tensor with the bytes done and the bytes in all.
 
@@ -146,7 +148,11 @@ def load_weights(
     with torch.no_grad():
         for name, tensor in loader.tensors():
             if name in destinations:
-                _copy(name, destinations.pop(name), tensor, loader.directory)
+                destination = destinations.pop(name)
+                if destination.is_meta and storage is not None:
+                    destination = storage(name)
+                _copy(name, destination, tensor, loader.directory)
+                del destination
                 count += 1
                 if on_loaded is not None:
                     on_loaded(name)

@@ -17,11 +17,15 @@ class PackedLinear:
     """
 
     @staticmethod
+    def packs(dtype: torch.dtype) -> bool:
+        """Not where torch has no oneDNN, nor where this CPU has no instructions for the dtype."""
+        available = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+        return available and (dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+
+    @staticmethod
     def pack(weight: Tensor) -> Tensor:
-        """An opaque oneDNN tensor, or the weight itself where this CPU has no instructions for its dtype."""
-        if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-            return weight
-        if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        """An opaque oneDNN tensor, or the weight itself where :meth:`packs` says so."""
+        if not PackedLinear.packs(weight.dtype):
             return weight
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _EXPECTED_ROWS)
         return packed

@@ -55,6 +55,11 @@ class Linear:
     """``x @ weight.T``, in two steps, so that a kernel can keep the weight in a layout of its own."""
 
     @staticmethod
+    def packs(dtype: torch.dtype) -> bool:
+        """Whether :meth:`pack` gives another layout than it is given."""
+        return False
+
+    @staticmethod
     def pack(weight: Tensor) -> Tensor:
         """The stored form of a [out, in] weight; called once, after loading. May return the weight itself."""
         return weight

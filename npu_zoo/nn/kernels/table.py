@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from npu_zoo.core.config import KernelChoice
@@ -15,6 +16,9 @@ from npu_zoo.registry import load_code
 
 class LinearKernel(Protocol):
     """A matrix product with a weight in the kernel's own layout; see :class:`npu_zoo.nn.kernels.reference.Linear`."""
+
+    def packs(self, dtype: torch.dtype) -> bool:
+        """Whether the stored form is another one than the weight."""
 
     def pack(self, weight: Tensor) -> Tensor:
         """The stored form of a [out, in] weight."""

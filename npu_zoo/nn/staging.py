@@ -1,0 +1,31 @@
+"""Where weights wait that a kernel keeps in a layout of its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Staging:
+    """Buffers that weights pass through on their way into a kernel's layout.
+
+    They are used again and again, for the first touch of fresh memory costs more than the copy.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._free: list[Tensor] = []
+        self._taken: dict[int, Tensor] = {}
+
+    def take(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """A tensor of a shape and dtype, with whatever it held before."""
+        size = shape.numel() * dtype.itemsize
+        fitting = [number for number, buffer in enumerate(self._free) if len(buffer) >= size]
+        best = min(fitting, key=lambda number: len(self._free[number]), default=None)
+        buffer = torch.empty(size, dtype=torch.uint8, device=self._device) if best is None else self._free.pop(best)
+        self._taken[buffer.data_ptr()] = buffer
+        return buffer[:size].view(dtype).view(shape)
+
+    def give_back(self, tensor: Tensor) -> None:
+        """Let the buffer behind a taken tensor serve again."""
+        self._free.append(self._taken.pop(tensor.data_ptr()))
