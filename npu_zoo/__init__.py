@@ -9,8 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from npu_zoo.core.config import SamplingParams
     from npu_zoo.core.hookspecs import hookimpl
+    from npu_zoo.core.sampling import SamplingParams
     from npu_zoo.engine.llm import LLM
 
 __version__ = "0.1.0"
@@ -18,7 +18,7 @@ __all__ = ["LLM", "SamplingParams", "__version__", "hookimpl"]
 
 _HOMES = {
     "LLM": "npu_zoo.engine.llm",
-    "SamplingParams": "npu_zoo.core.config",
+    "SamplingParams": "npu_zoo.core.sampling",
     "hookimpl": "npu_zoo.core.hookspecs",
 }
 

@@ -1,7 +1,7 @@
 """The torch-free surface for plugin authors."""
 
 from npu_zoo.core.attention import AttentionBackend, AttentionMetadata, CacheLayout, SequenceSlice
-from npu_zoo.core.config import EngineConfig, FimFormat, ModelConfig, PromptFormat, RopeScaling, SamplingParams
+from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.engine import CompletionOutput, Engine, Logprob, RequestMetrics, RequestOutput
 from npu_zoo.core.errors import (
     ConfigError,
@@ -20,6 +20,8 @@ from npu_zoo.core.evidence import EvidenceRecord
 from npu_zoo.core.features import Attention, Conflict, Denial, FeatureMatrix, FeatureRow
 from npu_zoo.core.hardware import DType
 from npu_zoo.core.hookspecs import hookimpl
+from npu_zoo.core.model_config import FimFormat, ModelConfig, PromptFormat, RopeScaling
+from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.core.specs import (
     AttentionBackendSpec,
     EngineSpec,

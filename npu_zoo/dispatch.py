@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from npu_zoo.checkpoint import detect_format, has_chat_template
-from npu_zoo.core.config import _SEAL, AttentionChoice, EngineArgs, EngineConfig, KernelChoice, ModelConfig
+from npu_zoo.core.config import _SEAL, AttentionChoice, EngineArgs, EngineConfig, KernelChoice
 from npu_zoo.core.engine import Engine, Progress
 from npu_zoo.core.errors import ConfigError, HardwareError, UnsupportedError, UsageError, WeightsError
 from npu_zoo.core.features import Conflict, FeatureRow, Reason, Verdict
 from npu_zoo.core.hardware import chip_of
+from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.core.specs import EngineSpec
 from npu_zoo.registry import Registry, get_registry, load_code
 from npu_zoo.request import Request, bundled_directory, parse_dtype, read_request

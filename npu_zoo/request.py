@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from npu_zoo.checkpoint import read_config, read_generation_config
-from npu_zoo.core.config import EngineArgs, ModelConfig
+from npu_zoo.core.config import EngineArgs
 from npu_zoo.core.errors import UsageError, WeightsError
 from npu_zoo.core.features import Attention, AxisValue, FeatureRow, layout_names
 from npu_zoo.core.hardware import DTYPE_ALIASES, DTYPES, PRODUCTS, DType
+from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.core.specs import FamilySpec, VariantSpec
 from npu_zoo.platforms.detection import detect_hardware
 from npu_zoo.registry import Registry

@@ -22,8 +22,9 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from npu_zoo.core.config import EngineArgs, SamplingParams
+from npu_zoo.core.config import EngineArgs
 from npu_zoo.core.errors import ConfigError, UsageError, validation_message
+from npu_zoo.core.sampling import SamplingParams
 
 PREFIX = "NPU_ZOO_"
 SAMPLING_PREFIX = PREFIX + "SAMPLING_"

@@ -17,8 +17,8 @@ from npu_zoo.cli.options import request_options
 from npu_zoo.cli.output import note
 from npu_zoo.cli.progress import LoadingProgress
 from npu_zoo.cli.results import printable
-from npu_zoo.core.config import SamplingParams
 from npu_zoo.core.errors import NpuZooError
+from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.dispatch import resolve
 from npu_zoo.settings import Settings
 

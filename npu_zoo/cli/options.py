@@ -12,7 +12,8 @@ from typing import Any
 
 import typer
 
-from npu_zoo.core.config import EngineArgs, SamplingParams
+from npu_zoo.core.config import EngineArgs
+from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.settings import ALIASES, SAMPLING_FIELDS, SAMPLING_TABLE, load_settings, option_name
 
 REQUEST_FIELDS = (

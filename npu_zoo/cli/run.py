@@ -16,9 +16,10 @@ from npu_zoo.cli.output import note
 from npu_zoo.cli.progress import LoadingProgress, RunProgress
 from npu_zoo.cli.prompts import EXAMPLE, NO_PROMPT, Prompt, PromptOptions
 from npu_zoo.cli.results import RESULT_KEYS, ResultWriter
-from npu_zoo.core.config import EngineConfig, SamplingParams
+from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.engine import RequestOutput
 from npu_zoo.core.errors import UsageError
+from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.dispatch import resolve
 from npu_zoo.settings import Settings
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from npu_zoo.core.config import EngineConfig, SamplingParams
+from npu_zoo.core.config import EngineConfig
+from npu_zoo.core.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort"]
 Progress = Callable[[str, int, int], None]

@@ -9,10 +9,10 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from npu_zoo.core.config import FimFormat, ModelConfig, PromptFormat
 from npu_zoo.core.evidence import EvidenceRecord, row_digest
 from npu_zoo.core.features import Attention, Conflict, Denial, FeatureMatrix, FeatureRow
 from npu_zoo.core.hardware import DType
+from npu_zoo.core.model_config import FimFormat, ModelConfig, PromptFormat
 
 CodeRef = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 """``package.module:attribute``."""

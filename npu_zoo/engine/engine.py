@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from npu_zoo.core.config import EngineConfig, SamplingParams
+from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.engine import CompletionOutput, Engine, Logprob, Progress, RequestMetrics, RequestOutput
 from npu_zoo.core.errors import EngineError, PromptError, UsageError
+from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.engine.block_manager import BlockManager, KVManager, SlotManager
 from npu_zoo.engine.detokenizer import IncrementalDetokenizer
 from npu_zoo.engine.runner import ModelRunner

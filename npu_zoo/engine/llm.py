@@ -7,9 +7,10 @@ import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, cast
 
-from npu_zoo.core.config import EngineConfig, SamplingParams
+from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.engine import Engine, Progress, RequestOutput
 from npu_zoo.core.errors import EngineError, PromptError, UsageError
+from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.dispatch import create_engine, resolve
 from npu_zoo.settings import engine_args
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from npu_zoo.core.config import SamplingParams
+from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.engine.sequence import Sequence
 
 

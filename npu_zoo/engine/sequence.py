@@ -6,8 +6,8 @@ import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from npu_zoo.core.config import SamplingParams
 from npu_zoo.core.engine import CompletionOutput, FinishReason, Logprob, RequestMetrics
+from npu_zoo.core.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from npu_zoo.engine.detokenizer import IncrementalDetokenizer

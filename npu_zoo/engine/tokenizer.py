@@ -14,7 +14,7 @@ from npu_zoo.core.errors import PromptError, TokenizerError
 from npu_zoo.engine.tokenizer_files import read_tokenizer_files
 
 if TYPE_CHECKING:
-    from npu_zoo.core.config import FimFormat
+    from npu_zoo.core.model_config import FimFormat
 
 CHECK_TEXT = (
     "def f(x: int) -> str:\n    if x  !=  1:\n\t\treturn f'{x}'\r\n\n\n  # ünïcode: é è ñ ç ß Ω ж\n"

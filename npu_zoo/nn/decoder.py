@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from npu_zoo.core.config import ModelConfig
 from npu_zoo.core.errors import WeightsError
+from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.nn.context import BuildContext, ForwardContext
 from npu_zoo.nn.embedding import Embedding
 from npu_zoo.nn.linear import Linear

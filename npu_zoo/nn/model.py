@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from npu_zoo.core.config import ModelConfig
 from npu_zoo.core.errors import EngineError
+from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.nn.context import BuildContext, ForwardContext
 from npu_zoo.nn.linear import Linear
 from npu_zoo.nn.staging import Staging

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from npu_zoo.core.config import ModelConfig, RopeScaling
 from npu_zoo.core.errors import WeightsError
+from npu_zoo.core.model_config import ModelConfig, RopeScaling
 from npu_zoo.nn.context import BuildContext
 
 

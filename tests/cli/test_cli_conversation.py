@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from npu_zoo.cli.chat import Conversation
-from npu_zoo.core.config import SamplingParams
 from npu_zoo.core.engine import CompletionOutput, RequestMetrics, RequestOutput
 from npu_zoo.core.errors import PromptError
+from npu_zoo.core.sampling import SamplingParams
 
 LIMIT = 40
 

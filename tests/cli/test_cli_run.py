@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from npu_zoo.cli.results import COMPLETION_KEYS, RESULT_KEYS, printable
-from npu_zoo.core.config import EngineConfig, SamplingParams
+from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.engine import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.engine.llm import LLM
 
 MODEL = ("--model", "deepseek_coder:demo", "--hardware", "cpu")

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import npu_zoo
-from npu_zoo.core.config import EngineArgs, EngineConfig, ModelConfig, RopeScaling, SamplingParams
+from npu_zoo.core.config import EngineArgs, EngineConfig
 from npu_zoo.core.errors import ConfigError, UsageError, WeightsError
+from npu_zoo.core.model_config import ModelConfig, RopeScaling
+from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.registry import get_registry
 
 PACKAGE = Path(npu_zoo.__file__).parent

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from npu_zoo.core.config import ModelConfig
+from npu_zoo.core.model_config import ModelConfig
 
 SHAPE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from npu_zoo.core.config import EngineArgs, ModelConfig
+from npu_zoo.core.config import EngineArgs
 from npu_zoo.core.errors import HardwareError, UnknownModelError, UsageError, WeightsError
+from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.dispatch import parse_dtype
 from npu_zoo.registry import get_registry
 from npu_zoo.request import Request, read_request

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npu_zoo.core.config import SamplingParams
 from npu_zoo.core.engine import CompletionOutput
 from npu_zoo.core.errors import EngineError
+from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.engine.block_manager import BlockManager, SlotManager
 from npu_zoo.engine.sequence import Sequence
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from npu_zoo.core.config import SamplingParams
 from npu_zoo.core.engine import CompletionOutput
+from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.engine.block_manager import BlockManager, KVManager, SlotManager
 from npu_zoo.engine.scheduler import ScheduledRow, Scheduler
 from npu_zoo.engine.sequence import Sequence

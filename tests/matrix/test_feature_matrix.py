@@ -185,7 +185,7 @@ def test_an_experimental_cell_quotes_the_denial_and_names_the_flag() -> None:
     assert verdict.reasons[0].message == (
         "dtype=bfloat16 is not supported by m on atlas_800i_a2; supported: float16 "
         "(the README of a vendor says no: no such unit); "
-        "the zoo offers this as experimental (source: zoo); --allow-experimental runs it"
+        "the zoo offers this as experimental; --allow-experimental runs it"
     )
 
 

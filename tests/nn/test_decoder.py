@@ -12,7 +12,9 @@ from torch import Tensor
 from transformers import LlamaForCausalLM as TheirLlama
 
 from npu_zoo.checkpoint import read_config
-from npu_zoo.core.config import KernelChoice, ModelConfig
+from npu_zoo.core.config import KernelChoice
+from npu_zoo.core.errors import EngineError
+from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.nn.context import BuildContext
 from npu_zoo.nn.decoder import LlamaForCausalLM
 from npu_zoo.nn.kernels.table import Kernels, bind_kernels
@@ -70,6 +72,10 @@ class Transposed:
     """A kernel that keeps the weight in a layout of its own."""
 
     @staticmethod
+    def packs(dtype: torch.dtype) -> bool:
+        return True
+
+    @staticmethod
     def pack(weight: Tensor) -> Tensor:
         return weight.t().contiguous()
 
@@ -98,10 +104,11 @@ def test_a_tied_head_multiplies_with_the_embedding(tmp_path: Path, own_layout: b
     """Even where the checkpoint stores a head too."""
     directory = write_llama_checkpoint(tmp_path / "weights", tokenizer=False, tie_word_embeddings=True)
     kernels = dataclasses.replace(reference_kernels(), **({"linear": Transposed} if own_layout else {}))
-    model = build(directory, kernels).to_empty(device="cpu")
+    model = build(directory, kernels)
+    model.allocate(torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     for name, tensor in model.checkpoint_tensors().items():
-        tensor.normal_(generator=generator)
+        (model.storage_of(name) if tensor.is_meta else tensor).normal_(generator=generator)
         model.tensor_loaded(name)
     model.finish_loading()
     hidden = torch.ones(1, 64)
@@ -112,11 +119,30 @@ def test_a_tied_head_multiplies_with_the_embedding(tmp_path: Path, own_layout: b
 def test_a_layer_is_packed_once_all_its_parts_are_in(tmp_path: Path) -> None:
     directory = write_llama_checkpoint(tmp_path / "weights", tokenizer=False)
     kernels = dataclasses.replace(reference_kernels(), linear=Transposed)
-    model = build(directory, kernels).to_empty(device="cpu")
-    weights = [model.model.layers[0].self_attn.qkv_proj, model.model.layers[1].self_attn.qkv_proj]
+    model = build(directory, kernels)
+    model.allocate(torch.device("cpu"))
+    first, second = (model.model.layers[n].self_attn.qkv_proj for n in (0, 1))
+    buffer = 0
     for part in "kvq":
-        assert [layer.weight.numel() for layer in weights] == [128 * 64, 128 * 64]
-        model.tensor_loaded(f"model.layers.0.self_attn.{part}_proj.weight")
-    assert [layer.weight.numel() for layer in weights] == [0, 128 * 64]
-    model.finish_loading()
-    assert [layer.weight.numel() for layer in weights] == [0, 0]
+        name = f"model.layers.0.self_attn.{part}_proj.weight"
+        model.storage_of(name).fill_(ord(part))
+        buffer = first.weight.data_ptr()
+        assert first.weight.shape == (128, 64)
+        model.tensor_loaded(name)
+    assert first.weight.numel() == 0
+    values = first(torch.eye(64))[0].tolist()
+    assert values == [ord("q")] * 64 + [ord("k")] * 32 + [ord("v")] * 32
+    assert second.weight.is_meta
+    model.storage_of("model.layers.1.self_attn.q_proj.weight")
+    assert second.weight.data_ptr() == buffer
+    assert first(torch.eye(64))[0].tolist() == values
+
+
+def test_storage_is_only_for_what_waits_for_it(tmp_path: Path) -> None:
+    model = build(write_llama_checkpoint(tmp_path / "weights", tokenizer=False))
+    with pytest.raises(EngineError, match="there is no storage for lm_head.weight"):
+        model.storage_of("lm_head.weight")
+    model.allocate(torch.device("cpu"))
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    with pytest.raises(EngineError, match="there is no storage for model.norm.weight"):
+        model.storage_of("model.norm.weight")

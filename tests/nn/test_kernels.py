@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from npu_zoo.core.config import KernelChoice, ModelConfig, RopeScaling
+from npu_zoo.core.config import KernelChoice
 from npu_zoo.core.errors import PluginError, WeightsError
+from npu_zoo.core.model_config import ModelConfig, RopeScaling
 from npu_zoo.core.specs import KernelSpec
 from npu_zoo.nn.context import BuildContext
 from npu_zoo.nn.kernels import reference

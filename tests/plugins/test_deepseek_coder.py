@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from npu_zoo import LLM, SamplingParams
-from npu_zoo.core.config import ModelConfig
+from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.engine.tokenizer import Tokenizer
 from npu_zoo.plugins.deepseek_coder import CHAT_TEMPLATE, FAMILY
 

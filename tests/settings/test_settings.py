@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from npu_zoo.core.config import EngineArgs, ModelConfig, SamplingParams
+from npu_zoo.core.config import EngineArgs
 from npu_zoo.core.errors import ConfigError, WeightsError, validation_lines
+from npu_zoo.core.model_config import ModelConfig
+from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.settings import SAMPLING_FIELDS, Settings, engine_args, load_settings, option_name
 
 LAYERS = ("file", "environment", "option")

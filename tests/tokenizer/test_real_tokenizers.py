@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
-from npu_zoo.core.config import FimFormat
+from npu_zoo.core.model_config import FimFormat
 from npu_zoo.engine.detokenizer import IncrementalDetokenizer
 from npu_zoo.engine.tokenizer import Tokenizer
 

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from npu_zoo.core.config import FimFormat
 from npu_zoo.core.errors import PromptError, TokenizerError
+from npu_zoo.core.model_config import FimFormat
 from npu_zoo.engine.tokenizer import CHECK_TEXT, Tokenizer
 
 BOS, EOS, EOT = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<|EOT|>"

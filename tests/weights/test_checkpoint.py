@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from npu_zoo.checkpoint import MAX_CONFIG_BYTES, detect_format, read_config, read_generation_config
-from npu_zoo.core.config import ModelConfig
 from npu_zoo.core.errors import WeightsError
+from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.core.specs import WeightFormatSpec
 from npu_zoo.testing.checkpoints import write_llama_checkpoint
 

@@ -1,0 +1,109 @@
+"""How the tokens of a request are chosen."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from npu_zoo.core.errors import UsageError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the tokens of one request are chosen, under vLLM's names.
+
+    Attributes:
+        n: completions per prompt.
+        temperature: 0 is greedy.
+        top_k: 0 or -1 keeps all tokens.
+        min_p: keeps tokens of at least this share of the best token's probability.
+        repetition_penalty: over prompt and output tokens (as in CTRL, arXiv:1909.05858).
+        presence_penalty, frequency_penalty: over output tokens (as in OpenAI's API).
+        seed: makes the request's draws independent of everything else that runs; unset takes the engine's seed.
+        stop: strings that end the text and are not part of it, found across token borders too.
+        logprobs: this many most likely tokens per position, the chosen one always among them.
+        prompt_logprobs: the same for the prompt's tokens.
+
+    Raises:
+        UsageError: a value is out of its range; all such values are named at once.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] | list[str] | str = ()
+    stop_token_ids: tuple[int, ...] | list[int] = ()
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", _as_tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", _as_tuple(self.stop_token_ids))
+        faults = [fault for fault in _sampling_faults(self) if fault]
+        if faults:
+            raise UsageError("sampling parameters out of range: " + "; ".join(faults))
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """``stop`` in its normal form."""
+        return tuple(self.stop)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature == 0.0
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (list, tuple)) else () if value is None else (value,)
+
+
+def _sampling_faults(p: SamplingParams) -> list[str]:
+    def number(name: str, low: float, high: float, *, open_low: bool = False) -> str:
+        value = getattr(p, name)
+        real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        inside = real and (low < value if open_low else low <= value) and value <= high
+        bracket = "(" if open_low else "["
+        return "" if inside else f"{name}={value!r} is not in {bracket}{low:g}, {high:g}]"
+
+    def integer(name: str, low: int, *, high: float = math.inf, optional: bool = False) -> str:
+        value = getattr(p, name)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if (optional and value is None) or (whole and low <= value <= high):
+            return ""
+        return f"{name}={value!r} is not an integer >= {low}" + ("" if high == math.inf else f" and <= {high}")
+
+    faults = [
+        integer("n", 1),
+        number("temperature", 0.0, 1e6),
+        number("top_p", 0.0, 1.0, open_low=True),
+        integer("top_k", -1),
+        number("min_p", 0.0, 1.0),
+        number("repetition_penalty", 0.0, 1e6, open_low=True),
+        number("presence_penalty", -2.0, 2.0),
+        number("frequency_penalty", -2.0, 2.0),
+        integer("max_tokens", 1, optional=True),
+        integer("min_tokens", 0),
+        integer("logprobs", 0, optional=True),
+        integer("prompt_logprobs", 0, optional=True),
+        integer("seed", -(2**63), high=2**64 - 1, optional=True),
+    ]
+    if not all(isinstance(s, str) and s for s in p.stop):
+        faults.append("stop holds an empty string or something that is no string")
+    if not all(isinstance(i, int) and i >= 0 for i in p.stop_token_ids):
+        faults.append("stop_token_ids holds something that is no token id")
+    if not any(faults) and p.max_tokens is not None and p.min_tokens > p.max_tokens:
+        faults.append(f"min_tokens={p.min_tokens} exceeds max_tokens={p.max_tokens}")
+    return faults
