@@ -140,9 +140,9 @@ def test_a_layer_is_packed_once_all_its_parts_are_in(tmp_path: Path) -> None:
 
 def test_storage_is_only_for_what_waits_for_it(tmp_path: Path) -> None:
     model = build(write_llama_checkpoint(tmp_path / "weights", tokenizer=False))
-    with pytest.raises(EngineError, match="there is no storage for lm_head.weight"):
+    with pytest.raises(EngineError, match=r"there is no storage for lm_head.weight"):
         model.storage_of("lm_head.weight")
     model.allocate(torch.device("cpu"))
     assert not any(parameter.is_meta for parameter in model.parameters())
-    with pytest.raises(EngineError, match="there is no storage for model.norm.weight"):
+    with pytest.raises(EngineError, match=r"there is no storage for model.norm.weight"):
         model.storage_of("model.norm.weight")
