@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", "README.zh-CN.md"]
@@ -36,6 +37,8 @@ def comparable(lines: list[str]) -> list[str]:
 def test_a_session_shows_what_its_command_prints(page: str, command: str, shown: list[str]) -> None:
     program, *arguments = shlex.split(command)
     assert program == "npu-zoo"
+    if arguments[0] == "run" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("recorded on a CPU with bfloat16 instructions; another one may round a near tie the other way")
     run = subprocess.run(
         [sys.executable, "-m", "npu_zoo", *arguments],
         capture_output=True,
