@@ -306,10 +306,12 @@ def _as_ids(prompt: SequenceOf[int]) -> list[int]:
     """Token ids as plain integers, from whatever counts as one (NumPy's and torch's do)."""
     if isinstance(prompt, (bytes, bytearray)):
         raise PromptError("the prompt is of bytes; give text, or a list of token ids")
-    try:
-        return [operator.index(token_id) for token_id in prompt]
-    except TypeError as error:
-        raise PromptError(f"the prompt is no list of token ids: {error}; give text, or whole numbers") from error
+    ids: list[int] = []
+    for token_id in prompt:
+        if isinstance(token_id, bool) or not hasattr(token_id, "__index__"):
+            raise PromptError(f"the prompt holds {token_id!r}, which is no token id; give text, or whole numbers")
+        ids.append(operator.index(token_id))
+    return ids
 
 
 def load_tokenizer(config: EngineConfig) -> Tokenizer:

@@ -291,8 +291,8 @@ def test_a_random_checkpoint_is_the_same_for_the_same_seed(tmp_path: Path) -> No
         (["a"], {"max_tokens": 3}, "sampling parameters are dict"),
         (None, None, "prompts are NoneType"),
         (b"abc", None, "the prompt is of bytes"),
-        ([["a", "b"]], None, "no list of token ids"),
-        ([[1.5]], None, "no list of token ids"),
+        ([["a", "b"]], None, "holds 'a', which is no token id"),
+        ([[1.5]], None, "holds 1.5, which is no token id"),
     ],
 )
 def test_what_is_no_prompt_or_no_parameter_is_said(promised: LLM, prompts: Any, params: Any, message: str) -> None:
