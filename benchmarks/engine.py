@@ -50,7 +50,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workdir", type=Path, default=Path("build/benchmarks"), help="cache of checkpoints")
     parser.add_argument("--json", type=Path, help="write the record: machine, versions, all samples")
     parser.add_argument("--markdown", type=Path, help="write the report")
-    parser.add_argument("--from", dest="record", type=Path, help="report an earlier record instead of running")
+    parser.add_argument(
+        "--from",
+        dest="records",
+        type=Path,
+        nargs="+",
+        metavar="RECORD",
+        help="report earlier records of one machine instead of running; a case of a later one comes beside the others",
+    )
     parser.add_argument("--check", action="store_true", help="exit 1 when a ratio is below its case's target")
     options = parser.parse_args(arguments)
     if options.rounds < 1 or options.threads < 1:
@@ -235,11 +242,31 @@ def measure(options: argparse.Namespace) -> report.Record:
     return comparison.record
 
 
+def read_records(paths: list[Path]) -> report.Record:
+    """Earlier records as one.
+
+    Raises:
+        WorkerError: they are of other shapes, machines or versions.
+    """
+    first, *others = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+    for path, other in zip(paths[1:], others, strict=True):
+        differing = [key for key in ("shape", "machine") if _lasting(other[key]) != _lasting(first[key])]
+        if differing:
+            raise WorkerError(f"{path} differs from {paths[0]} in its {' and '.join(differing)}; report it by itself")
+        first["cases"] += other["cases"]
+        first["measurements"] += other["measurements"]
+    return first
+
+
+def _lasting(facts: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in facts.items() if key != "load_average"}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run or read a record, report it, and judge it where that was asked for."""
     options = parse_arguments(arguments)
     try:
-        record = json.loads(options.record.read_text(encoding="utf-8")) if options.record else measure(options)
+        record = read_records(options.records) if options.records else measure(options)
     except (OSError, WorkerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

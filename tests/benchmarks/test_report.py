@@ -111,3 +111,16 @@ def test_a_mistake_is_named(arguments: list[str], told: str, capsys: pytest.Capt
 def test_a_missing_record_is_an_error_and_not_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert engine.main(["--from", str(tmp_path / "none.json")]) == 1
     assert "none.json" in capsys.readouterr().err
+
+
+def test_records_of_one_machine_are_reported_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = _record(_case("a", [(1, 1)])), _record(_case("b", [(2, 1)]))
+    second["machine"] = {**second["machine"], "load_average": 99.0}
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path, content in zip(paths, (first, second), strict=True):
+        path.write_text(json.dumps(content))
+    assert [case["name"] for case in engine.read_records(paths)["cases"]] == ["a", "b"]
+    second["machine"]["cores"] = 3
+    paths[1].write_text(json.dumps(second))
+    assert engine.main(["--from", *map(str, paths)]) == 1
+    assert "differs from" in capsys.readouterr().err
