@@ -124,3 +124,9 @@ def test_records_of_one_machine_are_reported_together(tmp_path: Path, capsys: py
     paths[1].write_text(json.dumps(second))
     assert engine.main(["--from", *map(str, paths)]) == 1
     assert "differs from" in capsys.readouterr().err
+
+
+def test_the_performance_page_is_what_its_records_say() -> None:
+    root = Path(__file__).resolve().parents[2]
+    records = sorted((root / "benchmarks" / "records").glob("*.json"))
+    assert (root / "docs" / "performance.md").read_text() == report.markdown(engine.read_records(records))
