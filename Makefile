@@ -34,7 +34,7 @@ venv: $(STAMP)-dev
 
 ## make demo     run deepseek_coder's bundled demo checkpoint on a built-in prompt
 demo: $(STAMP)-run
-	@$(BIN)/npu-zoo run --model deepseek_coder --prompt "$(DEMO_PROMPT)" --temperature 0 --max-tokens 48
+	@$(BIN)/npu-zoo run --model deepseek_coder --echo --prompt "$(DEMO_PROMPT)" --temperature 0 --max-tokens 48
 
 ## make test     all tests but the long ones
 test: $(STAMP)-dev
