@@ -73,7 +73,7 @@ def test_the_table_shows_both_sides_the_spread_and_the_floor() -> None:
     table = report.markdown(_record(_case("a", [(10, 10), (30, 10), (40, 20)])))
     line = next(line for line in table.splitlines() if "title of a" in line)
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells == ["title of a", "tokens/s", "30.0", "10.0", "2.00 (1.00..3.00)", "100 (memory)"]
+    assert cells == ["title of a", "tokens/s", "30.0", "10.0", "2.00 (1.00..3.00)", "3", "100 (memory)"]
 
 
 def test_both_reports_say_that_nothing_is_compiled() -> None:
