@@ -65,7 +65,10 @@ class CausalLM(nn.Module, ABC):
         return frozenset()
 
     def allocate(self, device: torch.device) -> None:
-        """Give parameters their storage; weights that a kernel lays out anew get it from :meth:`storage_of`."""
+        """Give parameters their storage; weights that a kernel lays out anew get it from :meth:`storage_of`.
+
+        Buffers get none: what a model computes itself it computes on first use, as the rotary tables do.
+        """
         self._staging, self._awaited = Staging(device), self._linear_parts()
         for module in self.modules():
             if isinstance(module, Linear) and module.packs:
@@ -113,10 +116,6 @@ class CausalLM(nn.Module, ABC):
                 missing = set(names)
                 found.update({name: _Awaited(module, part, missing) for part, name in enumerate(names)})
         return found
-
-    def parameter_bytes(self) -> int:
-        """Bytes of all parameters."""
-        return sum(p.numel() * p.element_size() for p in self.parameters())
 
 
 def _part_names(path: str, linear: Linear) -> list[str]:

@@ -59,7 +59,6 @@ def test_the_parts_of_a_layer_fill_it_without_gap_or_overlap(directory: Path) ->
     model = build(directory).to_empty(device="cpu")
     for number, tensor in enumerate(model.checkpoint_tensors().values()):
         tensor.fill_(number + 1)
-    assert model.parameter_bytes() == 4 * sum(t.numel() for t in model.checkpoint_tensors().values())
     for parameter in model.parameters():
         assert (parameter > 0).all()
     attention = model.model.layers[1].self_attn
