@@ -1,0 +1,1 @@
+"""A simulated Ascend runtime under the real torch_npu."""

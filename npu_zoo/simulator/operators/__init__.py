@@ -1,0 +1,1 @@
+"""What the fused operators compute, a module for each kind."""

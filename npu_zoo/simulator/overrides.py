@@ -1,0 +1,295 @@
+"""Puts golden CPU semantics under torch_npu's operators.
+
+For each operator: the documented rules are checked, then torch_npu's own kernel runs against the launch recorder, which
+checks its arguments, allocates the outputs and names its launches, and then the golden values are written into those
+outputs. Operators that only touch metadata stay as they are. Everything else fails by name in the recorder.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from npu_zoo.simulator.errors import NoSemantics, SimulatorError
+from npu_zoo.simulator.golden import Golden, load_golden
+from npu_zoo.simulator.graph import Graphs
+from npu_zoo.simulator.memory import DeviceMemory
+from npu_zoo.simulator.random import GeneratorMirror
+from npu_zoo.simulator.rules.table import RuleTable, load_rules
+from npu_zoo.simulator.runtime import Runtime
+
+_KEY, _AUTOGRAD_KEY = "PrivateUse1", "AutogradPrivateUse1"
+
+NATIVE_PREFIXES = (
+    "empty", "new_empty", "set_", "resize", "_resize", "view", "as_strided", "_reshape_alias", "squeeze", "unsqueeze",
+    "unfold", "is_pinned", "_pin_memory", "pin_memory", "record_stream", "_has_same_storage", "_conj", "_neg_view",
+    "contiguous", "_to_copy", "_local_scalar_dense", "item", "is_set_to", "_copy_from", "detach", "lift", "_foobar",
+)  # fmt: skip
+"""aten operators that touch metadata, or copy bytes through the runtime: torch_npu's own code does them right."""
+
+DATA_DEPENDENT = frozenset({
+    "nonzero", "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive", "repeat_interleave",
+    "multinomial", "equal", "bincount", "is_nonzero", "histc", "allclose", "one_hot",
+})  # fmt: skip
+"""aten operators whose result's shape or control flow depends on values, so that the kernel cannot run first."""
+
+INDEXING = ("index", "_index", "_unsafe_index", "slice", "copy")
+"""aten operators that take tensors of the host beside those of the device."""
+
+
+class Overrides:
+    """The overrides of this process. Keep the object: its libraries unregister what they hold when they go.
+
+    Attributes:
+        graphs: the tapes.
+        memory: device memory as CPU tensors.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.memory = DeviceMemory(runtime.base, runtime.size)
+        self.graphs = Graphs(runtime)
+        self.mirror = GeneratorMirror()
+        self.rules = RuleTable(load_rules(), runtime.machine.chip)
+        self.depth = 0
+        self.names: set[str] = set()
+        self._libraries: dict[str, torch.library.Library] = {}
+        self._autograd = set(torch._C._dispatch_get_registrations_for_dispatch_key(_AUTOGRAD_KEY))
+
+    def install(self) -> None:
+        """Override every operator that golden semantics exist for."""
+        fused = load_golden()
+        for name in torch._C._dispatch_get_registrations_for_dispatch_key(_KEY):
+            if name in fused:
+                self._override(name, fused[name])
+            elif name.startswith("aten::") and _is_computed(name):
+                self._override(name, None)
+
+    def _override(self, name: str, golden: Golden | None) -> None:
+        operator = Operator(self, name, golden)
+        library = self._library(name.split("::")[0])
+        library.impl(name, operator, _KEY, with_keyset=True, allow_override=True)
+        if name in self._autograd:
+            library.impl(name, operator, _AUTOGRAD_KEY, with_keyset=True, allow_override=True)
+        self.names.add(name)
+
+    def _library(self, namespace: str) -> torch.library.Library:
+        if namespace not in self._libraries:
+            self._libraries[namespace] = torch.library.Library(namespace, "IMPL")
+        return self._libraries[namespace]
+
+    def to_host(self, value: Any) -> Any:
+        """An argument as the CPU sees it: tensors as views, the device as the CPU, everything else as it is."""
+        if isinstance(value, torch.Tensor):
+            return self.memory.view(value) if value.device.type == "npu" else value
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.to_host(item) for item in value)
+        if isinstance(value, torch.device):
+            return torch.device("cpu")
+        return value
+
+
+class Operator:
+    """One overridden operator, called by the dispatcher."""
+
+    def __init__(self, overrides: Overrides, name: str, golden: Golden | None) -> None:
+        self.name = name
+        self._sim = overrides
+        self._op = overload(name)
+        self._schema = self._op._schema
+        self._golden = golden
+        base = name.split("::")[1].split(".")[0]
+        self._data_dependent = golden is None and base in DATA_DEPENDENT
+        self._native = not self._data_dependent and (golden is None or golden.native)
+        self._kernel = torch.library.get_kernel(name, _KEY) if self._native else None
+        self._mixes_devices = golden is not None or base.startswith(INDEXING)
+        self._positional = [a.name for a in self._schema.arguments if not a.kwarg_only]
+        self._keywords = [a.name for a in self._schema.arguments if a.kwarg_only]
+        self._written = [a.name for a in self._schema.arguments if a.alias_info and a.alias_info.is_write]
+        self._generator = next((a.name for a in self._schema.arguments if "Generator" in str(a.type)), None)
+        self._outs = [a.name for a in self._schema.arguments if a.is_out] if golden is None else []
+
+    def __call__(self, keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        sim = self._sim
+        arguments = self._bind(args, kwargs)
+        if self._data_dependent:
+            sim.graphs.refuse(self.name, "the shape of its result depends on values")
+        if not self._mixes_devices:
+            self._check_devices(arguments)
+        sim.rules.check(self.name, arguments)
+        generator = self._device_generator(arguments)
+        mirror = sim.mirror.begin(generator) if generator is not None else None
+        if not self._native:
+            fresh = self._without_kernel(arguments, mirror)
+        else:
+            fresh = self._run_kernel(keyset, arguments)
+            self._run_or_capture(arguments, fresh, mirror)
+        if generator is not None and mirror is not None:
+            sim.mirror.end(generator, mirror)
+        return fresh
+
+    def _run_or_capture(self, arguments: dict[str, Any], fresh: Any, mirror: torch.Generator | None) -> None:
+        sim = self._sim
+        host = self._host_arguments(arguments, mirror)
+        outputs = sim.to_host(fresh)
+        step = functools.partial(self._compute, host, outputs)
+        if sim.depth:
+            step()
+        else:
+            sim.graphs.run(step)
+
+    def _host_arguments(self, arguments: dict[str, Any], mirror: torch.Generator | None) -> dict[str, Any]:
+        host = {name: self._sim.to_host(value) for name, value in arguments.items()}
+        if mirror is not None and self._generator is not None:
+            host[self._generator] = mirror
+        return host
+
+    def _bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        bound = dict(zip((a.name for a in self._schema.arguments), args, strict=False))
+        bound.update(kwargs)
+        for argument in self._schema.arguments[len(args) :]:
+            if argument.name not in bound:
+                bound[argument.name] = argument.default_value
+        return bound
+
+    def _check_devices(self, arguments: dict[str, Any]) -> None:
+        tensors = [t for t in _tensors(arguments.values()) if t.dim() or t.device.type == "npu"]
+        if len({t.device for t in tensors}) > 1:
+            devices = ", ".join(sorted({str(t.device) for t in tensors}))
+            raise RuntimeError(f"{self.name}: expected all tensors to be on the same device, found {devices}")
+
+    def _run_kernel(self, keyset: Any, arguments: dict[str, Any]) -> Any:
+        sim = self._sim
+        boxed = {a.name: _boxed(a, arguments[a.name]) for a in self._schema.arguments}
+        positional = [boxed[name] for name in self._positional]
+        keywords = {name: boxed[name] for name in self._keywords}
+        assert self._kernel is not None
+        sim.runtime.enter()
+        sim.depth += 1
+        try:
+            return self._kernel.call_boxed(keyset, *positional, **keywords)
+        finally:
+            sim.depth -= 1
+            sim.runtime.leave()
+
+    def _compute(self, host: dict[str, Any], outputs: Any) -> None:
+        outs = self._fresh_outs(host)
+        results = self._evaluate({**host, **outs})
+        for name, result in outs.items():
+            self._write(host[name], result)
+        returns = self._schema.returns
+        if not returns:
+            return
+        single = len(returns) == 1
+        for spec, result, output in zip(
+            returns, (results,) if single else results, (outputs,) if single else outputs, strict=True
+        ):
+            if spec.alias_info is None or not spec.alias_info.is_write:
+                self._write(output, result)
+
+    def _fresh_outs(self, host: dict[str, Any]) -> dict[str, torch.Tensor]:
+        return {name: torch.empty(0, dtype=host[name].dtype) for name in self._outs}
+
+    def _evaluate(self, host: dict[str, Any]) -> Any:
+        self._sim.rules.check(self.name, host, of_values=True)
+        if self._golden is not None:
+            return self._golden.function(**host)
+        return self._op(*(host[name] for name in self._positional), **{name: host[name] for name in self._keywords})
+
+    def _device_generator(self, arguments: dict[str, Any]) -> torch.Generator | None:
+        if self._generator is None:
+            return None
+        given = arguments[self._generator]
+        device = next((t.device for t in _tensors(arguments.values()) if t.device.type == "npu"), None)
+        if given is None and device is not None:
+            generators: Sequence[torch.Generator] = torch.npu.default_generators
+            return generators[device.index or 0]
+        return given if given is not None and given.device.type == "npu" else None
+
+    def _write(self, output: Any, result: Any) -> None:
+        if isinstance(result, (list, tuple)):
+            for one, value in zip(output, result, strict=True):
+                self._write(one, value)
+        elif isinstance(result, torch.Tensor):
+            if output.shape != result.shape or output.dtype != result.dtype:
+                raise SimulatorError(
+                    f"{self.name}: torch_npu allocates {tuple(output.shape)} {output.dtype}, "
+                    f"the golden semantics give {tuple(result.shape)} {result.dtype}"
+                )
+            output.copy_(result)
+
+    def _without_kernel(self, arguments: dict[str, Any], mirror: torch.Generator | None) -> Any:
+        sim = self._sim
+        sim.runtime.record((self._golden.launch if self._golden else "") or self.name)
+        host = self._host_arguments(arguments, mirror)
+        device = next(t.device for t in _tensors(arguments.values()) if t.device.type == "npu")
+        outs = self._fresh_outs(host)
+        results = self._evaluate({**host, **outs})
+        for name, result in outs.items():
+            arguments[name].resize_(result.shape)
+            sim.memory.view(arguments[name]).copy_(result)
+        written = iter(self._written)
+        if len(self._schema.returns) == 1:
+            return self._to_device(self._schema.returns[0], results, device, arguments, written)
+        return tuple(
+            self._to_device(spec, result, device, arguments, written)
+            for spec, result in zip(self._schema.returns, results or (), strict=True)
+        )
+
+    def _to_device(self, spec: Any, result: Any, device: torch.device, arguments: dict[str, Any], written: Any) -> Any:
+        if spec.alias_info is not None and spec.alias_info.is_write:
+            return arguments[next(written)]
+        if isinstance(result, (list, tuple)):
+            return [self._to_device(spec, item, device, arguments, written) for item in result]
+        if not isinstance(result, torch.Tensor):
+            return result
+        output = torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device=device)
+        self._sim.memory.view(output).copy_(result)
+        return output
+
+
+def overload(name: str) -> Any:
+    """The OpOverload of a qualified name such as ``aten::add.Tensor``."""
+    namespace, rest = name.split("::")
+    base, _, which = rest.partition(".")
+    return getattr(getattr(getattr(torch.ops, namespace), base), which or "default")
+
+
+def _is_computed(name: str) -> bool:
+    base = name.split("::")[1].split(".")[0]
+    if base.startswith(NATIVE_PREFIXES) or "backward" in base:
+        return False
+    try:
+        returns = overload(name)._schema.returns
+    except AttributeError:  # registered in C++ without a schema that Python can see
+        return False
+    return not any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def _boxed(argument: Any, value: Any) -> Any:
+    if isinstance(value, (bool, int, float, complex)) and str(argument.type) == "Tensor":
+        return torch.tensor(value)
+    return value
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(value)
+    return found
+
+
+@functools.cache
+def _installed(runtime: Runtime) -> Overrides:
+    overrides = Overrides(runtime)
+    overrides.install()
+    return overrides
+
+
+install: Callable[[Runtime], Overrides] = _installed

@@ -1,0 +1,7 @@
+"""Rows: products."""
+
+from __future__ import annotations
+
+from npu_zoo.simulator.rules.table import Rule
+
+RULES: list[Rule] = []
