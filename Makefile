@@ -6,17 +6,23 @@
 #   VENV         where the virtual environment lies
 #   TORCH        which torch is installed, such as torch==2.13.0 for the CUDA build of PyPI
 #   TORCH_INDEX  where that torch is looked for when pip's own configuration does not offer it; may be empty
+#   VENV_NPU     where the environment with torch_npu lies; it stands on the one of VENV
+#   TORCH_NPU    which torch_npu is installed there; none: its tests are left out, with the reason
 #   JOBS         tests that run at once, on one thread each
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0+cpu
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+VENV_NPU ?= .venv-npu
+TORCH_NPU ?= torch-npu==2.13.0
+PRODUCTS ?= atlas_800i_a2 atlas_800t_a2 atlas_300i_duo
 JOBS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 STAMP := $(VENV)/.installed-$(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.+' -)
+NPU_STAMP := $(VENV_NPU)/.installed-$(shell printf %s '$(TORCH)-$(TORCH_NPU)' | tr -c 'A-Za-z0-9.+' -)
 PINS := $(VENV)/constraints.txt
 REQUIREMENTS := pyproject.toml constraints.txt
 DEMO_PROMPT := def add(a, b):
@@ -24,7 +30,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test verify lint docs clean
+.PHONY: help venv demo test test-npu verify lint docs clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -36,13 +42,23 @@ venv: $(STAMP)-dev
 demo: $(STAMP)-run
 	@$(BIN)/npu-zoo run --model deepseek_coder --echo --prompt "$(DEMO_PROMPT)" --temperature 0 --max-tokens 48
 
-## make test     all tests but the long ones
+## make test     all tests but the long ones; those on simulated NPUs last
 test: $(STAMP)-dev
 	$(PYTEST) $(ARGS)
+	$(MAKE) --no-print-directory test-npu
+
+## make test-npu the real torch_npu on a simulated Ascend runtime, one process per product
+test-npu: $(NPU_STAMP)
+	@for product in $(PRODUCTS); do \
+	  echo "tests on a simulated $$product"; \
+	  NPU_ZOO_SIMULATE=$$product OMP_NUM_THREADS=1 $(VENV_NPU)/bin/python -m pytest -n $(JOBS) --dist worksteal \
+	    tests/npu $(ARGS) || exit 1; \
+	done
 
 ## make verify   the long round: every test, more examples of each property, and the linters
 verify: $(STAMP)-dev
 	$(PYTEST) -m "long or not long" --hypothesis-profile verify $(ARGS)
+	$(MAKE) --no-print-directory test-npu
 	$(MAKE) lint
 
 ## make lint     ruff and mypy
@@ -57,7 +73,7 @@ docs: $(STAMP)-dev
 
 ## make clean    remove the virtual environment and all caches
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(VENV_NPU) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
 	find npu_zoo tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The base and what running a model takes. torch comes first, so that nothing else decides which build it is; what pip
@@ -81,4 +97,15 @@ $(STAMP)-run: $(REQUIREMENTS)
 $(STAMP)-dev: $(STAMP)-run
 	@echo "installing the development tools into $(VENV)"
 	@$(PIP) install -c $(PINS) --no-build-isolation -e '.[run,dev]'
+	@touch $@
+
+# torch_npu breaks `import torch` for everything beside it where CANN is missing, so it lies in an environment of its own,
+# which sees the packages of the first.
+$(NPU_STAMP): $(STAMP)-dev
+	@echo "installing $(TORCH_NPU) into $(VENV_NPU)"
+	@rm -rf $(VENV_NPU)
+	@$(BIN)/python -m venv --without-pip $(VENV_NPU)
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(" + repr(sysconfig.get_path("purelib")) + ")")' \
+	  >"$$($(VENV_NPU)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/npu-zoo.pth"
+	@$(PIP) --python $(VENV_NPU)/bin/python install --no-deps "$(TORCH_NPU)"
 	@touch $@

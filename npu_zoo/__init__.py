@@ -6,6 +6,7 @@ The public names are imported on first use, so ``import npu_zoo`` brings neither
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,7 +27,18 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'npu_zoo' has no attribute '{name}'")
+    simulate()
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def simulate() -> None:
+    """Start the simulated Ascend runtime that ``NPU_ZOO_SIMULATE`` names; nothing where it is unset.
+
+    Raises:
+        npu_zoo.simulator.errors.SimulatorError: it cannot be started, or torch has been imported already.
+    """
+    if os.environ.get("NPU_ZOO_SIMULATE"):
+        importlib.import_module("npu_zoo.simulator.activation").activate_from_environment()
 
 
 def __dir__() -> list[str]:

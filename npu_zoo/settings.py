@@ -32,6 +32,9 @@ PROCESS_VARIABLES: dict[str, str] = {
     "NPU_ZOO_CONFIG": "a configuration file, where --config names none",
     "NPU_ZOO_PLUGINS": "which installed plugins to load; unset: all, empty: the built-in ones",
     "NPU_ZOO_SIMULATE": "a simulated Ascend device under torch_npu",
+    "NPU_ZOO_SIMULATE_DEVICES": "how many devices it shows",
+    "NPU_ZOO_SIMULATE_MEMORY_GIB": "the memory of each of them",
+    "NPU_ZOO_SIMULATE_REPORT": "what was done on it: a JSON file to write, or - for a table on standard error",
     "NPU_ZOO_TEST_DATA": "test data that is not part of the repository",
 }
 """Variables with the prefix that are the process's own and no configuration keys."""

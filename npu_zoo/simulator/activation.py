@@ -20,6 +20,7 @@ from npu_zoo.simulator.runtime import Runtime
 
 VARIABLE = "NPU_ZOO_SIMULATE"
 DEVICES_VARIABLE = "NPU_ZOO_SIMULATE_DEVICES"
+REPORT_VARIABLE = "NPU_ZOO_SIMULATE_REPORT"
 MEMORY_VARIABLE = "NPU_ZOO_SIMULATE_MEMORY_GIB"
 
 _MISSING_CANN = "ASCEND_HOME_PATH environment variable is not set"
@@ -72,9 +73,12 @@ def activate_from_environment() -> None:
     """
     product = os.environ.get(VARIABLE, "").strip()
     if product:
-        memory = _number(MEMORY_VARIABLE)
-        devices = _number(DEVICES_VARIABLE)
-        activate(product, devices=devices and int(devices), memory=memory and int(memory * GIB))
+        memory, devices = _number(MEMORY_VARIABLE), _number(DEVICES_VARIABLE)
+        activate(
+            product,
+            devices=None if devices is None else int(devices),
+            memory=None if memory is None else int(memory * GIB),
+        )
 
 
 def simulated_machine() -> Machine | None:
@@ -165,5 +169,9 @@ class _InstallAfter(importlib.abc.Loader):
             self._loader.exec_module(module)
         sys.stderr.writelines(line for line in printed.getvalue().splitlines(True) if _MISSING_CANN not in line)
         from npu_zoo.simulator.overrides import install
+        from npu_zoo.simulator.report import listen_to_marks, report_at_exit
 
         install(runtime())
+        listen_to_marks()
+        if os.environ.get(REPORT_VARIABLE):
+            report_at_exit(os.environ[REPORT_VARIABLE])

@@ -8,12 +8,13 @@ outputs. Operators that only touch metadata stay as they are. Everything else fa
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from npu_zoo.simulator.errors import NoSemantics, SimulatorError
+from npu_zoo.simulator.errors import SimulatorError
 from npu_zoo.simulator.golden import Golden, load_golden
 from npu_zoo.simulator.graph import Graphs
 from npu_zoo.simulator.memory import DeviceMemory
@@ -46,6 +47,10 @@ class Overrides:
     Attributes:
         graphs: the tapes.
         memory: device memory as CPU tensors.
+        rules: the documented rules for this chip.
+        names: what is overridden.
+        golden_only: calls of operators whose own kernel was not run, by name.
+        cpu_fallbacks: calls that torch_npu would have computed on the host, by name.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -56,6 +61,8 @@ class Overrides:
         self.rules = RuleTable(load_rules(), runtime.machine.chip)
         self.depth = 0
         self.names: set[str] = set()
+        self.golden_only: dict[str, int] = {}
+        self.cpu_fallbacks: dict[str, int] = {}
         self._libraries: dict[str, torch.library.Library] = {}
         self._autograd = set(torch._C._dispatch_get_registrations_for_dispatch_key(_AUTOGRAD_KEY))
 
@@ -67,9 +74,12 @@ class Overrides:
                 self._override(name, fused[name])
             elif name.startswith("aten::") and _is_computed(name):
                 self._override(name, None)
+        for name in torch._C._dispatch_get_all_op_names():
+            if name.startswith("aten::") and _falls_back(name) and _is_computed(name):
+                self._override(name, None, falls_back=True)
 
-    def _override(self, name: str, golden: Golden | None) -> None:
-        operator = Operator(self, name, golden)
+    def _override(self, name: str, golden: Golden | None, *, falls_back: bool = False) -> None:
+        operator = Operator(self, name, golden, falls_back=falls_back)
         library = self._library(name.split("::")[0])
         library.impl(name, operator, _KEY, with_keyset=True, allow_override=True)
         if name in self._autograd:
@@ -95,15 +105,16 @@ class Overrides:
 class Operator:
     """One overridden operator, called by the dispatcher."""
 
-    def __init__(self, overrides: Overrides, name: str, golden: Golden | None) -> None:
+    def __init__(self, overrides: Overrides, name: str, golden: Golden | None, *, falls_back: bool = False) -> None:
         self.name = name
+        self._falls_back = falls_back
         self._sim = overrides
         self._op = overload(name)
         self._schema = self._op._schema
         self._golden = golden
         base = name.split("::")[1].split(".")[0]
         self._data_dependent = golden is None and base in DATA_DEPENDENT
-        self._native = not self._data_dependent and (golden is None or golden.native)
+        self._native = not self._data_dependent and not falls_back and (golden is None or golden.native)
         self._kernel = torch.library.get_kernel(name, _KEY) if self._native else None
         self._mixes_devices = golden is not None or base.startswith(INDEXING)
         self._positional = [a.name for a in self._schema.arguments if not a.kwarg_only]
@@ -223,7 +234,7 @@ class Operator:
 
     def _without_kernel(self, arguments: dict[str, Any], mirror: torch.Generator | None) -> Any:
         sim = self._sim
-        sim.runtime.record((self._golden.launch if self._golden else "") or self.name)
+        self._count()
         host = self._host_arguments(arguments, mirror)
         device = next(t.device for t in _tensors(arguments.values()) if t.device.type == "npu")
         outs = self._fresh_outs(host)
@@ -238,6 +249,17 @@ class Operator:
             self._to_device(spec, result, device, arguments, written)
             for spec, result in zip(self._schema.returns, results or (), strict=True)
         )
+
+    def _count(self) -> None:
+        sim = self._sim
+        if not self._falls_back:
+            sim.runtime.record((self._golden.launch if self._golden else "") or self.name)
+            sim.golden_only[self.name] = sim.golden_only.get(self.name, 0) + 1
+            return
+        sim.graphs.refuse(self.name, "torch_npu has no kernel for it and computes it on the host")
+        if self.name not in sim.cpu_fallbacks:
+            warnings.warn(f"torch_npu has no kernel for {self.name} and computes it on the host", stacklevel=4)
+        sim.cpu_fallbacks[self.name] = sim.cpu_fallbacks.get(self.name, 0) + 1
 
     def _to_device(self, spec: Any, result: Any, device: torch.device, arguments: dict[str, Any], written: Any) -> Any:
         if spec.alias_info is not None and spec.alias_info.is_write:
@@ -269,6 +291,13 @@ def _is_computed(name: str) -> bool:
     return not any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
+def _falls_back(name: str) -> bool:
+    """Whether nothing but the backend's fallback to the CPU would answer a call on the device."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    composite = ("CompositeImplicitAutograd", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional")
+    return has(name, "CPU") and not any(has(name, key) for key in (_KEY, *composite))
+
+
 def _boxed(argument: Any, value: Any) -> Any:
     if isinstance(value, (bool, int, float, complex)) and str(argument.type) == "Tensor":
         return torch.tensor(value)
@@ -286,10 +315,8 @@ def _tensors(values: Any) -> list[torch.Tensor]:
 
 
 @functools.cache
-def _installed(runtime: Runtime) -> Overrides:
+def install(runtime: Runtime) -> Overrides:
+    """The overrides of a runtime, installed at the first call."""
     overrides = Overrides(runtime)
     overrides.install()
     return overrides
-
-
-install: Callable[[Runtime], Overrides] = _installed

@@ -1,0 +1,33 @@
+"""Tests that run on the simulated device: one process per product, with NPU_ZOO_SIMULATE naming it (`make test-npu`)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+PRODUCT = os.environ.get("NPU_ZOO_SIMULATE", "")
+if not PRODUCT:
+    collect_ignore_glob = ["*"]
+
+
+@pytest.fixture(autouse=True)
+def _counted(simulated_npu: object) -> Iterator[None]:
+    """Every test here runs on the device, and fails where an operator falls back to the CPU."""
+    yield
+
+
+@pytest.fixture
+def chip() -> str:
+    """``ascend910b`` or ``ascend310p``."""
+    return "ascend310p" if PRODUCT == "atlas_300i_duo" else "ascend910b"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """``@pytest.mark.chip("ascend910b")`` runs a test on that chip alone."""
+    here = "ascend310p" if PRODUCT == "atlas_300i_duo" else "ascend910b"
+    for item in list(items):
+        marker = item.get_closest_marker("chip")
+        if marker is not None and here not in marker.args:
+            items.remove(item)
