@@ -134,7 +134,9 @@ def _number(variable: str) -> float | None:
 
 def _load() -> None:
     assert _state is not None
-    os.environ["TASK_QUEUE_ENABLE"] = "0"  # with a queue, a failing kernel is reported too late and its result is garbage
+    os.environ["TASK_QUEUE_ENABLE"] = (
+        "0"  # with a queue, a failing kernel is reported too late and its result is garbage
+    )
     _state.runtime = Runtime(stub_folder(package_folder()), _state.machine)
 
 

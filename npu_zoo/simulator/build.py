@@ -118,7 +118,9 @@ def build(needs: Needs, target: Path) -> None:
     """
     target.mkdir(parents=True)
     source = SOURCE.read_text()
-    missing = sorted(needs.symbols - set(re.findall(r"\b(\w+)\(", source)) - set(re.findall(r"ATTRIBUTE\((\w+)\)", source)))
+    missing = sorted(
+        needs.symbols - set(re.findall(r"\b(\w+)\(", source)) - set(re.findall(r"ATTRIBUTE\((\w+)\)", source))
+    )
     (target / "unsupported.c").write_text(
         "int sim_unsupported(const char *);\n"
         + "".join(f'int {name}(void) {{ return sim_unsupported("{name}"); }}\n' for name in missing)
@@ -167,7 +169,7 @@ def _digest(package: Path) -> str:
 
 
 def check_versions() -> None:
-    """torch and torch_npu must be of the same minor release.
+    """Torch and torch_npu must be of the same minor release.
 
     Raises:
         Unavailable: they differ, or one is missing.
@@ -177,4 +179,6 @@ def check_versions() -> None:
     except metadata.PackageNotFoundError as error:
         raise Unavailable(f"{error.name} is not installed") from error
     if torch.split(".")[:2] != torch_npu.split(".")[:2]:
-        raise Unavailable(f"torch {torch} and torch_npu {torch_npu} do not fit; install torch-npu {torch.split('+')[0]}")
+        raise Unavailable(
+            f"torch {torch} and torch_npu {torch_npu} do not fit; install torch-npu {torch.split('+')[0]}"
+        )

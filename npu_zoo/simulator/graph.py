@@ -7,6 +7,7 @@ out again shows as wrong values here too.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -30,22 +31,18 @@ class _Group:
 
 
 class Graphs:
-    """The tapes of this process.
-
-    Attributes:
-        capturing: whether a capture is in progress, so that operators must not be run.
-    """
+    """The tapes of this process."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._tape: _Tape | None = None
         self._update: tuple[_Group, list[Step]] | None = None
         self._graphs: dict[int, _Tape] = {}
         self._groups: dict[int, _Group] = {}
-        self.failure: Exception | None = None
-        runtime.listen(self._hear)
+        runtime.listen(self._on)
 
     @property
     def capturing(self) -> bool:
+        """Whether operators go on a tape."""
         return self._tape is not None
 
     def run(self, step: Step) -> None:
@@ -66,18 +63,6 @@ class Graphs:
         if self._tape is not None:
             raise CaptureError(f"{operator} cannot be captured into a graph: {reason}")
 
-    def raise_failure(self) -> None:
-        """Raise what a replay or an update ran into; errors cannot cross the runtime's C interface."""
-        failure, self.failure = self.failure, None
-        if failure is not None:
-            raise failure
-
-    def _hear(self, event: Event, handle: int, other: int, source: int, size: int) -> None:
-        try:
-            self._on(event, handle, other, source, size)
-        except Exception as error:
-            self.failure = error
-
     def _on(self, event: Event, handle: int, other: int, source: int, size: int) -> None:
         if event is Event.CAPTURE_BEGIN:
             self._tape = _Tape()
@@ -91,7 +76,7 @@ class Graphs:
         elif event is Event.GRAPH_DESTROY:
             self._graphs.pop(handle, None)
         elif event is Event.COPY:
-            self.run(lambda: ctypes.memmove(handle, source, size) and None)
+            self.run(functools.partial(_copy, handle, source, size))
         else:
             self._on_group(event, other)
 
@@ -105,7 +90,12 @@ class Graphs:
         elif event is Event.UPDATE_END and self._update is not None:
             (group, steps), self._update = self._update, None
             if len(steps) != group.end - group.start:
+                wanted = group.end - group.start
                 raise CaptureError(
-                    f"a task update must launch what its group launched: {group.end - group.start} operators, not {len(steps)}"
+                    f"a task update must launch what its group launched: {wanted} operators, not {len(steps)}"
                 )
             group.tape.steps[group.start : group.end] = steps
+
+
+def _copy(to: int, source: int, size: int) -> None:
+    ctypes.memmove(to, source, size)

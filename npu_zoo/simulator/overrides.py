@@ -41,6 +41,9 @@ INDEXING = ("index", "_index", "_unsafe_index", "slice", "copy")
 """aten operators that take tensors of the host beside those of the device."""
 
 
+_Library: Any = torch.library.Library  # its methods are not typed
+
+
 class Overrides:
     """The overrides of this process. Keep the object: its libraries unregister what they hold when they go.
 
@@ -60,10 +63,11 @@ class Overrides:
         self.mirror = GeneratorMirror()
         self.rules = RuleTable(load_rules(), runtime.machine.chip)
         self.depth = 0
+        self.nested_error: Exception | None = None
         self.names: set[str] = set()
         self.golden_only: dict[str, int] = {}
         self.cpu_fallbacks: dict[str, int] = {}
-        self._libraries: dict[str, torch.library.Library] = {}
+        self._libraries: dict[str, Any] = {}
         self._autograd = set(torch._C._dispatch_get_registrations_for_dispatch_key(_AUTOGRAD_KEY))
 
     def install(self) -> None:
@@ -86,9 +90,9 @@ class Overrides:
             library.impl(name, operator, _AUTOGRAD_KEY, with_keyset=True, allow_override=True)
         self.names.add(name)
 
-    def _library(self, namespace: str) -> torch.library.Library:
+    def _library(self, namespace: str) -> Any:
         if namespace not in self._libraries:
-            self._libraries[namespace] = torch.library.Library(namespace, "IMPL")
+            self._libraries[namespace] = _Library(namespace, "IMPL")
         return self._libraries[namespace]
 
     def to_host(self, value: Any) -> Any:
@@ -119,26 +123,38 @@ class Operator:
         self._mixes_devices = golden is not None or base.startswith(INDEXING)
         self._positional = [a.name for a in self._schema.arguments if not a.kwarg_only]
         self._keywords = [a.name for a in self._schema.arguments if a.kwarg_only]
+        self._indexes = golden is None and base.startswith(INDEXING)
         self._written = [a.name for a in self._schema.arguments if a.alias_info and a.alias_info.is_write]
         self._generator = next((a.name for a in self._schema.arguments if "Generator" in str(a.type)), None)
         self._outs = [a.name for a in self._schema.arguments if a.is_out] if golden is None else []
 
     def __call__(self, keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Check, launch and compute one call."""
+        try:
+            return self._call(keyset, args, kwargs)
+        except Exception as error:
+            if self._sim.depth:  # C++ stands between this call and the outer one, and may lose what was raised
+                self._sim.nested_error = error
+            raise
+
+    def _call(self, keyset: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         sim = self._sim
         arguments = self._bind(args, kwargs)
-        if self._data_dependent:
+        if self._data_dependent or (self._indexes and _has_mask(arguments)):
             sim.graphs.refuse(self.name, "the shape of its result depends on values")
         if not self._mixes_devices:
             self._check_devices(arguments)
         sim.rules.check(self.name, arguments)
         generator = self._device_generator(arguments)
-        mirror = sim.mirror.begin(generator) if generator is not None else None
+        mirror = None
+        if generator is not None:
+            mirror = sim.mirror.captured() if sim.graphs.capturing else sim.mirror.begin(generator)
         if not self._native:
             fresh = self._without_kernel(arguments, mirror)
         else:
             fresh = self._run_kernel(keyset, arguments)
             self._run_or_capture(arguments, fresh, mirror)
-        if generator is not None and mirror is not None:
+        if generator is not None and mirror is not None and not sim.graphs.capturing:
             sim.mirror.end(generator, mirror)
         return fresh
 
@@ -180,8 +196,13 @@ class Operator:
         assert self._kernel is not None
         sim.runtime.enter()
         sim.depth += 1
+        sim.nested_error = None
         try:
             return self._kernel.call_boxed(keyset, *positional, **keywords)
+        except RuntimeError as error:
+            if sim.nested_error is not None:
+                raise sim.nested_error from error
+            raise
         finally:
             sim.depth -= 1
             sim.runtime.leave()
@@ -216,7 +237,7 @@ class Operator:
         given = arguments[self._generator]
         device = next((t.device for t in _tensors(arguments.values()) if t.device.type == "npu"), None)
         if given is None and device is not None:
-            generators: Sequence[torch.Generator] = torch.npu.default_generators
+            generators: Sequence[torch.Generator] = torch.get_device_module("npu").default_generators
             return generators[device.index or 0]
         return given if given is not None and given.device.type == "npu" else None
 
@@ -302,6 +323,11 @@ def _boxed(argument: Any, value: Any) -> Any:
     if isinstance(value, (bool, int, float, complex)) and str(argument.type) == "Tensor":
         return torch.tensor(value)
     return value
+
+
+def _has_mask(arguments: dict[str, Any]) -> bool:
+    indices = arguments.get("indices")
+    return indices is not None and any(t.dtype in (torch.bool, torch.uint8) for t in _tensors([indices]))
 
 
 def _tensors(values: Any) -> list[torch.Tensor]:

@@ -47,7 +47,7 @@ MACHINES: dict[str, Machine] = {
         ),
         Machine(
             "atlas_300i_duo", "ascend310p", "Ascend310P3", 8, 48 * GIB, 8, 7, 16 << 20,
-            "Atlas 300I Duo product page (96 GB a card of two dies, four cards); platform configuration Ascend310P3 of CANN",
+            "Atlas 300I Duo product page (96 GB a card of two dies; four cards); platform configuration Ascend310P3",
         ),
     )
 }  # fmt: skip

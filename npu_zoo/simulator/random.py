@@ -24,6 +24,7 @@ class GeneratorMirror:
     def __init__(self) -> None:
         self._states: dict[int, dict[int, torch.Tensor]] = {}
         self._begun = (0, 0)
+        self._captures = 0
 
     def begin(self, generator: torch.Generator) -> torch.Generator:
         """The CPU generator that stands where the device's generator stands; to be called before a kernel moves it."""
@@ -36,6 +37,11 @@ class GeneratorMirror:
             mirror.manual_seed(seed if not offset else hash((seed, offset)) & _SEED_BITS)
         self._begun = seed, offset
         return mirror
+
+    def captured(self) -> torch.Generator:
+        """A CPU generator for a draw inside a graph: each replay draws on. The device's state cannot be read then."""
+        self._captures += 1
+        return torch.Generator().manual_seed(hash((*self._begun, self._captures)) & _SEED_BITS)
 
     def end(self, generator: torch.Generator, mirror: torch.Generator) -> None:
         """Remember where the CPU generator stands; where no kernel has moved the device's one, move it."""

@@ -1,7 +1,7 @@
 """What a run did on the simulated device. Counts and bytes are exact; there is no time in it, for none is meant here.
 
-Steps are separated by marks: ``torch.npu.mstx.mark(name)``, the call that a profiler of real hardware reads, ends a step
-of that name.
+Steps are separated by marks: ``torch.npu.mstx.mark(name)``, the call that a profiler of real hardware reads, ends a
+step of that name.
 """
 
 from __future__ import annotations
@@ -63,7 +63,11 @@ class Report:
         lines = [
             f"simulated {self.name}: {self.num_launches} operator launches, {self.replays} graph replays, "
             f"{self.synchronisations} synchronisations, peak {self.peak_bytes / _MIB:.1f} MiB",
-            *(f"  {n:>8}  copies {kind.replace('_', ' ')}, {size} bytes" for kind, (n, size) in self.copies.items() if n),
+            *(
+                f"  {n:>8}  copies {kind.replace('_', ' ')}, {size} bytes"
+                for kind, (n, size) in self.copies.items()
+                if n
+            ),
             *_table("operator launches", self.launches),
             *_table("launches captured into graphs", self.captured),
             *_table("computed on the host, as torch_npu does without a kernel of its own", self.cpu_fallbacks),
@@ -138,7 +142,7 @@ def listen_to_marks() -> None:
     native = torch_npu.npu.mstx.mark
 
     def mark(message: str, *args: Any, **kwargs: Any) -> Any:
-        for listener in list(_LISTENERS):
+        for listener in _LISTENERS:
             listener(message)
         return native(message, *args, **kwargs)
 

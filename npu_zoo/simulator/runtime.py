@@ -32,12 +32,15 @@ class Event(IntEnum):
 Listener = Callable[[Event, int, int, int, int], None]
 """Called with the event, its handle, a second handle, a source address and a number of bytes (0 where it has none)."""
 
-_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64)
+_INTERNAL_ERROR = 507899
+_CALLBACK = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64
+)
 
 
 @dataclass(frozen=True)
 class Counters:
-    """Totals since the last reset.
+    """Totals since the start.
 
     Attributes:
         launches: operator launches by name, those of captured graphs not among them.
@@ -76,11 +79,18 @@ class Runtime:
         self._lib = self._libraries[0]
         self._declare()
         code = self._lib.sim_configure(
-            machine.soc.encode(), machine.devices, machine.memory, machine.ai_cores, machine.vector_cores, machine.l2_bytes
+            machine.soc.encode(),
+            machine.devices,
+            machine.memory,
+            machine.ai_cores,
+            machine.vector_cores,
+            machine.l2_bytes,
         )
         if code:
             gib = machine.devices * machine.memory / (1 << 30)
-            raise SimulatorError(f"{gib:.0f} GiB of address space cannot be reserved; simulate fewer devices or less memory")
+            raise SimulatorError(
+                f"{gib:.0f} GiB of address space cannot be reserved; simulate fewer devices or less memory"
+            )
         self.machine = machine
         self.base: int = self._lib.sim_base()
         self.size = machine.devices * machine.memory
@@ -94,15 +104,23 @@ class Runtime:
         ]  # fmt: skip
         self._lib.sim_base.restype = ctypes.c_void_p
         self._lib.sim_launch_count.restype = ctypes.c_char_p
-        self._lib.sim_record.argtypes = [ctypes.c_char_p]
-        for name in ("sim_enter", "sim_leave", "sim_reset_counters", "sim_record"):
+        self._lib.sim_record.argtypes = self._lib.sim_explain.argtypes = [ctypes.c_char_p]
+        for name in ("sim_enter", "sim_leave", "sim_record", "sim_explain"):
             getattr(self._lib, name).restype = None
 
     def listen(self, listener: Listener) -> None:
-        """Be told of captures, replays, task groups and of copies while capturing."""
+        """Be told of captures, replays, task groups and of copies while capturing.
 
-        def forward(what: int, handle: int | None, other: int | None, source: int | None, size: int) -> None:
-            listener(Event(what), handle or 0, other or 0, source or 0, size)
+        What the listener raises becomes an error of the runtime with its message, which torch_npu raises.
+        """
+
+        def forward(what: int, handle: int | None, other: int | None, source: int | None, size: int) -> int:
+            try:
+                listener(Event(what), handle or 0, other or 0, source or 0, size)
+            except Exception as error:
+                self._lib.sim_explain(f"{type(error).__name__}: {error}".encode())
+                return _INTERNAL_ERROR
+            return 0
 
         self._callback = _CALLBACK(forward)
         self._lib.sim_on_event(self._callback)
@@ -112,7 +130,7 @@ class Runtime:
         self._lib.sim_record(name.encode())
 
     def counters(self) -> Counters:
-        """What was done since the last reset."""
+        """What was done since the start."""
         totals = (ctypes.c_uint64 * (2 + 2 * len(COPY_KINDS)))()
         self._lib.sim_counters(totals)
         launches, captured = {}, {}
@@ -122,10 +140,6 @@ class Runtime:
             launches[name], captured[name] = eager.value, taped.value
         copies = {kind: (totals[2 + 2 * i], totals[3 + 2 * i]) for i, kind in enumerate(COPY_KINDS)}
         return Counters(_present(launches), _present(captured), totals[0], totals[1], copies)
-
-    def reset_counters(self) -> None:
-        """Start counting anew."""
-        self._lib.sim_reset_counters()
 
 
 def _present(counts: dict[str, int]) -> dict[str, int]:

@@ -1,9 +1,8 @@
-"""Tests that run on the simulated device: one process per product, with NPU_ZOO_SIMULATE naming it (`make test-npu`)."""
+"""Tests that run on the simulated device: one process per product, which NPU_ZOO_SIMULATE names (`make test-npu`)."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 
@@ -13,9 +12,8 @@ if not PRODUCT:
 
 
 @pytest.fixture(autouse=True)
-def _counted(simulated_npu: object) -> Iterator[None]:
+def _counted(simulated_npu: object) -> None:
     """Every test here runs on the device, and fails where an operator falls back to the CPU."""
-    yield
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ enum {
 };
 enum { HOST_TO_HOST, HOST_TO_DEVICE, DEVICE_TO_HOST, DEVICE_TO_DEVICE, KIND_DEFAULT };
 enum { CAPTURE_BEGIN, CAPTURE_END, GRAPH_EXECUTE, GRAPH_DESTROY, GROUP_BEGIN, GROUP_END, UPDATE_BEGIN, UPDATE_END, COPY };
-enum { MAX_DEVICES = 64, MAX_NAMES = 4096, ALIGNMENT = 512, BARE_TGID_UNKNOWN = 1 };
+enum { MAX_DEVICES = 64, MAX_NAMES = 4096, ALIGNMENT = 512, RELAXED = 2 };
 
 #define EXPORT __attribute__((visibility("default")))
 
@@ -49,7 +49,7 @@ static block *blocks[MAX_DEVICES];
 static uint64_t used_bytes[MAX_DEVICES];
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
-typedef void (*event_callback)(int what, void *handle, void *other, const void *source, uint64_t bytes);
+typedef int (*event_callback)(int what, void *handle, void *other, const void *source, uint64_t bytes);
 static event_callback callback = NULL;
 
 static __thread int current_device = 0;
@@ -119,16 +119,12 @@ EXPORT const char *sim_launch_count(int i, uint64_t *eager, uint64_t *captured) 
     return launches[i].name;
 }
 EXPORT void sim_counters(uint64_t *out) { memcpy(out, counters, sizeof counters); }
-EXPORT void sim_reset_counters(void) {
-    pthread_mutex_lock(&lock);
-    memset(counters, 0, sizeof counters);
-    for (int i = 0; i < launch_names; i++) launches[i].eager = launches[i].captured = 0;
-    pthread_mutex_unlock(&lock);
-}
 
-static void tell(int what, void *handle, void *other, const void *source, uint64_t bytes) {
-    if (callback) callback(what, handle, other, source, bytes);
+/* 0, or an error whose message the listener has set with sim_explain */
+static int tell(int what, void *handle, void *other, const void *source, uint64_t bytes) {
+    return callback ? callback(what, handle, other, source, bytes) : OK;
 }
+EXPORT void sim_explain(const char *text) { snprintf(message, sizeof message, "%s", text); }
 
 /* ---- memory ---- */
 
@@ -196,8 +192,13 @@ EXPORT int aclrtGetMemInfo(int attribute, size_t *available, size_t *total) {
     return OK;
 }
 
-static int synchronise(const char *name) {
-    if (capturing) {
+/* torch_npu waits for the default stream while another one is captured, so waiting for other streams is allowed;
+ * for the whole device, an event or a blocking copy (stream is NULL), a thread must have relaxed its mode. */
+static __thread int thread_mode = 0;
+static int begin_mode = 0;
+
+static int synchronise(const char *name, const void *stream) {
+    if (capturing && (stream == capturing || (stream == NULL && thread_mode != RELAXED && begin_mode != RELAXED))) {
         capture_broken = 1;
         return fail(STREAM_CAPTURED, "the host waits for the device while a graph is captured", name);
     }
@@ -213,13 +214,13 @@ static int copy(const char *name, void *to, size_t room, const void *from, size_
     kind = to_device + 2 * from_device;
     __sync_fetch_and_add(&counters[COPIES + 2 * kind], 1);
     __sync_fetch_and_add(&counters[COPIES + 2 * kind + 1], bytes);
-    if (capturing && golden_depth == 0) tell(COPY, to, NULL, from, bytes);
+    if (capturing && golden_depth == 0) return tell(COPY, to, NULL, from, bytes);
     memmove(to, from, bytes);
     return OK;
 }
 
 EXPORT int aclrtMemcpy(void *to, size_t room, const void *from, size_t bytes, int kind) {
-    int code = synchronise("aclrtMemcpy");
+    int code = synchronise("aclrtMemcpy", NULL);
     return code ? code : copy("aclrtMemcpy", to, room, from, bytes, kind);
 }
 EXPORT int aclrtMemcpyAsync(void *to, size_t room, const void *from, size_t bytes, int kind, void *stream) {
@@ -287,10 +288,10 @@ EXPORT int aclrtCreateStream(void **out) { return new_stream(out); }
 EXPORT int aclrtCreateStreamWithConfig(void **out, unsigned priority, unsigned flags) { (void)priority, (void)flags; return new_stream(out); }
 EXPORT int aclrtDestroyStream(void *s) { free(s); return OK; }
 EXPORT int aclrtDestroyStreamForce(void *s) { free(s); return OK; }
-EXPORT int aclrtSynchronizeStream(void *s) { (void)s; return synchronise("aclrtSynchronizeStream"); }
-EXPORT int aclrtSynchronizeStreamWithTimeout(void *s, int ms) { (void)s, (void)ms; return synchronise("aclrtSynchronizeStreamWithTimeout"); }
-EXPORT int aclrtSynchronizeDeviceWithTimeout(int ms) { (void)ms; return synchronise("aclrtSynchronizeDeviceWithTimeout"); }
-EXPORT int aclrtSynchronizeDevice(void) { return synchronise("aclrtSynchronizeDevice"); }
+EXPORT int aclrtSynchronizeStream(void *s) { (void)s; return synchronise("aclrtSynchronizeStream", s); }
+EXPORT int aclrtSynchronizeStreamWithTimeout(void *s, int ms) { (void)s, (void)ms; return synchronise("aclrtSynchronizeStreamWithTimeout", s); }
+EXPORT int aclrtSynchronizeDeviceWithTimeout(int ms) { (void)ms; return synchronise("aclrtSynchronizeDeviceWithTimeout", NULL); }
+EXPORT int aclrtSynchronizeDevice(void) { return synchronise("aclrtSynchronizeDevice", NULL); }
 
 static int new_event(void **out) { *out = calloc(1, sizeof(event)); return *out ? OK : OUT_OF_MEMORY; }
 EXPORT int aclrtCreateEventExWithFlag(void **out, unsigned flag) { (void)flag; return new_event(out); }
@@ -300,7 +301,7 @@ EXPORT int aclrtRecordEvent(void *e, void *s) { (void)s; clock_gettime(CLOCK_MON
 EXPORT int aclrtResetEvent(void *e, void *s) { (void)e, (void)s; return OK; }
 EXPORT int aclrtQueryEventStatus(void *e, int *status) { (void)e; *status = 1; return OK; }
 EXPORT int aclrtStreamWaitEvent(void *s, void *e) { (void)s, (void)e; return OK; }
-EXPORT int aclrtSynchronizeEvent(void *e) { (void)e; return synchronise("aclrtSynchronizeEvent"); }
+EXPORT int aclrtSynchronizeEvent(void *e) { (void)e; return synchronise("aclrtSynchronizeEvent", NULL); }
 EXPORT int aclrtEventElapsedTime(float *ms, void *start, void *end) {
     struct timespec a = ((event *)start)->at, b = ((event *)end)->at;
     *ms = (float)((double)(b.tv_sec - a.tv_sec) * 1e3 + (double)(b.tv_nsec - a.tv_nsec) / 1e6);
@@ -342,45 +343,47 @@ EXPORT int aclopCompileAndExecuteV2(const char *type) { return legacy_launch(typ
 
 /* ---- graphs: the tape is the caller's, these are its events ---- */
 
+static void *captured_graph = NULL;
+
 EXPORT int aclmdlRICaptureBegin(void *s, int mode) {
-    (void)mode;
     if (capturing) return fail(STREAM_CAPTURED, "a stream is being captured already", "aclmdlRICaptureBegin");
-    capturing = s, capture_broken = 0;
-    tell(CAPTURE_BEGIN, s, NULL, NULL, 0);
-    return OK;
+    capturing = s, begin_mode = mode, capture_broken = 0, captured_graph = calloc(1, 64);
+    return tell(CAPTURE_BEGIN, s, captured_graph, NULL, 0);
 }
 EXPORT int aclmdlRICaptureEnd(void *s, void **graph) {
     if (capturing != s) return fail(INVALID_PARAM, "the stream is not being captured", "aclmdlRICaptureEnd");
-    *graph = calloc(1, 64);
-    capturing = NULL;
-    tell(CAPTURE_END, s, *graph, NULL, (uint64_t)capture_broken);
-    return capture_broken ? fail(STREAM_CAPTURED, "the host waited for the device while the graph was captured", "aclmdlRICaptureEnd") : OK;
+    *graph = captured_graph, capturing = NULL;
+    int code = tell(CAPTURE_END, s, captured_graph, NULL, 0);
+    if (capture_broken) return fail(STREAM_CAPTURED, "the host waited for the device while a graph is captured", "aclmdlRICaptureEnd");
+    return code;
 }
 EXPORT int aclmdlRICaptureGetInfo(void *s, int *status, void **graph) {
     *status = s == capturing && capturing != NULL;
-    if (graph) *graph = NULL;
+    if (graph) *graph = *status ? captured_graph : NULL;
     return OK;
 }
-EXPORT int aclmdlRICaptureThreadExchangeMode(int *mode) { (void)mode; return OK; }
-static int replay(void *graph) {
+EXPORT int aclmdlRICaptureThreadExchangeMode(int *mode) {
+    int before = thread_mode;
+    thread_mode = *mode, *mode = before;
+    return OK;
+}
+EXPORT int aclmdlRIExecuteAsync(void *graph, void *s) {
+    (void)s;
     __sync_fetch_and_add(&counters[REPLAYS], 1);
-    tell(GRAPH_EXECUTE, graph, NULL, NULL, 0);
-    return OK;
+    return tell(GRAPH_EXECUTE, graph, NULL, NULL, 0);
 }
-EXPORT int aclmdlRIExecuteAsync(void *graph, void *s) { (void)s; return replay(graph); }
 EXPORT int aclmdlRIDestroy(void *graph) {
-    tell(GRAPH_DESTROY, graph, NULL, NULL, 0);
+    int code = tell(GRAPH_DESTROY, graph, NULL, NULL, 0);
     free(graph);
-    return OK;
+    return code;
 }
-EXPORT int aclmdlRICaptureTaskGrpBegin(void *s) { tell(GROUP_BEGIN, s, NULL, NULL, 0); return OK; }
+EXPORT int aclmdlRICaptureTaskGrpBegin(void *s) { return tell(GROUP_BEGIN, s, NULL, NULL, 0); }
 EXPORT int aclmdlRICaptureTaskGrpEnd(void *s, void **group) {
     *group = calloc(1, 64);
-    tell(GROUP_END, s, *group, NULL, 0);
-    return OK;
+    return tell(GROUP_END, s, *group, NULL, 0);
 }
-EXPORT int aclmdlRICaptureTaskUpdateBegin(void *s, void *group) { tell(UPDATE_BEGIN, s, group, NULL, 0); return OK; }
-EXPORT int aclmdlRICaptureTaskUpdateEnd(void *s) { tell(UPDATE_END, s, NULL, NULL, 0); return OK; }
+EXPORT int aclmdlRICaptureTaskUpdateBegin(void *s, void *group) { return tell(UPDATE_BEGIN, s, group, NULL, 0); }
+EXPORT int aclmdlRICaptureTaskUpdateEnd(void *s) { return tell(UPDATE_END, s, NULL, NULL, 0); }
 
 /* ---- what operators are described with on the newer route ---- */
 
