@@ -140,7 +140,8 @@ class Operator:
     def _call(self, keyset: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         sim = self._sim
         arguments = self._bind(args, kwargs)
-        if self._data_dependent or (self._indexes and _has_mask(arguments)):
+        masked = self._indexes and _has_mask(arguments)
+        if self._data_dependent or masked:
             sim.graphs.refuse(self.name, "the shape of its result depends on values")
         if not self._mixes_devices:
             self._check_devices(arguments)
@@ -149,7 +150,7 @@ class Operator:
         mirror = None
         if generator is not None:
             mirror = sim.mirror.captured() if sim.graphs.capturing else sim.mirror.begin(generator)
-        if not self._native:
+        if masked or not self._native:
             fresh = self._without_kernel(arguments, mirror)
         else:
             fresh = self._run_kernel(keyset, arguments)

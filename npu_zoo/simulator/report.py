@@ -87,27 +87,15 @@ def measure() -> Iterator[Report]:
         SimulatorError: nothing is simulated in this process.
     """
     report = Report(runtime().machine.name)
-    start = _snapshot()
-    previous = start
-    _reset_peak()
-    peak = 0
-
-    def mark(name: str) -> None:
-        nonlocal previous, peak
-        now = _snapshot()
-        step = _between(name, previous, now)
-        peak, previous = max(peak, step.peak_bytes), now
-        report.steps.append(step)
-        _reset_peak()
-
-    _LISTENERS.append(mark)
+    _gather_peaks()
+    recorder = _Recorder(report, _snapshot())
+    _ACTIVE.append(recorder)
     try:
         yield report
     finally:
-        _LISTENERS.remove(mark)
-        total = _between(report.name, start, _snapshot())
-        total.peak_bytes, total.steps = max(peak, total.peak_bytes), report.steps
-        report.__dict__.update(total.__dict__)
+        _gather_peaks()
+        _ACTIVE.remove(recorder)
+        recorder.finish()
 
 
 def report_at_exit(target: str) -> None:
@@ -132,21 +120,54 @@ def report_at_exit(target: str) -> None:
     atexit.register(finish)
 
 
-_LISTENERS: list[Any] = []
-
-
 def listen_to_marks() -> None:
-    """Let ``torch.npu.mstx.mark`` end a step of every report that is being made."""
+    """Let ``torch.npu.mstx.mark`` end a step of every report that is being made; there is no profiler here to tell."""
     import torch_npu
 
-    native = torch_npu.npu.mstx.mark
-
-    def mark(message: str, *args: Any, **kwargs: Any) -> Any:
-        for listener in _LISTENERS:
-            listener(message)
-        return native(message, *args, **kwargs)
+    def mark(message: str, stream: object = None, domain: str = "default") -> None:
+        _gather_peaks()
+        for recorder in _ACTIVE:
+            recorder.end_step(message)
 
     torch_npu.npu.mstx.mark = staticmethod(mark)
+
+
+class _Recorder:
+    """A report that is being made. Several can be at once, and all share the device's one record of its peak."""
+
+    def __init__(self, report: Report, start: _Snapshot) -> None:
+        self.report, self._start, self._previous = report, start, start
+        self._peak = self._step_peak = 0
+
+    def see_peak(self, peak: int) -> None:
+        self._step_peak = max(self._step_peak, peak)
+        self._peak = max(self._peak, peak)
+
+    def end_step(self, name: str) -> None:
+        now = _snapshot()
+        self.report.steps.append(_between(name, self._previous, now, self._step_peak))
+        self._previous, self._step_peak = now, 0
+
+    def finish(self) -> None:
+        total = _between(self.report.name, self._start, _snapshot(), self._peak)
+        total.steps = self.report.steps
+        self.report.__dict__.update(total.__dict__)
+
+
+_ACTIVE: list[_Recorder] = []
+
+
+def _gather_peaks() -> None:
+    """Give every recorder the peak since the last call, and start the device's record of it anew."""
+    import torch
+
+    npu: Any = torch.get_device_module("npu")
+    devices = range(npu.device_count()) if npu.is_initialized() else ()
+    peak = max((int(npu.max_memory_allocated(device)) for device in devices), default=0)
+    for recorder in _ACTIVE:
+        recorder.see_peak(peak)
+    for device in devices:
+        npu.reset_peak_memory_stats(device)
 
 
 @dataclass(frozen=True)
@@ -172,7 +193,7 @@ def _snapshot() -> _Snapshot:
     return _Snapshot(counts, counters.copies, counters.synchronisations, counters.replays)
 
 
-def _between(name: str, before: _Snapshot, after: _Snapshot) -> Report:
+def _between(name: str, before: _Snapshot, after: _Snapshot, peak: int) -> Report:
     counts: dict[str, Any] = {kind: _difference(before.counts[kind], after.counts[kind]) for kind in after.counts}
     copies = {
         kind: (number - before.copies[kind][0], size - before.copies[kind][1])
@@ -183,7 +204,7 @@ def _between(name: str, before: _Snapshot, after: _Snapshot) -> Report:
         replays=after.replays - before.replays,
         synchronisations=after.synchronisations - before.synchronisations,
         copies=copies,
-        peak_bytes=_peak(),
+        peak_bytes=peak,
         **counts,
     )
 
@@ -191,28 +212,6 @@ def _between(name: str, before: _Snapshot, after: _Snapshot) -> Report:
 def _difference(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:
     changed = {name: count - before.get(name, 0) for name, count in after.items()}
     return {name: count for name, count in sorted(changed.items()) if count}
-
-
-def _devices() -> list[int]:
-    import torch
-
-    npu: Any = torch.get_device_module("npu")
-    return list(range(npu.device_count())) if npu.is_initialized() else []
-
-
-def _peak() -> int:
-    import torch
-
-    npu: Any = torch.get_device_module("npu")
-    return max((int(npu.max_memory_allocated(device)) for device in _devices()), default=0)
-
-
-def _reset_peak() -> None:
-    import torch
-
-    npu: Any = torch.get_device_module("npu")
-    for device in _devices():
-        npu.reset_peak_memory_stats(device)
 
 
 def _table(title: str, counts: Mapping[str, int]) -> list[str]:

@@ -11,6 +11,12 @@ if not PRODUCT:
     collect_ignore_glob = ["*"]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """What torch_npu says of itself, once a process, is nothing that a test did."""
+    for message in ("Cannot create tensor with internal format", "Device do not support double dtype", "TypedStorage"):
+        config.addinivalue_line("filterwarnings", f"ignore:{message}:UserWarning")
+
+
 @pytest.fixture(autouse=True)
 def _counted(simulated_npu: object) -> None:
     """Every test here runs on the device, and fails where an operator falls back to the CPU."""

@@ -197,13 +197,18 @@ EXPORT int aclrtGetMemInfo(int attribute, size_t *available, size_t *total) {
 static __thread int thread_mode = 0;
 static int begin_mode = 0;
 
-static int synchronise(const char *name, const void *stream) {
+static int may_wait(const char *name, const void *stream) {
     if (capturing && (stream == capturing || (stream == NULL && thread_mode != RELAXED && begin_mode != RELAXED))) {
         capture_broken = 1;
         return fail(STREAM_CAPTURED, "the host waits for the device while a graph is captured", name);
     }
-    __sync_fetch_and_add(&counters[SYNCS], 1);
     return OK;
+}
+
+static int synchronise(const char *name, const void *stream) {
+    int code = may_wait(name, stream);
+    if (code == OK) __sync_fetch_and_add(&counters[SYNCS], 1);
+    return code;
 }
 
 static int copy(const char *name, void *to, size_t room, const void *from, size_t bytes, int kind) {
@@ -220,7 +225,7 @@ static int copy(const char *name, void *to, size_t room, const void *from, size_
 }
 
 EXPORT int aclrtMemcpy(void *to, size_t room, const void *from, size_t bytes, int kind) {
-    int code = synchronise("aclrtMemcpy", NULL);
+    int code = may_wait("aclrtMemcpy", NULL);
     return code ? code : copy("aclrtMemcpy", to, room, from, bytes, kind);
 }
 EXPORT int aclrtMemcpyAsync(void *to, size_t room, const void *from, size_t bytes, int kind, void *stream) {
