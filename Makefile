@@ -7,7 +7,8 @@
 #   TORCH        which torch is installed, such as torch==2.13.0 for the CUDA build of PyPI
 #   TORCH_INDEX  where that torch is looked for when pip's own configuration does not offer it; may be empty
 #   VENV_NPU     where the environment with torch_npu lies; it stands on the one of VENV
-#   TORCH_NPU    which torch_npu is installed there; none: its tests are left out, with the reason
+#   TORCH_NPU    which torch_npu is installed there; none leaves out what runs on simulated NPUs
+#   NPU_RANGE    the oldest and the newest release that the simulated runtime is built for in tests
 #   JOBS         tests that run at once, on one thread each
 
 PYTHON ?= python3
@@ -16,6 +17,7 @@ TORCH ?= torch==2.13.0+cpu
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 VENV_NPU ?= .venv-npu
 TORCH_NPU ?= torch-npu==2.13.0
+NPU_RANGE ?= 2.9.0 2.14.0
 PRODUCTS ?= atlas_800i_a2 atlas_800t_a2 atlas_300i_duo
 JOBS ?= 2
 
@@ -26,7 +28,8 @@ NPU_STAMP := $(VENV_NPU)/.installed-$(shell printf %s '$(TORCH)-$(TORCH_NPU)' | 
 PINS := $(VENV)/constraints.txt
 REQUIREMENTS := pyproject.toml constraints.txt
 DEMO_PROMPT := def add(a, b):
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+WHEELS := $(VENV_NPU)/wheels
+PYTEST = NPU_ZOO_TORCH_NPU_WHEELS="$$(test ! -d $(WHEELS) || echo $(WHEELS))" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -43,20 +46,21 @@ demo: $(STAMP)-run
 	@$(BIN)/npu-zoo run --model deepseek_coder --echo --prompt "$(DEMO_PROMPT)" --temperature 0 --max-tokens 48
 
 ## make test     all tests but the long ones; those on simulated NPUs last
-test: $(STAMP)-dev
+test: $(STAMP)-dev $(NPU_STAMP)
 	$(PYTEST) $(ARGS)
 	$(MAKE) --no-print-directory test-npu
 
 ## make test-npu the real torch_npu on a simulated Ascend runtime, one process per product
 test-npu: $(NPU_STAMP)
-	@for product in $(PRODUCTS); do \
+	@test "$(TORCH_NPU)" != none || echo "TORCH_NPU=none: tests on simulated NPUs are left out"
+	@test "$(TORCH_NPU)" = none || for product in $(PRODUCTS); do \
 	  echo "tests on a simulated $$product"; \
 	  NPU_ZOO_SIMULATE=$$product OMP_NUM_THREADS=1 $(VENV_NPU)/bin/python -m pytest -n $(JOBS) --dist worksteal \
 	    tests/npu $(ARGS) || exit 1; \
 	done
 
 ## make verify   the long round: every test, more examples of each property, and the linters
-verify: $(STAMP)-dev
+verify: $(STAMP)-dev $(NPU_STAMP)
 	$(PYTEST) -m "long or not long" --hypothesis-profile verify $(ARGS)
 	$(MAKE) --no-print-directory test-npu
 	$(MAKE) lint
@@ -102,10 +106,22 @@ $(STAMP)-dev: $(STAMP)-run
 # torch_npu breaks `import torch` for everything beside it where CANN is missing, so it lies in an environment of its own,
 # which sees the packages of the first.
 $(NPU_STAMP): $(STAMP)-dev
-	@echo "installing $(TORCH_NPU) into $(VENV_NPU)"
 	@rm -rf $(VENV_NPU)
+	@mkdir -p $(VENV_NPU)
+	@test "$(TORCH_NPU)" = none || $(MAKE) --no-print-directory npu-environment || { rm -rf $(VENV_NPU); exit 1; }
+	@touch $@
+
+.PHONY: npu-environment
+npu-environment:
+	@echo "installing $(TORCH_NPU) into $(VENV_NPU)"
 	@$(BIN)/python -m venv --without-pip $(VENV_NPU)
 	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(" + repr(sysconfig.get_path("purelib")) + ")")' \
 	  >"$$($(VENV_NPU)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/npu-zoo.pth"
-	@$(PIP) --python $(VENV_NPU)/bin/python install --no-deps "$(TORCH_NPU)"
-	@touch $@
+	@$(PIP) --python $(VENV_NPU)/bin/python install --no-deps "$(TORCH_NPU)" || { \
+	  echo "error: pip cannot install $(TORCH_NPU) here; TORCH_NPU=none leaves out the tests on simulated NPUs" >&2; exit 1; }
+	@for release in $(NPU_RANGE); do \
+	  $(PIP) download --no-deps -d $(WHEELS)/$$release "torch-npu==$$release" \
+	    && $(BIN)/python -m zipfile -e $(WHEELS)/$$release/*.whl $(WHEELS)/$$release && rm $(WHEELS)/$$release/*.whl \
+	    || { echo "note: torch-npu $$release is not there for $$($(BIN)/python -V); it is left out of the tests"; \
+	         rm -rf $(WHEELS)/$$release; }; \
+	done

@@ -1,0 +1,1 @@
+"""What the simulated runtime is made of, tested without torch_npu beside torch; tests/npu runs the whole."""
