@@ -9,7 +9,20 @@ from typing import Any, TypeVar
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_MODULES = ("attention", "cache", "layout", "moe", "norm", "quantization", "rotary", "sampling", "collective", "atb")
+_MODULES = (
+    "attention",
+    "cache",
+    "dtype",
+    "grouped",
+    "layout",
+    "moe",
+    "norm",
+    "quantization",
+    "rotary",
+    "sampling",
+    "collective",
+    "atb",
+)
 
 
 @dataclass(frozen=True)

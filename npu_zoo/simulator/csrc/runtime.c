@@ -271,6 +271,7 @@ EXPORT int aclsysGetVersionStr(const char *package, char *version) { (void)packa
 EXPORT int aclrtSetDeviceSatMode(int mode) { (void)mode; return OK; }
 EXPORT int aclrtSetOpExecuteTimeOut(unsigned seconds) { (void)seconds; return OK; }
 EXPORT int aclrtSetStreamOverflowSwitch(void *stream, unsigned flag) { (void)stream, (void)flag; return OK; }
+EXPORT int aclrtSetStreamAttribute(void *stream, int attribute, void *value) { (void)stream, (void)attribute, (void)value; return OK; }
 EXPORT int aclrtGetSysParamOpt(int option, int64_t *value) { (void)option; *value = 0; return OK; }
 EXPORT int aclrtCtxSetSysParamOpt(int option, int64_t value) { (void)option, (void)value; return OK; }
 EXPORT size_t aclGetCompileoptSize(int option) { (void)option; return 16; }
