@@ -31,22 +31,26 @@ class Golden:
 
     Attributes:
         function: takes the operator's arguments by the names of its schema, tensors on the CPU; returns fresh tensors
-            for its results, and writes into the arguments that the operator updates.
+            for its results (None for one that it leaves empty), and writes into the arguments that it updates.
         native: whether torch_npu's own kernel runs first against the launch recorder; where not, ``reason`` says why.
         reason: why the kernel cannot run.
         launch: the name that a launch is recorded under where the kernel does not run.
+        on_device: the function takes the device's own tensors (and first their memory), and returns such.
     """
 
     function: Callable[..., Any]
     native: bool = True
     reason: str = ""
     launch: str = ""
+    on_device: bool = False
 
 
 GOLDEN: dict[str, Golden] = {}
 
 
-def golden(*operators: str, native: bool = True, reason: str = "", launch: str = "") -> Callable[[Function], Function]:
+def golden(
+    *operators: str, native: bool = True, reason: str = "", launch: str = "", on_device: bool = False
+) -> Callable[[Function], Function]:
     """Register a function as the semantics of operators such as ``npu::npu_rms_norm``."""
     if native == bool(reason):
         raise ValueError("exactly the operators whose kernel cannot run have a reason")
@@ -55,7 +59,7 @@ def golden(*operators: str, native: bool = True, reason: str = "", launch: str =
         for operator in operators:
             if operator in GOLDEN:
                 raise ValueError(f"{operator} has golden semantics already")
-            GOLDEN[operator] = Golden(function, native, reason, launch)
+            GOLDEN[operator] = Golden(function, native, reason, launch, on_device)
         return function
 
     return register

@@ -89,7 +89,7 @@ def _split(parts: Tensors | None, group_list: Any, kind: int, groups: int) -> li
         return list(parts)
     values = group_list.tolist() if isinstance(group_list, torch.Tensor) else list(group_list)
     sizes = group_sizes(values, kind, groups)
-    return list(parts[0][: sum(sizes)].split(sizes))
+    return list(torch.split(parts[0][: sum(sizes)], sizes))
 
 
 def _each(parts: Tensors | None, groups: int) -> list[Any]:

@@ -40,7 +40,7 @@ def npu_moe_gating_top_k(
     choice = scores if bias is None else scores + bias.float()
     if group_count > 1:
         choice = _within_groups(choice, group_count, k_group, by_two_best=group_select_mode == 1)
-    indices = choice.sort(-1, descending=True, stable=True).indices[:, :k]
+    indices = choice.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     weights = scores.gather(1, indices)
     if norm_type == 1:
         weights = weights / (weights.sum(-1, keepdim=True) + eps)
@@ -52,7 +52,7 @@ def _within_groups(choice: torch.Tensor, groups: int, kept: int, *, by_two_best:
     """Minus infinity outside of each row's best groups, judged by their best score or the sum of their two best."""
     grouped = choice.view(choice.shape[0], groups, -1)
     value = grouped.topk(2, -1).values.sum(-1) if by_two_best else grouped.amax(-1)
-    best = value.sort(-1, descending=True, stable=True).indices[:, :kept]
+    best = value.sort(dim=-1, descending=True, stable=True).indices[:, :kept]
     mask = torch.ones_like(value, dtype=torch.bool).scatter_(1, best, False)
     return grouped.masked_fill(mask[..., None], float("-inf")).flatten(1)
 
@@ -66,7 +66,7 @@ def npu_moe_gating_top_k_softmax(
     Source: op-plugin, torch_npu-npu_moe_gating_top_k_softmax.md.
     """
     experts = x.shape[-1]
-    scores, indices = x.float().softmax(-1).sort(-1, descending=True, stable=True)
+    scores, indices = x.float().softmax(-1).sort(dim=-1, descending=True, stable=True)
     indices = indices[..., :k].int()
     if finished is not None:
         indices = torch.where(finished[..., None], experts, indices)
@@ -173,7 +173,7 @@ def npu_moe_token_permute(
     order = indices.flatten().sort(stable=True).indices
     position = torch.empty_like(order)
     position[order] = torch.arange(order.numel())
-    kept = order.numel() if not num_out_tokens else num_out_tokens
+    kept = num_out_tokens or order.numel()
     return tokens[order[:kept] // k], position.int()
 
 

@@ -55,7 +55,7 @@ def integer_codes(weight: torch.Tensor) -> torch.Tensor:
 
 
 def dequantized(weight: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
-    """A weight [..., K, N] in float32: ``(w + offset) * scale``; both per column, or per group of rows [..., K/g, N]."""
+    """A weight [..., K, N] in float32, ``(w + offset) * scale``; per column, or per group of rows [..., K/g, N]."""
     wide = integer_codes(weight).float()
     groups = scale.shape[-2] if scale.dim() >= wide.dim() else 1
     rows = wide.shape[-2] // groups

@@ -14,7 +14,7 @@ def npu_top_k_top_p(logits: torch.Tensor, p: torch.Tensor | None = None, k: torc
     Top p keeps the smallest tokens out whose sum of probabilities stays at most ``1 - p``; the best always stays.
     Source: op-plugin, torch_npu-npu_top_k_top_p.md.
     """
-    values, order = logits.float().sort(-1, stable=True)  # ascending
+    values, order = logits.float().sort(dim=-1, stable=True)  # ascending
     if k is not None:
         kept = k.long().clamp(1, logits.shape[-1])
         threshold = values.gather(1, (logits.shape[-1] - kept)[:, None])
