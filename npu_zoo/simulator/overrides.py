@@ -247,6 +247,8 @@ class Operator:
         return given if given is not None and given.device.type == "npu" else None
 
     def _write(self, output: Any, result: Any) -> None:
+        if output is None:
+            return
         if isinstance(result, (list, tuple)):
             for one, value in zip(output, result, strict=True):
                 self._write(one, value)

@@ -29,6 +29,7 @@ enum { HOST_TO_HOST, HOST_TO_DEVICE, DEVICE_TO_HOST, DEVICE_TO_DEVICE, KIND_DEFA
 enum { CAPTURE_BEGIN, CAPTURE_END, GRAPH_EXECUTE, GRAPH_DESTROY, GROUP_BEGIN, GROUP_END, UPDATE_BEGIN, UPDATE_END, COPY };
 enum { MAX_DEVICES = 64, MAX_NAMES = 4096, ALIGNMENT = 512, RELAXED = 2 };
 
+#define CANN_VERSION "9.1.0"
 #define EXPORT __attribute__((visibility("default")))
 
 /* ---- configuration, set once before torch is imported ---- */
@@ -267,12 +268,15 @@ EXPORT int aclGetDeviceCapability(unsigned device, int what, int64_t *value) {
 EXPORT int aclrtDeviceCanAccessPeer(int *able, int device, int peer) { (void)device, (void)peer; *able = 1; return OK; }
 EXPORT int aclrtDeviceEnablePeerAccess(int peer, unsigned flags) { (void)peer, (void)flags; return OK; }
 EXPORT int aclrtDeviceGetBareTgid(int *pid) { *pid = (int)getpid(); return OK; }
-EXPORT int aclsysGetVersionStr(const char *package, char *version) { (void)package; strcpy(version, "9.1.0"); return OK; }
+/* torch_npu asks for the version of CANN by both; the second writes into a structure that begins with the text */
+EXPORT int aclsysGetVersionStr(const char *package, char *version) { (void)package; strcpy(version, CANN_VERSION); return OK; }
+EXPORT int aclsysGetCANNVersion(int package, char *version) { (void)package; strcpy(version, CANN_VERSION); return OK; }
 EXPORT int aclrtSetDeviceSatMode(int mode) { (void)mode; return OK; }
 EXPORT int aclrtSetOpExecuteTimeOut(unsigned seconds) { (void)seconds; return OK; }
 EXPORT int aclrtSetStreamOverflowSwitch(void *stream, unsigned flag) { (void)stream, (void)flag; return OK; }
 EXPORT int aclrtSetStreamAttribute(void *stream, int attribute, void *value) { (void)stream, (void)attribute, (void)value; return OK; }
 EXPORT int aclrtGetSysParamOpt(int option, int64_t *value) { (void)option; *value = 0; return OK; }
+EXPORT int aclrtSetSysParamOpt(int option, int64_t value) { (void)option, (void)value; return OK; }
 EXPORT int aclrtCtxSetSysParamOpt(int option, int64_t value) { (void)option, (void)value; return OK; }
 EXPORT size_t aclGetCompileoptSize(int option) { (void)option; return 16; }
 EXPORT int aclGetCompileopt(int option, char *value, size_t room) { (void)option; snprintf(value, room, "disable"); return OK; }
