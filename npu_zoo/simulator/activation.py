@@ -170,10 +170,11 @@ class _InstallAfter(importlib.abc.Loader):
         with contextlib.redirect_stdout(printed):
             self._loader.exec_module(module)
         sys.stderr.writelines(line for line in printed.getvalue().splitlines(True) if _MISSING_CANN not in line)
+        from npu_zoo.simulator.distributed import install_collectives
         from npu_zoo.simulator.overrides import install
         from npu_zoo.simulator.report import listen_to_marks, report_at_exit
 
-        install(runtime())
+        install_collectives(install(runtime()))
         listen_to_marks()
         if os.environ.get(REPORT_VARIABLE):
             report_at_exit(os.environ[REPORT_VARIABLE])

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from npu_zoo.simulator.errors import SimulatorError
 from npu_zoo.simulator.golden import Golden, load_golden
@@ -41,6 +42,7 @@ INDEXING = ("index", "_index", "_unsafe_index", "slice", "copy")
 """aten operators that take tensors of the host beside those of the device."""
 
 
+_below_autograd: Any = torch._C._AutoDispatchBelowAutograd
 _Library: Any = torch.library.Library  # its methods are not typed
 
 
@@ -87,7 +89,7 @@ class Overrides:
         library = self._library(name.split("::")[0])
         library.impl(name, operator, _KEY, with_keyset=True, allow_override=True)
         if name in self._autograd:
-            library.impl(name, operator, _AUTOGRAD_KEY, with_keyset=True, allow_override=True)
+            library.impl(name, operator.above_autograd, _AUTOGRAD_KEY, with_keyset=True, allow_override=True)
         self.names.add(name)
 
     def _library(self, namespace: str) -> Any:
@@ -136,6 +138,13 @@ class Operator:
             if self._sim.depth:  # C++ stands between this call and the outer one, and may lose what was raised
                 self._sim.nested_error = error
             raise
+
+    def above_autograd(self, keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        """The same for operators with a kernel of their own at the autograd key; fake tensors go on to their mode."""
+        if any(isinstance(tensor, FakeTensor) for tensor in _tensors([*args, *kwargs.values()])):
+            with _below_autograd():
+                return self._op(*args, **kwargs)
+        return self(keyset, *args, **kwargs)
 
     def _call(self, keyset: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         sim = self._sim

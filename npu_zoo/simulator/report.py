@@ -86,6 +86,8 @@ def measure() -> Iterator[Report]:
     Raises:
         SimulatorError: nothing is simulated in this process.
     """
+    import torch  # noqa: F401  (brings the device)
+
     report = Report(runtime().machine.name)
     _gather_peaks()
     recorder = _Recorder(report, _snapshot())

@@ -36,7 +36,7 @@ def dense_attention(
 
 
 def scattered(rows: list[torch.Tensor], block_size: int, num_blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A cache [num_blocks, block_size, Nk, D] with sequences in shuffled blocks, and its block table [B, max blocks]."""
+    """A cache [num_blocks, block_size, Nk, D] of sequences in shuffled blocks, and its block table [B, blocks]."""
     order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(3)).tolist()
     cache = torch.zeros(num_blocks, block_size, *rows[0].shape[1:], dtype=rows[0].dtype)
     widest = max(-(-len(sequence) // block_size) for sequence in rows)

@@ -45,9 +45,7 @@ def test_the_layer_equals_a_loop_over_tokens(listed: bool) -> None:
         )[0]  # fmt: skip
 
     hidden = product(torch_npu.npu_swiglu(product(rows, gate_up)), down)
-    found = torch_npu.npu_moe_token_unpermute(
-        permuted_tokens=hidden, sorted_indices=row_index.abs(), probs=probs
-    )
+    found = torch_npu.npu_moe_token_unpermute(permuted_tokens=hidden, sorted_indices=row_index.abs(), probs=probs)
     expected = experts_in_a_loop(x, gate_up, down, indices.cpu(), probs.cpu())
     torch.testing.assert_close(found.cpu().double(), expected, atol=1e-2, rtol=1e-2)
     assert counts.cpu().tolist() == [int((indices.cpu() == e).sum()) for e in range(EXPERTS)]
@@ -72,7 +70,21 @@ def test_rows_of_other_ranks_stay_out() -> None:
     assert row_index.cpu()[outside].tolist() == [-1] * int(outside.sum())
 
 
-def test_310p_counts_are_cumulative_and_products_grouped_by_them() -> None:
+@pytest.mark.chip("ascend310p")
+def test_routing_on_310p_counts_cumulatively() -> None:
+    x = torch.randn(TOKENS, WIDTH).half()
+    indices = torch.randint(0, EXPERTS, (TOKENS, K), dtype=torch.int32)
+    rows, row_index, ends, counts = torch_npu.npu_moe_init_routing_v2(
+        x.npu(), indices.npu(), active_num=TOKENS * K, expert_num=EXPERTS, expert_tokens_num_type=1,
+        expert_tokens_num_flag=True, active_expert_range=[0, EXPERTS], quant_mode=-1,
+    )  # fmt: skip
+    expected = [int((indices == e).sum()) for e in range(EXPERTS)]
+    assert counts.cpu().tolist() == expected
+    assert ends.cpu().tolist() == [sum(expected[: e + 1]) for e in range(EXPERTS)]
+    assert torch.equal(rows.cpu()[row_index.cpu().long()], x.repeat_interleave(K, 0))
+
+
+def test_groups_that_end_where_they_end() -> None:
     rows = torch.randn(6, WIDTH).half()
     weight = torch.randn(3, WIDTH, 48).half()
     ends = torch.tensor([2, 2, 6])

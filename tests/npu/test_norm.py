@@ -38,3 +38,11 @@ def test_swiglu(dtype: torch.dtype) -> None:
     x = torch.randn(4, 128).to(dtype)
     gate, up = x.double()[:, :64], x.double()[:, 64:]
     close(torch_npu.npu_swiglu(x.npu()), gate / (1 + (-gate).exp()) * up, dtype)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_fake_tensors_get_shapes(inference: bool) -> None:
+    with torch._subclasses.FakeTensorMode(), torch.inference_mode(inference):
+        x, gamma = torch.empty(4, 64, dtype=torch.float16, device="npu"), torch.empty(64, device="npu").half()
+        y, _ = torch_npu.npu_rms_norm(x, gamma, 1e-5)
+        assert (y.shape, torch_npu.npu_swiglu(x).shape) == ((4, 64), (4, 32))

@@ -74,9 +74,7 @@ def test_grouped_products_of_eight_bits() -> None:
         group_list_type=1, group_list=torch.tensor([4, 2]).npu(), output_dtype=torch.bfloat16,
     )[0]  # fmt: skip
     expected = torch.cat([(a[:4].long() @ b[0].long()) * scale[0].double(), (a[4:].long() @ b[1].long()) * scale[1]])
-    torch.testing.assert_close(
-        found.cpu().double(), expected.double() * tokens.double()[:, None], atol=2e-2, rtol=2e-2
-    )
+    torch.testing.assert_close(found.cpu().double(), expected.double() * tokens.double()[:, None], atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.chip("ascend910b")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from npu_zoo.simulator.activation import simulated_machine
 from npu_zoo.simulator.errors import NoSemantics
 from npu_zoo.simulator.golden import golden
 from npu_zoo.simulator.operators.quantization import quantize_rows
@@ -108,6 +109,8 @@ def npu_moe_init_routing_v2(
 ) -> Results4:
     """Tokens in the order of their experts, without drops. Rows that no active expert takes are zero.
 
+    On 310P the numbers are cumulative whatever is asked for, and the fourth result is each expert's count.
+
     Source: op-plugin, torch_npu-npu_moe_init_routing_v2.md.
     """
     if drop_pad_mode or quant_mode not in (-1, 1) or offset is not None or x_dtype is not None:
@@ -122,6 +125,9 @@ def npu_moe_init_routing_v2(
     expanded = torch.zeros(rows, x.shape[1], dtype=x.dtype)
     expanded[:used] = x[order[:used] // k]
     counts = torch.bincount((flat[active] - first).long(), minlength=end - first)
+    if _on_310p():
+        row = _row_index(order, used, tokens * k, scattered=row_idx_type == 1)
+        return expanded, row, counts.cumsum(0).int(), torch.bincount(flat.long(), minlength=expert_num).int()
     row = _row_index(order, used, tokens * k, scattered=row_idx_type == 1)
     tokens_per_expert = _token_numbers(counts, first, expert_tokens_num_type)
     if quant_mode == 1:
@@ -130,6 +136,11 @@ def npu_moe_init_routing_v2(
         return codes, row, tokens_per_expert, scales
     expanded_scale = torch.zeros(rows) if scale is None else _scales(scale, order, k, rows, used)
     return expanded, row, tokens_per_expert, expanded_scale
+
+
+def _on_310p() -> bool:
+    machine = simulated_machine()
+    return machine is not None and machine.chip == "ascend310p"
 
 
 def _row_index(order: torch.Tensor, used: int, total: int, *, scattered: bool) -> torch.Tensor:

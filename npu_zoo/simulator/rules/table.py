@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -20,7 +20,18 @@ from npu_zoo.simulator.errors import RuleBroken
 
 CHIPS = ("ascend910b", "ascend310p")
 
-_MODULES = ("products", "attention", "cache", "layout", "moe", "norm", "quantization", "rotary", "sampling", "collective")
+_MODULES = (
+    "products",
+    "attention",
+    "cache",
+    "layout",
+    "moe",
+    "norm",
+    "quantization",
+    "rotary",
+    "sampling",
+    "collective",
+)
 
 ND, FRACTAL_NZ = 2, 29
 
@@ -35,6 +46,13 @@ class Value(Enum):
 
 YES, NO, UNDOCUMENTED = Value.YES, Value.NO, Value.UNDOCUMENTED
 
+EVERY_OPERATOR = "*"
+
+
+def on(*chips: str, value: Value = NO) -> Mapping[str, Value]:
+    """The same value on each of these chips (on all where none is given)."""
+    return dict.fromkeys(chips or CHIPS, value)
+
 
 @dataclass(frozen=True)
 class Call:
@@ -45,11 +63,13 @@ class Call:
         chip: ``ascend910b`` or ``ascend310p``.
         arguments: every argument by the name of the schema, defaults filled in. While dtypes, shapes and layouts are
             checked the tensors are the device's own; while values are checked they are CPU tensors.
+        notes: what one detector worked out of this call for the others.
     """
 
     operator: str
     chip: str
     arguments: Mapping[str, Any]
+    notes: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __getitem__(self, name: str) -> Any:
         """The argument of that name."""
@@ -74,7 +94,8 @@ class Rule:
 
     Attributes:
         name: unique, ``operator.subject``, such as ``npu_rms_norm.gamma_shape``.
-        operators: the qualified names that it speaks of.
+        operators: the qualified names that it speaks of, one without an overload for all its overloads; ``*`` for
+            every operator.
         use: the use of the operator that the row judges, as a sentence.
         values: by chip; a chip that is missing is not spoken of.
         source: the document (and where it is long, the place in it) or the file of the field's code.
@@ -101,11 +122,12 @@ class RuleTable:
     def __init__(self, rules: list[Rule], chip: str) -> None:
         self.chip = chip
         self.undocumented: dict[tuple[str, str], int] = {}
-        self._by_operator: dict[tuple[str, bool], list[Rule]] = {}
+        self._spoken: dict[tuple[str, bool], list[Rule]] = {}
+        self._resolved: dict[tuple[str, bool], list[Rule]] = {}
         for rule in rules:
             if rule.values.get(chip, YES) is not YES:
                 for operator in rule.operators:
-                    self._by_operator.setdefault((operator, rule.of_values), []).append(rule)
+                    self._spoken.setdefault((operator, rule.of_values), []).append(rule)
 
     def check(self, operator: str, arguments: Mapping[str, Any], *, of_values: bool = False) -> None:
         """Hold a call against the rules of its operator.
@@ -113,7 +135,9 @@ class RuleTable:
         Raises:
             RuleBroken: it makes a use that is documented as not working, or outside what is documented.
         """
-        rules = self._by_operator.get((operator, of_values))
+        rules = self._resolved.get((operator, of_values))
+        if rules is None:
+            rules = self._resolved[operator, of_values] = self._of(operator, of_values)
         if not rules:
             return
         call = Call(operator, self.chip, arguments)
@@ -125,6 +149,11 @@ class RuleTable:
                 raise RuleBroken(operator, rule.name, f"{found} on {self.chip}", rule.source)
             key = (operator, rule.name)
             self.undocumented[key] = self.undocumented.get(key, 0) + 1
+
+    def _of(self, operator: str, of_values: bool) -> list[Rule]:
+        base = operator.partition(".")[0]
+        names = dict.fromkeys((base, operator, EVERY_OPERATOR))
+        return [rule for name in names for rule in self._spoken.get((name, of_values), ())]
 
 
 def load_rules() -> list[Rule]:

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PRODUCT = os.environ.get("NPU_ZOO_SIMULATE", "")
+
+
+def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "NPU_ZOO_SIMULATE": PRODUCT, **environ},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_commands_without_torch_stay_without_it() -> None:
+    done = run("-X", "importtime", "-m", "npu_zoo", "list")
+    assert done.returncode == 0, done.stderr
+    assert "deepseek_coder" in done.stdout
+    assert not [line for line in done.stderr.splitlines() if line.split("|")[-1].strip() in ("torch", "torch_npu")]
+
+
+def test_a_model_runs_beside_the_simulated_device() -> None:
+    done = run("-m", "npu_zoo", "run", "--model", "deepseek_coder", "--hardware", "cpu", "--prompt", "def add(a, b):",
+               "--max-tokens", "4", "--temperature", "0")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_the_library_brings_the_device() -> None:
+    done = run("-c", "from npu_zoo import LLM; import torch; print(torch.npu.device_count(), torch.ones(2).npu() + 1)")
+    assert done.stdout.startswith("8 tensor([2., 2.], device='npu:0')"), done.stderr
+
+
+def test_a_script_runs_and_reports(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import sys, torch\nprint(sys.argv[1:], (torch.ones(2, device='npu') + 1).tolist())\n")
+    done = run("-m", "npu_zoo.simulator", PRODUCT, str(script), "--flag")
+    assert done.stdout == "['--flag'] [2.0, 2.0]\n"
+    assert f"simulated {PRODUCT}: 2 operator launches" in done.stderr
+    target = tmp_path / "report.json"
+    done = run("-m", "npu_zoo.simulator", PRODUCT, str(script), NPU_ZOO_SIMULATE_REPORT=str(target))
+    assert json.loads(target.read_text())["launches"] == {"aclnnAdds": 1, "aclnnInplaceOne": 1}
+
+
+def test_devices_and_memory_are_chosen() -> None:
+    done = run("-c", "import npu_zoo; npu_zoo.simulate(); import torch; print(torch.npu.device_count(), "
+               "torch.npu.mem_get_info()[1])",
+               NPU_ZOO_SIMULATE_DEVICES="2", NPU_ZOO_SIMULATE_MEMORY_GIB="0.5")  # fmt: skip
+    assert done.stdout.strip() == f"2 {1 << 29}", done.stderr
