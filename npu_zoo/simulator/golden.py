@@ -7,12 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _MODULES = (
     "attention",
     "cache",
     "dtype",
+    "expert_parallel",
     "grouped",
     "layout",
     "moe",
@@ -43,6 +46,26 @@ class Golden:
     reason: str = ""
     launch: str = ""
     on_device: bool = False
+
+
+class Fitted:
+    """A result whose size the documents leave open: the kernel's output decides, and what is over stays zero.
+
+    Args:
+        candidates: values; that of the output's size is taken, or else the start of the first.
+    """
+
+    def __init__(self, *candidates: torch.Tensor | None) -> None:
+        self._candidates = [candidate for candidate in candidates if candidate is not None]
+
+    def write(self, output: torch.Tensor) -> None:
+        """Fill an output."""
+        output.zero_()
+        flat = output.view(-1)
+        fitting = [candidate for candidate in self._candidates if candidate.numel() == flat.numel()]
+        for candidate in (fitting or self._candidates)[:1]:
+            values = candidate.reshape(-1)[: flat.numel()]
+            flat[: values.numel()] = values.to(output.dtype)
 
 
 GOLDEN: dict[str, Golden] = {}

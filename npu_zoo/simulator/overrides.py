@@ -16,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from npu_zoo.simulator.errors import SimulatorError
-from npu_zoo.simulator.golden import Golden, load_golden
+from npu_zoo.simulator.golden import Fitted, Golden, load_golden
 from npu_zoo.simulator.graph import Graphs
 from npu_zoo.simulator.memory import DeviceMemory
 from npu_zoo.simulator.random import GeneratorMirror
@@ -263,6 +263,8 @@ class Operator:
                 self._write(one, value)
         elif result is None:
             output.zero_()
+        elif isinstance(result, Fitted):
+            result.write(output)
         elif isinstance(result, torch.Tensor):
             if output.shape != result.shape or output.dtype != result.dtype:
                 raise SimulatorError(

@@ -139,6 +139,56 @@ def fused(rank: int, size: int) -> None:
     assert torch.equal(found.cpu(), (torch.arange(8.0).view(2, 4) * (size * (size + 1) / 2)).half())
 
 
+def products(rank: int, size: int) -> None:
+    """The other products that are fused with collectives."""
+    if not BF16 or size < 2:
+        return
+    name = dist.group.WORLD._get_backend(torch.device("npu")).get_hccl_comm_name(rank)
+    weight = torch.arange(256.0 * 16).view(256, 16).half() / 8192
+    rows = [(torch.arange(512.0).view(2, 256) + 32 * r).half() / 512 for r in range(size)]
+    product, gathered = torch_npu.npu_all_gather_base_mm(rows[rank].npu(), weight.npu(), name, size)
+    assert torch.equal(gathered.cpu(), torch.cat(rows))
+    torch.testing.assert_close(product.cpu().double(), torch.cat(rows).double() @ weight.double(), atol=2e-2, rtol=2e-2)
+    part = torch_npu.npu_mm_reduce_scatter_base(torch.cat(rows).npu(), (weight * (rank + 1)).npu(), name, size)
+    factor = size * (size + 1) / 2
+    expected = rows[rank].double() @ weight.double() * factor
+    torch.testing.assert_close(part.cpu().double(), expected, atol=5e-2, rtol=2e-2)
+
+
+def experts(rank: int, size: int) -> None:
+    """Dispatch, an expert e that multiplies by e + 1, combine."""
+    if not BF16 or size < 2:
+        return
+    name = dist.group.WORLD._get_backend(torch.device("npu")).get_hccl_comm_name(rank)
+    count, k, width, tokens = 8, 2, 1024, 3
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(tokens, width, generator=generator).bfloat16()
+    ids = torch.stack([torch.randperm(count, generator=generator)[:k] for _ in range(tokens)]).int()
+    scales = torch.rand(tokens, k, generator=generator)
+    expected = sum(x.double() * (ids[:, j : j + 1] + 1) * scales[:, j : j + 1].double() for j in range(k))
+    for dispatch, combine, handle in (
+        (torch_npu.npu_moe_distribute_dispatch, torch_npu.npu_moe_distribute_combine, "expand_idx"),
+        (torch_npu.npu_moe_distribute_dispatch_v2, torch_npu.npu_moe_distribute_combine_v2, "assist_info_for_combine"),
+    ):
+        rows, _, info, numbers, received, _, row_scales = dispatch(
+            x.npu(), ids.npu(), name, size, rank, count, expert_scales=scales.npu(), expert_token_nums_type=1
+        )
+        local = count // size
+        host = rows.cpu().clone()
+        start = 0
+        for expert, number in enumerate(numbers.cpu().tolist()):
+            host[start : start + number] *= rank * local + expert + 1
+            start += number
+        sums = torch.tensor(numbers.cpu().tolist()).sum().npu().float()
+        dist.all_reduce(sums)
+        assert sums.item() == tokens * k * size
+        found = combine(
+            host.npu(), ids.npu(), **{handle: info}, ep_send_counts=received, expert_scales=scales.npu(),
+            group_ep=name, ep_world_size=size, ep_rank_id=rank, moe_expert_num=count, expand_scales=row_scales,
+        )  # fmt: skip
+        torch.testing.assert_close(found.cpu().double(), expected, atol=5e-2, rtol=2e-2)
+
+
 def counted(rank: int, size: int) -> None:
     with measure() as report:
         dist.all_reduce(torch.ones(2).npu())
@@ -150,9 +200,8 @@ def main() -> None:
     torch.npu.set_device(rank)
     dist.init_process_group("hccl", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=size)
     assert dist.get_backend() == "hccl"
-    for check in (
-        reductions, gathers, exchanges, functional_collectives, subgroups, captured, refusals, fused, counted
-    ):  # fmt: skip
+    transfers = (reductions, gathers, exchanges, functional_collectives, subgroups)
+    for check in (*transfers, captured, refusals, fused, products, experts, counted):
         check(rank, size)
     dist.destroy_process_group()
 
