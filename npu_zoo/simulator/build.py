@@ -27,7 +27,12 @@ SOURCE = Path(__file__).parent / "csrc" / "runtime.c"
 
 _VENDOR_SYMBOL = re.compile(r"(acl|Hccl|Hcom|Msprof|rt[A-Z]|_ZNK?3atb|_ZNK?2ge)")
 _VENDOR_LIBRARY = re.compile(r"lib(hccl|acl|ascend|ge_|graph|atb|opapi|runtime|nnopbase)")
+_OPENED = ("libnnopbase.so",)
+"""What is not linked but opened by name when an operator is called."""
+
 _OPERATOR = rb"aclnn[A-Za-z0-9_]+"
+_SIZE = "WorkspaceSize"
+"""How names end that ask for the memory of an operator; those are no launches."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ def build(needs: Needs, target: Path) -> None:
     _compile(target, RUNTIME_LIBRARY, [str(SOURCE), "unsupported.c"], ["-O1", "-lpthread"])
     _compile(target, OPERATOR_LIBRARY, ["operators.c"], ["-O0", RUNTIME_LIBRARY])
     (target / "empty.c").write_text("")
-    for name in sorted(needs.libraries - {RUNTIME_LIBRARY, OPERATOR_LIBRARY}):
+    for name in sorted({*needs.libraries, *_OPENED} - {RUNTIME_LIBRARY, OPERATOR_LIBRARY}):
         _compile(target, name, ["empty.c"], ["-Wl,--no-as-needed", RUNTIME_LIBRARY])
 
 
@@ -144,13 +149,16 @@ def _libraries(folder: Path) -> list[Path]:
 
 
 def _operators(library: SharedLibrary) -> set[str]:
-    return {name.removesuffix("GetWorkspaceSize") for name in library.names(_OPERATOR)}
+    return library.names(_OPERATOR)
 
 
-def _operator_stubs(names: Iterable[str]) -> Iterable[str]:
-    for name in sorted(names):
+def _operator_stubs(names: frozenset[str]) -> Iterable[str]:
+    sizes = {name for name in names if name.endswith(_SIZE)}
+    sizes |= {f"{name}Get{_SIZE}" for name in names - sizes}
+    for name in sorted(names - sizes):
         yield f'int {name}(void) {{ return sim_launch("{name}"); }}\n'
-        yield f"int {name}GetWorkspaceSize(void) {{ return 0; }}\n"
+    for name in sorted(sizes):
+        yield f"int {name}(void) {{ return 0; }}\n"
 
 
 def _compile(folder: Path, name: str, sources: list[str], options: list[str]) -> None:

@@ -100,3 +100,31 @@ def test_pieces_of_prompts_over_pages(compressed: bool) -> None:
         reference = dense.dense_attention(query[rows], keys[number], values[number], SCALE, causal=True)[0]
         torch.testing.assert_close(out[rows].cpu().double(), reference, atol=3e-3, rtol=3e-3)
         start += length
+
+
+@pytest.mark.chip("ascend910b")
+def test_latents_written_and_read() -> None:
+    rows, width, rank = [draw(n, 1, 96) for n in KEYS], 96, 64
+    _, table = dense.scattered(rows, BLOCK, 6)
+    cache = torch.zeros(6, BLOCK, 1, width).half().npu()
+    for sequence, blocks in zip(rows, table, strict=True):
+        slots = [int(blocks[i // BLOCK]) * BLOCK + i % BLOCK for i in range(len(sequence))]
+        torch_npu._npu_reshape_and_cache_siso(sequence.npu(), cache, torch.tensor(slots, dtype=torch.int32).npu())
+    query, out = draw(3, HEADS, width), torch.empty(3, HEADS, rank).half().npu()
+    torch_npu._npu_paged_attention_mla(
+        query.npu(), cache, 1, HEADS, SCALE, table.npu(), torch.tensor(KEYS, dtype=torch.int32), rank, out
+    )
+    for number, sequence in enumerate(rows):
+        reference = dense.dense_attention(
+            query[number : number + 1], sequence, sequence[..., :rank], SCALE, causal=True
+        )[0]
+        torch.testing.assert_close(out[number : number + 1].cpu().double(), reference, atol=3e-3, rtol=3e-3)
+
+
+def test_no_workspace_is_asked_for() -> None:
+    query, cache = draw(1, HEADS, SIZE).npu(), on_device(torch.zeros(2, BLOCK, KV_HEADS, SIZE).half(), nz=True)
+    found = torch_npu._npu_paged_attention_get_workspace(
+        query, cache, cache, KV_HEADS, HEADS, SCALE, torch.zeros(1, 1, dtype=torch.int32).npu(),
+        torch.tensor([1], dtype=torch.int32), torch.empty_like(query),
+    )  # fmt: skip
+    assert found.numel() == 0

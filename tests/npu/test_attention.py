@@ -208,3 +208,39 @@ def test_keys_of_eight_bits(mode: int) -> None:
         rows = [(codes[i, number, :, :length].double() * steps[i]).transpose(0, 1) for i in (0, 1)]
         reference = dense.dense_attention(query[number].transpose(0, 1), *rows, SCALE, causal=False)[0]
         torch.testing.assert_close(found[number, :, 0].cpu().double(), reference[0], atol=1e-2, rtol=1e-2)
+
+
+def test_the_older_operators() -> None:
+    query, key = draw(2, HEADS, 9, SIZE), draw(2, KV_HEADS, 9, SIZE)
+    found = torch_npu.npu_prompt_flash_attention(
+        query.npu(), key.npu(), key.npu(), atten_mask=CAUSAL.npu(), num_heads=HEADS, num_key_value_heads=KV_HEADS,
+        scale_value=SCALE, input_layout="BNSD", sparse_mode=2,
+    )  # fmt: skip
+    last = torch_npu.npu_incre_flash_attention(
+        query[:, :, -1:].contiguous().npu(), key.npu(), key.npu(), num_heads=HEADS, num_key_value_heads=KV_HEADS,
+        scale_value=SCALE, input_layout="BNSD",
+    )  # fmt: skip
+    for number in range(2):
+        rows = [t[number].transpose(0, 1) for t in (query, key, key)]
+        reference = dense.dense_attention(*rows, SCALE, causal=True)[0].transpose(0, 1)
+        close(found[number], reference)
+        close(last[number], reference[:, -1:])
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_workspace_and_outputs_given_ahead(version: int) -> None:
+    query, key = draw(3, HEADS, SIZE), draw(3, KV_HEADS, SIZE)
+    name = "npu_fused_infer_attention_score" + ("" if version == 1 else "_v2")
+    heads, scale, lengths = ("num_heads", "scale", "actual_seq_lengths") if version == 1 else (
+        "num_query_heads", "softmax_scale", "actual_seq_qlen"
+    )  # fmt: skip
+    arguments = {
+        heads: HEADS, scale: SCALE, lengths: [3], "input_layout": "TND", "num_key_value_heads": KV_HEADS,
+        "sparse_mode": 3, "atten_mask": CAUSAL.npu(),
+        "actual_seq_lengths_kv" if version == 1 else "actual_seq_kvlen": [3],
+    }  # fmt: skip
+    tensors = [query.npu(), key.npu(), key.npu()]
+    workspace = getattr(torch_npu, f"_{name}_get_max_workspace")(*tensors, **arguments)
+    out, lse = torch.empty(3, HEADS, SIZE).half().npu(), torch.empty(1).npu()
+    getattr(torch_npu, name).out(*tensors, **arguments, workspace=workspace, out=[out, lse])
+    close(out, dense.dense_attention(query, key, key, SCALE, causal=True)[0])

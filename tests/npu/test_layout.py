@@ -23,6 +23,7 @@ def test_a_cast_keeps_values_and_pads_storage() -> None:
     assert torch.equal(nz.cpu(), x)
     assert nz.untyped_storage().nbytes() >= 64 * 48 * 2
     assert torch_npu.get_npu_format(nz.t()) == FRACTAL_NZ
+    assert torch_npu.get_npu_format(torch.ops.npu._npu_format_cast(x.npu(), FRACTAL_NZ)) == FRACTAL_NZ
     back = torch_npu.npu_format_cast(nz, ND)
     assert torch_npu.get_npu_format(back) == ND
     assert torch.equal(back.cpu(), x)

@@ -145,3 +145,38 @@ def test_permute_and_unpermute_are_inverse() -> None:
     shares = torch.tensor([[0.25, 0.75]]).expand(TOKENS, 2).contiguous()
     back = torch_npu.npu_moe_token_unpermute(rows, position, probs=shares.bfloat16().npu())
     torch.testing.assert_close(back.cpu(), x)
+
+
+@pytest.mark.chip("ascend910b")
+def test_routing_with_eight_bits() -> None:
+    x = torch.randn(TOKENS, WIDTH).half()
+    indices = torch.stack([torch.randperm(EXPERTS)[:K] for _ in range(TOKENS)]).int()
+    codes, row_index, ends, scales = torch_npu.npu_moe_init_routing_v2(
+        x.npu(), indices.npu(), active_num=TOKENS * K, expert_num=EXPERTS, expert_tokens_num_type=1,
+        expert_tokens_num_flag=True, active_expert_range=[0, EXPERTS], quant_mode=1,
+    )  # fmt: skip
+    position = row_index.cpu().view(TOKENS, K)[:, 0].long()
+    restored = codes.cpu()[position].float() * scales.cpu()[position][:, None]
+    assert bool(((restored - x.float()).abs() <= scales.cpu()[position][:, None] / 2 + 1e-6).all())
+    assert int(ends.cpu().sum()) == TOKENS * K
+
+
+@pytest.mark.chip("ascend910b")
+def test_the_older_routing_and_its_inverse() -> None:
+    x = torch.randn(TOKENS, WIDTH).half()
+    indices = torch.stack([torch.randperm(EXPERTS)[:K] for _ in range(TOKENS)]).int()
+    row = torch.arange(TOKENS * K, dtype=torch.int32).view(K, TOKENS).t().contiguous()
+    rows, source_to_row, experts = torch_npu.npu_moe_init_routing(x.npu(), row.npu(), indices.npu(), TOKENS)
+    assert experts.cpu().tolist() == sorted(indices.flatten().tolist())
+    for token in range(TOKENS):
+        for slot in range(K):
+            assert torch.equal(rows[int(source_to_row[slot * TOKENS + token])].cpu(), x[token])
+    shares, skip = torch.rand(TOKENS, K).half(), torch.randn(TOKENS, WIDTH).half()
+    bias = torch.randn(EXPERTS, WIDTH).half()
+    found = torch_npu.npu_moe_finalize_routing(
+        rows, skip.npu(), None, bias.npu(), shares.npu(), source_to_row, indices.npu()
+    )
+    expected = skip.double()
+    for slot in range(K):
+        expected = expected + (x.double() + bias[indices[:, slot].long()].double()) * shares[:, slot, None].double()
+    torch.testing.assert_close(found.cpu().double(), expected, atol=2e-2, rtol=1e-2)

@@ -83,3 +83,31 @@ def test_batched_product_between_permutations() -> None:
     found = torch_npu.npu_transpose_batchmatmul(x.npu(), weight.npu(), perm_x1=[1, 0, 2], perm_y=[1, 0, 2])
     expected = torch.stack([x[:, head].double() @ weight[head].double() for head in range(3)], 1)
     torch.testing.assert_close(found.cpu().double(), expected, atol=2e-2, rtol=2e-2)
+
+
+def test_quantize_with_given_scales() -> None:
+    x, scale = torch.randn(M, N) * 3, torch.rand(N) / 10 + 0.01
+    zero = torch.randint(-5, 5, (N,)).float()
+    codes = torch_npu.npu_quantize(x.npu(), scale.npu(), zero.npu(), torch.qint8, 1, True)
+    expected = ((x / scale).round() + zero).clamp(-128, 127)
+    assert int((codes.cpu().int() - expected.int()).abs().max()) == 0
+
+
+@pytest.mark.chip("ascend310p")
+def test_experts_of_eight_bits_on_310p() -> None:
+    x, codes = torch.randn(6, K).half(), torch.randint(-127, 128, (2, N, K), dtype=torch.int8)
+    scale = torch.rand(2, N) / 100
+    torch.npu.config.allow_internal_format = True
+    weight = torch_npu.npu_format_cast(codes.npu(), 29)
+    found = torch_npu.npu_quant_grouped_matmul_dequant(
+        x.npu(), weight, scale.npu(), torch.tensor([2, 6]).npu(), quant_mode="pertoken"
+    )
+    restored = codes.double() * scale.double()[..., None]
+    expected = torch.cat([x[:2].double() @ restored[0].t(), x[2:].double() @ restored[1].t()])
+    torch.testing.assert_close(found.cpu().double(), expected, atol=0.3, rtol=3e-2)  # rows are quantised on the way
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int32])
+def test_casts_by_their_own_operator(dtype: torch.dtype) -> None:
+    x = torch.randn(M, N) * 9
+    assert torch.equal(torch_npu._npu_dtype_cast(x.npu(), dtype).cpu(), x.to(dtype))

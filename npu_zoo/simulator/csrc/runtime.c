@@ -404,6 +404,7 @@ EXPORT void *aclCreateBoolArray(void) { return handle; }
 EXPORT void *aclCreateFloatArray(void) { return handle; }
 EXPORT void *aclCreateTensorList(void) { return handle; }
 EXPORT void *aclCreateScalarList(void) { return handle; }
+EXPORT int aclDestroyAclOpExecutor(void *p) { (void)p; return OK; }
 EXPORT int aclDestroyTensor(void *p) { (void)p; return OK; }
 EXPORT int aclDestroyScalar(void *p) { (void)p; return OK; }
 EXPORT int aclDestroyIntArray(void *p) { (void)p; return OK; }

@@ -10,7 +10,16 @@ from npu_zoo.simulator.errors import NoSemantics
 from npu_zoo.simulator.golden import golden
 
 INT8_MAX = 127
-_TORCH_DTYPES = {0: torch.uint8, 1: torch.int8, 3: torch.int32, 5: torch.float16, 6: torch.float32, 15: torch.bfloat16}
+_TORCH_DTYPES = {
+    0: torch.uint8,
+    1: torch.int8,
+    3: torch.int32,
+    5: torch.float16,
+    6: torch.float32,
+    12: torch.int8,
+    13: torch.uint8,
+    15: torch.bfloat16,
+}
 """torch's numbers of dtypes, which operators take as ``output_dtype``."""
 
 
