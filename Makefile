@@ -9,6 +9,8 @@
 #   VENV_NPU     where the environment with torch_npu lies; it stands on the one of VENV
 #   TORCH_NPU    which torch_npu is installed there; none leaves out what runs on simulated NPUs
 #   NPU_RANGE    the oldest and the newest release that the simulated runtime is built for in tests
+#   ARGS         further arguments of pytest in `make test`, which then leaves out the simulated NPUs
+#   NPU_ARGS     those of `make test-npu`
 #   JOBS         tests that run at once, on one thread each
 
 PYTHON ?= python3
@@ -48,7 +50,7 @@ demo: $(STAMP)-run
 ## make test     all tests but the long ones; those on simulated NPUs last
 test: $(STAMP)-dev $(NPU_STAMP)
 	$(PYTEST) $(ARGS)
-	$(MAKE) --no-print-directory test-npu
+	@test -n "$(ARGS)" || $(MAKE) --no-print-directory test-npu
 
 ## make test-npu the real torch_npu on a simulated Ascend runtime, one process per product
 test-npu: $(NPU_STAMP)
@@ -56,7 +58,7 @@ test-npu: $(NPU_STAMP)
 	@test "$(TORCH_NPU)" = none || for product in $(PRODUCTS); do \
 	  echo "tests on a simulated $$product"; \
 	  NPU_ZOO_SIMULATE=$$product OMP_NUM_THREADS=1 $(VENV_NPU)/bin/python -m pytest -n $(JOBS) --dist worksteal \
-	    tests/npu $(ARGS) || exit 1; \
+	    tests/npu $(NPU_ARGS) || exit 1; \
 	done
 
 ## make verify   the long round: every test, more examples of each property, and the linters

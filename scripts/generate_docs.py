@@ -1,4 +1,4 @@
-"""Write docs/matrix.md and docs/cli.md from the code; with --check, fail where they differ from it."""
+"""Write docs/matrix.md, docs/cli.md and docs/simulator-operators.md from the code; --check fails where they differ."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from npu_zoo.cli.help import json_keys, panels
 from npu_zoo.cli.matrix_formats import markdown, part_of
 from npu_zoo.registry import build_registry, find_candidates
 from npu_zoo.settings import ALIASES, PROCESS_VARIABLES
+from npu_zoo.simulator.golden import load_golden
+from npu_zoo.simulator.rules.table import CHIPS, YES, Rule, load_rules
 
 DOCS = Path(__file__).parent.parent / "docs"
 SHARED_PANELS = ("Request", "Engine", "Sampling")
@@ -79,6 +81,53 @@ These variables are no settings:
 """
 
 
+SIMULATOR_INTRODUCTION = """\
+# Operators of the simulated Ascend runtime
+
+What [the simulated runtime](simulator.md) knows of torch_npu's fused operators: whether their own kernel runs, and the
+documented rules that a call is held against.
+
+## Golden semantics
+
+`kernel`: torch_npu's own C++ kernel runs first against the launch recorder; it checks arguments, allocates the outputs
+and names its launches. `golden only`: it cannot, for the reason given.
+
+{operators}
+
+{reasons}
+
+## Rules
+
+A row judges one use. `no`: documented as not working, or outside what is documented as working; such a call is refused
+with the row's name and source. `undocumented`: no document allows it and the field does it; it is named in the report.
+An empty cell: the row does not speak of that chip.
+
+"""
+
+
+def simulator_page() -> str:
+    """docs/simulator-operators.md: the fused operators with golden semantics, and the table of rules."""
+    golden = sorted(load_golden().items())
+    operators = [f"`{name}`: {'kernel' if entry.native else 'golden only'}" for name, entry in golden]
+    reasons = sorted({entry.reason for _, entry in golden if entry.reason})
+    introduction = SIMULATOR_INTRODUCTION.format(
+        operators="\n".join(f"- {line}" for line in operators),
+        reasons="\n".join(f"- golden only: {reason}" for reason in reasons),
+    )
+    rows = [_rule_row(rule) for rule in load_rules() if _judges(rule)]
+    header = ["| rule | use | " + " | ".join(CHIPS) + " | source |", "|---" * (3 + len(CHIPS)) + "|"]
+    return GENERATED + introduction + "\n".join([*header, *rows]) + "\n"
+
+
+def _judges(rule: Rule) -> bool:
+    return any(value is not YES for value in rule.values.values())
+
+
+def _rule_row(rule: Rule) -> str:
+    values = [rule.values[chip].value if chip in rule.values else "" for chip in CHIPS]
+    return "| " + " | ".join([f"`{rule.name}`", _cell(rule.use), *values, _cell(rule.source)]) + " |"
+
+
 def matrix_page() -> str:
     """docs/matrix.md: the families of the built-in plugins."""
     families = build_registry(find_candidates("")).families.values()
@@ -133,13 +182,18 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
+def pages() -> dict[str, str]:
+    """The generated pages by their names in docs."""
+    return {"matrix.md": matrix_page(), "cli.md": cli_page(), "simulator-operators.md": simulator_page()}
+
+
 def main() -> int:
     """Write or check the pages; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="exit with 1 and show the difference where pages differ")
     check = parser.parse_args().check
     stale = False
-    for name, text in (("matrix.md", matrix_page()), ("cli.md", cli_page())):
+    for name, text in pages().items():
         path = DOCS / name
         written = path.read_text(encoding="utf-8") if path.exists() else ""
         if check:

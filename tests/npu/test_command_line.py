@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,3 +55,13 @@ def test_devices_and_memory_are_chosen() -> None:
                "torch.npu.mem_get_info()[1])",
                NPU_ZOO_SIMULATE_DEVICES="2", NPU_ZOO_SIMULATE_MEMORY_GIB="0.5")  # fmt: skip
     assert done.stdout.strip() == f"2 {1 << 29}", done.stderr
+
+
+def test_the_python_of_the_page_runs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "simulator.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    if "310" in PRODUCT or "300i" in PRODUCT:
+        block = block.replace("bfloat16", "float16")
+    done = run("-c", block.replace("atlas_800i_a2", PRODUCT))
+    assert done.returncode == 0, done.stderr
+    assert "1  aclnnRmsNorm" in done.stdout
