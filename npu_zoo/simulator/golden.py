@@ -28,6 +28,9 @@ _MODULES = (
 )
 
 
+NO_LAUNCH = "-"
+
+
 @dataclass(frozen=True)
 class Golden:
     """What one operator computes.
@@ -37,7 +40,7 @@ class Golden:
             for its results (None for one that it leaves empty), and writes into the arguments that it updates.
         native: whether torch_npu's own kernel runs first against the launch recorder; where not, ``reason`` says why.
         reason: why the kernel cannot run.
-        launch: the name that a launch is recorded under where the kernel does not run.
+        launch: the name that a launch is recorded under where the kernel does not run; NO_LAUNCH for what only asks.
         on_device: the function takes the device's own tensors (and first their memory), and returns such.
     """
 

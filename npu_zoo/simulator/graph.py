@@ -45,6 +45,11 @@ class Graphs:
         """Whether operators go on a tape."""
         return self._tape is not None
 
+    @property
+    def recording(self) -> bool:
+        """Whether steps go on a tape, of a capture or of a task update."""
+        return self._tape is not None or self._update is not None
+
     def run(self, step: Step) -> None:
         """Run a step now, or put it on the tape that is being captured or updated."""
         if self._update is not None:

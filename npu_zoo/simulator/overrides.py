@@ -16,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from npu_zoo.simulator.errors import SimulatorError
-from npu_zoo.simulator.golden import Fitted, Golden, load_golden
+from npu_zoo.simulator.golden import NO_LAUNCH, Fitted, Golden, load_golden
 from npu_zoo.simulator.graph import Graphs
 from npu_zoo.simulator.memory import DeviceMemory
 from npu_zoo.simulator.random import GeneratorMirror
@@ -127,6 +127,7 @@ class Operator:
         self._keywords = [a.name for a in self._schema.arguments if a.kwarg_only]
         self._indexes = golden is None and base.startswith(INDEXING)
         self._written = [a.name for a in self._schema.arguments if a.alias_info and a.alias_info.is_write]
+        self._fresh = any(r.alias_info is None or not r.alias_info.is_write for r in self._schema.returns)
         self._generator = next((a.name for a in self._schema.arguments if "Generator" in str(a.type)), None)
         self._outs = [a.name for a in self._schema.arguments if a.is_out] if golden is None else []
 
@@ -227,7 +228,7 @@ class Operator:
         for name, result in outs.items():
             self._write(host[name], result)
         returns = self._schema.returns
-        if not returns:
+        if not self._fresh:
             return
         single = len(returns) == 1
         for spec, result, output in zip(
@@ -277,43 +278,49 @@ class Operator:
         sim = self._sim
         self._count()
         host = self._host_arguments(arguments, mirror)
+        recording = sim.graphs.recording and not sim.depth
+        if recording and not self._fresh:
+            sim.graphs.run(functools.partial(self._compute, host, None))
+            return self._written_arguments(arguments)
         device = next(t.device for t in _tensors(arguments.values()) if t.device.type == "npu")
         outs = self._fresh_outs(host)
         results = self._evaluate({**host, **outs})
         for name, result in outs.items():
             arguments[name].resize_(result.shape)
             sim.memory.view(arguments[name]).copy_(result)
-        written = iter(self._written)
-        if not self._schema.returns:
-            return None
-        if len(self._schema.returns) == 1:
-            return self._to_device(self._schema.returns[0], results, device, arguments, written)
-        return tuple(
-            self._to_device(spec, result, device, arguments, written)
-            for spec, result in zip(self._schema.returns, results or (), strict=True)
-        )
+        if not self._fresh:
+            return self._written_arguments(arguments)
+        fresh = self._to_device(results, device)
+        if recording:  # the values of now have given the outputs their shapes; those of a replay are written into them
+            sim.graphs.run(functools.partial(self._compute, host, sim.to_host(fresh)))
+        return fresh
+
+    def _written_arguments(self, arguments: dict[str, Any]) -> Any:
+        written = [arguments[name] for name in self._written[: len(self._schema.returns)]]
+        return tuple(written) if len(written) > 1 else next(iter(written), None)
+
+    def _to_device(self, result: Any, device: torch.device) -> Any:
+        if isinstance(result, (list, tuple)):
+            return type(result)(self._to_device(item, device) for item in result)
+        if not isinstance(result, torch.Tensor):
+            return result
+        output = torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device=device)
+        self._sim.memory.view(output).copy_(result)
+        return output
 
     def _count(self) -> None:
         sim = self._sim
         if not self._falls_back:
-            sim.runtime.record((self._golden.launch if self._golden else "") or self.name)
+            launch = (self._golden.launch if self._golden else "") or self.name
+            if launch == NO_LAUNCH:
+                return
+            sim.runtime.record(launch)
             sim.golden_only[self.name] = sim.golden_only.get(self.name, 0) + 1
             return
         sim.graphs.refuse(self.name, "torch_npu has no kernel for it and computes it on the host")
         if self.name not in sim.cpu_fallbacks:
             warnings.warn(f"torch_npu has no kernel for {self.name} and computes it on the host", stacklevel=4)
         sim.cpu_fallbacks[self.name] = sim.cpu_fallbacks.get(self.name, 0) + 1
-
-    def _to_device(self, spec: Any, result: Any, device: torch.device, arguments: dict[str, Any], written: Any) -> Any:
-        if spec.alias_info is not None and spec.alias_info.is_write:
-            return arguments[next(written)]
-        if isinstance(result, (list, tuple)):
-            return [self._to_device(spec, item, device, arguments, written) for item in result]
-        if not isinstance(result, torch.Tensor):
-            return result
-        output = torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device=device)
-        self._sim.memory.view(output).copy_(result)
-        return output
 
 
 def overload(name: str) -> Any:

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch_npu
 
+from npu_zoo.simulator.errors import NoSemantics
+
 _SPEC = importlib.util.spec_from_file_location("dense", Path(__file__).with_name("dense.py"))
 assert _SPEC is not None
 assert _SPEC.loader is not None
@@ -84,9 +86,12 @@ def test_pieces_of_prompts_over_pages(compressed: bool) -> None:
     keys, values = [draw(n, KV_HEADS, SIZE) for n in KEYS], [draw(n, KV_HEADS, SIZE) - 0.3 for n in KEYS]
     (key, table), (value, _) = (dense.scattered(rows, BLOCK, 6) for rows in (keys, values))
     out = torch.empty(sum(lengths), HEADS, SIZE).half().npu()
-    size = 2048 if compressed else 144
-    hidden = torch.ones(size, size).triu(1).half() * -10000
-    mask = hidden.npu() if compressed else on_device(hidden[None, :, None], nz=True)
+    positions = [keys - count + i for count, keys in zip(lengths, KEYS, strict=True) for i in range(count)]
+    if compressed:
+        mask = (torch.ones(2048, 2048).triu(1).half() * -10000).npu()
+    else:  # a row for each query
+        hidden = (torch.arange(144)[None] > torch.tensor(positions)[:, None]).half() * -10000
+        mask = on_device(torch.nn.functional.pad(hidden, (0, 0, 0, 10))[None, :, None], nz=True)
     work = torch_npu._npu_paged_attention_splitfuse_v2 if compressed else torch_npu._npu_paged_attention_splitfuse
     work(
         query=query.npu(), key_cache=on_device(key, nz=True), value_cache=on_device(value, nz=True),
@@ -102,29 +107,101 @@ def test_pieces_of_prompts_over_pages(compressed: bool) -> None:
         start += length
 
 
-@pytest.mark.chip("ascend910b")
-def test_latents_written_and_read() -> None:
-    rows, width, rank = [draw(n, 1, 96) for n in KEYS], 96, 64
-    _, table = dense.scattered(rows, BLOCK, 6)
-    cache = torch.zeros(6, BLOCK, 1, width).half().npu()
-    for sequence, blocks in zip(rows, table, strict=True):
-        slots = [int(blocks[i // BLOCK]) * BLOCK + i % BLOCK for i in range(len(sequence))]
-        torch_npu._npu_reshape_and_cache_siso(sequence.npu(), cache, torch.tensor(slots, dtype=torch.int32).npu())
-    query, out = draw(3, HEADS, width), torch.empty(3, HEADS, rank).half().npu()
-    torch_npu._npu_paged_attention_mla(
-        query.npu(), cache, 1, HEADS, SCALE, table.npu(), torch.tensor(KEYS, dtype=torch.int32), rank, out
-    )
-    for number, sequence in enumerate(rows):
-        reference = dense.dense_attention(
-            query[number : number + 1], sequence, sequence[..., :rank], SCALE, causal=True
-        )[0]
-        torch.testing.assert_close(out[number : number + 1].cpu().double(), reference, atol=3e-3, rtol=3e-3)
+def test_pieces_need_a_mask_row_for_each_query() -> None:
+    query, cache = draw(20, HEADS, SIZE).npu(), on_device(torch.zeros(2, BLOCK, KV_HEADS, SIZE).half(), nz=True)
+    with pytest.raises(NoSemantics, match="mask of 16 rows for 20 queries"):
+        torch_npu._npu_paged_attention_splitfuse(
+            query=query, key_cache=cache, value_cache=cache, block_table=torch.zeros(1, 1, dtype=torch.int32).npu(),
+            context_lens=torch.tensor([20], dtype=torch.int32), seq_len=torch.tensor([20], dtype=torch.int32),
+            mask=on_device(torch.zeros(1, 16, 1, 144).half(), nz=True), num_kv_heads=KV_HEADS, num_heads=HEADS,
+            scale_value=SCALE, out=torch.empty_like(query),
+        )  # fmt: skip
 
 
-def test_no_workspace_is_asked_for() -> None:
-    query, cache = draw(1, HEADS, SIZE).npu(), on_device(torch.zeros(2, BLOCK, KV_HEADS, SIZE).half(), nz=True)
-    found = torch_npu._npu_paged_attention_get_workspace(
-        query, cache, cache, KV_HEADS, HEADS, SCALE, torch.zeros(1, 1, dtype=torch.int32).npu(),
-        torch.tensor([1], dtype=torch.int32), torch.empty_like(query),
+def test_a_compressed_mask_is_read() -> None:
+    query, key = draw(7, HEADS, SIZE), draw(7, KV_HEADS, SIZE)
+    out = torch.empty_like(query).npu()
+    torch_npu._npu_flash_attention_v3(
+        query=query.npu(), key=key.npu(), value=key.npu(),
+        mask=on_device(torch.zeros(1, 2048, 1, 2048).half(), nz=True), seq_len=torch.tensor([7], dtype=torch.int32),
+        scale_value=SCALE, num_heads=HEADS, num_kv_heads=KV_HEADS, out=out,
     )  # fmt: skip
-    assert found.numel() == 0
+    reference = dense.dense_attention(query, key, key, SCALE, causal=False)[0]
+    torch.testing.assert_close(out.cpu().double(), reference, atol=3e-3, rtol=3e-3)
+
+
+@pytest.mark.chip("ascend910b")
+def test_latent_decode_over_pages() -> None:
+    keys, width, latent = [draw(n, 1, 576) for n in KEYS], 576, 512
+    cache, table = dense.scattered(keys, BLOCK, 6)
+    query = draw(3, HEADS, width)
+    out = torch.empty(3, HEADS, latent).half().npu()
+    torch_npu._npu_paged_attention_mla(
+        query=query.npu(), key_cache=cache.npu(), num_kv_heads=1, num_heads=HEADS, scale_value=width**-0.5,
+        block_table=table.npu(), context_lens=torch.tensor(KEYS, dtype=torch.int32), mla_vheadsize=latent, out=out,
+    )  # fmt: skip
+    for number, key in enumerate(keys):
+        reference = dense.dense_attention(query[number][None], key, key[..., :latent], width**-0.5, causal=False)[0]
+        torch.testing.assert_close(out[number].cpu().double(), reference[0], atol=3e-3, rtol=3e-3)
+
+
+@pytest.mark.parametrize("neox", [True, False])
+def test_rotation_in_place(neox: bool) -> None:
+    positions = torch.tensor([4, 0, 17])
+    angle = torch.arange(20)[:, None] * torch.logspace(0, -2, SIZE // 2)
+    table = torch.cat([angle.cos(), angle.sin()], -1).half()
+    tensors = [draw(3, heads * SIZE) for heads in (HEADS, KV_HEADS)]
+    on_npu = [t.npu() for t in tensors]
+    torch_npu._npu_rotary_embedding(positions.npu(), *on_npu, SIZE, table.npu(), neox)
+    turn = torch.exp(1j * angle[positions].double())[:, None]
+    for before, after in zip(tensors, on_npu, strict=True):
+        heads = before.double().view(3, -1, SIZE)
+        first, second = heads.chunk(2, -1) if neox else (heads[..., ::2], heads[..., 1::2])
+        turned = torch.complex(first, second) * turn
+        parts = (turned.real, turned.imag)
+        expected = torch.cat(parts, -1) if neox else torch.stack(parts, -1).flatten(-2)
+        torch.testing.assert_close(after.cpu().double(), expected.flatten(1), atol=6e-3, rtol=6e-3)
+
+
+@pytest.mark.parametrize(
+    ("best", "expected"),
+    [(1, [[1, 9, 0, 0, 8, 0], [3, 3, 4, 4, 0, 0]]), (2, [[1, 9, 5, 6, 0, 0], [3, 3, 4, 4, 0, 0]])],
+)
+def test_all_but_the_best_groups_become_zero(best: int, expected: list[list[float]]) -> None:
+    scores = torch.tensor([[1.0, 9.0, 5.0, 6.0, 8.0, 0.0], [3.0, 3.0, 4.0, 4.0, 1.0, 2.0]]).half().npu()
+    torch_npu._npu_group_topk(scores, k=2, group_num=3, n=best)
+    assert scores.cpu().tolist() == expected
+
+
+def test_the_workspace_is_memory_of_the_device() -> None:
+    query, cache = draw(1, HEADS, SIZE).npu(), on_device(draw(1, BLOCK, KV_HEADS, SIZE), nz=True)
+    arguments = {
+        "query": query, "key_cache": cache, "value_cache": cache, "num_kv_heads": KV_HEADS, "num_heads": HEADS,
+        "scale_value": SCALE, "block_table": torch.zeros(1, 1, dtype=torch.int32).npu(),
+        "context_lens": torch.tensor([9], dtype=torch.int32),
+    }  # fmt: skip
+    plain, given = torch.empty_like(query), torch.empty_like(query)
+    workspace = torch_npu._npu_paged_attention_get_workspace(**arguments, out=given)
+    assert (workspace.dtype, workspace.device.type) == (torch.uint8, "npu")
+    torch_npu._npu_paged_attention(**arguments, out=plain)
+    torch_npu._npu_paged_attention(**arguments, out=given, workspace=workspace)
+    assert torch.equal(plain.cpu(), given.cpu())
+
+
+def test_the_allocated_cache_form_of_310p() -> None:
+    shape = (2, KV_HEADS * SIZE // 16, BLOCK, 16)
+    cache = torch_npu.empty_with_format(shape, dtype=torch.float16, device="npu", acl_format=NZ)
+    cache.zero_()
+    key, query = draw(3, KV_HEADS, SIZE), draw(1, HEADS, SIZE)
+    slots = torch.tensor([BLOCK, BLOCK + 1, BLOCK + 2], dtype=torch.int32)
+    torch_npu._npu_reshape_and_cache(
+        key=key.npu(), value=key.npu(), key_cache=cache, value_cache=cache, slot_indices=slots.npu()
+    )
+    out = torch.empty(1, HEADS, SIZE).half().npu()
+    torch_npu._npu_paged_attention(
+        query=query.npu(), key_cache=cache, value_cache=cache, num_kv_heads=KV_HEADS, num_heads=HEADS,
+        scale_value=SCALE, block_table=torch.ones(1, 1, dtype=torch.int32).npu(),
+        context_lens=torch.tensor([3], dtype=torch.int32), out=out,
+    )  # fmt: skip
+    reference = dense.dense_attention(query, key, key, SCALE, causal=True)[0]
+    torch.testing.assert_close(out.cpu().double(), reference, atol=3e-3, rtol=3e-3)

@@ -168,3 +168,37 @@ def test_random_numbers_of_a_graph_move_on() -> None:
     graph.replay()
     assert not torch.equal(first, y.cpu())
     assert 0 <= float(first.min()) <= float(first.max()) <= 1
+
+
+def test_operators_of_the_atb_library_are_replayed_and_updated() -> None:
+    """Their kernels cannot run, so their golden semantics alone go on the tape."""
+    torch.npu.config.allow_internal_format = True
+    heads, size, block = 2, 64, 128
+    keys = torch.randn(2, heads * size // 16, block, 16).half()
+    cache = torch_npu.npu_format_cast(keys.npu(), 29)
+    query, out = torch.zeros(1, heads, size).half().npu(), torch.zeros(1, heads, size).half().npu()
+    table = torch.zeros(1, 1, dtype=torch.int32).npu()
+    stream, graph = torch.npu.Stream(), Graph()
+
+    def attention(length: int) -> None:
+        torch_npu._npu_paged_attention(
+            query, cache, cache, heads, heads, 0.1, table, torch.tensor([length], dtype=torch.int32), out
+        )
+
+    with torch.npu.graph(graph, stream=stream):
+        torch.npu.graph_task_group_begin(stream)
+        attention(1)
+        handle = torch.npu.graph_task_group_end(stream)
+    rows = keys[0].transpose(0, 1).reshape(block, heads, size)
+    assert not bool(out.any())
+    graph.replay()
+    assert torch.equal(out.cpu(), rows[:1])
+    with torch.npu.stream(stream):
+        torch.npu.graph_task_update_begin(stream, handle)
+        attention(3)
+        torch.npu.graph_task_update_end(stream)
+    assert torch.equal(out.cpu(), rows[:1])
+    graph.replay()
+    torch.testing.assert_close(
+        out.cpu(), rows[:3].float().mean(0, keepdim=True).half()
+    )  # a query of zeros weighs alike

@@ -10,7 +10,7 @@ from npu_zoo.simulator.operators.norm import rms
 from npu_zoo.simulator.operators.rotary import interleaved_to_half, rotated
 
 FRACTAL = 16
-"""Columns of one fractal of the NZ layout."""
+"""Columns of one fractal of the NZ layout, of 16 bits; of eight bits there are twice as many."""
 
 Optional = torch.Tensor | None
 
@@ -48,16 +48,21 @@ def is_nz(cache: torch.Tensor, heads: int, head_size: int) -> bool:
 
 
 def write_rows(cache: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, *, nz: bool) -> None:
-    """Write rows [T, heads, head_size] into slots [T] (``block * block_size + offset``); negative slots are skipped."""
+    """Write rows [T, heads, head_size] into slots [T] (``block * block_size + offset``); negative slots are skipped.
+
+    Args:
+        cache: [nb, bs, heads, head_size], or NZ [nb, .., bs, width] whose axes before ``bs`` and ``width`` together
+            make a row.
+        rows: what to write.
+        slots: where.
+        nz: which of the two the cache is.
+    """
     kept = slots >= 0
     slots, rows = slots[kept].long(), rows[kept].to(cache.dtype)
-    if not nz:
-        block_size = cache.shape[1]
-        cache[slots // block_size, slots % block_size] = rows.reshape(len(rows), *cache.shape[2:])
-        return
-    block_size = cache.shape[-2]
-    fractals = cache.flatten(1, -3) if cache.dim() > 4 else cache
-    fractals[slots // block_size, :, slots % block_size] = rows.reshape(len(rows), -1, FRACTAL)
+    axis = -2 if nz else 1
+    block, offset = slots // cache.shape[axis], slots % cache.shape[axis]
+    of_slots = cache.movedim(axis, 1)
+    of_slots[block, offset] = rows.reshape(len(rows), *of_slots.shape[2:])
 
 
 @golden("npu::npu_scatter_pa_kv_cache")
@@ -70,12 +75,14 @@ def npu_scatter_pa_kv_cache(
     compress_lens: Optional = None,
     compress_seq_offsets: Optional = None,
     seq_lens: Optional = None,
-    cache_mode: str = "PA_NZ",
+    cache_mode: str | None = "PA_NZ",
 ) -> None:
     """Source: op-plugin, torch_npu-npu_scatter_pa_kv_cache.md."""
     if any(argument is not None for argument in (compress_lens, compress_seq_offsets, seq_lens)):
         raise NoSemantics("npu_scatter_pa_kv_cache: compression has no golden semantics")
-    if cache_mode not in ("Norm", "PA_NZ"):
+    if key.dim() != 3:
+        raise NoSemantics(f"npu_scatter_pa_kv_cache: a key of {key.dim()} dimensions has no golden semantics")
+    if cache_mode not in (None, "Norm", "PA_NZ"):
         raise NoSemantics(f"npu_scatter_pa_kv_cache: cache_mode='{cache_mode}' has no golden semantics")
     write_rows(key_cache, key, slot_mapping, nz=cache_mode == "PA_NZ")
     write_rows(value_cache, value, slot_mapping, nz=cache_mode == "PA_NZ")
@@ -106,28 +113,27 @@ def npu_kv_rmsnorm_rope_cache(
     if v is not None or k_rope_offset is not None or c_kv_offset is not None:
         raise NoSemantics("npu_kv_rmsnorm_rope_cache: arguments v and the offsets have no golden semantics")
     rank = gamma.shape[0]
-    latent = rms(kv[..., :rank], gamma, epsilon)[0]
-    rope = rotated(interleaved_to_half(kv[..., rank:]), cos, sin, "half")
+    wide = kv.float()
+    latent = rms(wide[..., :rank], gamma, epsilon)[0]
+    rope = rotated(interleaved_to_half(wide[..., rank:]), cos, sin, "half")
     _store(k_cache, rope, index, k_rope_scale, cache_mode)
     _store(ckv_cache, latent, index, c_kv_scale, cache_mode)
-    return k_cache, ckv_cache, rope if is_output_kv else None, latent if is_output_kv else None
+    if is_output_kv:
+        return k_cache, ckv_cache, rope.to(kv.dtype), latent.to(kv.dtype)
+    return k_cache, ckv_cache, None, None
 
 
 def _store(cache: torch.Tensor, rows: torch.Tensor, index: torch.Tensor, scale: Optional, mode: str) -> None:
-    """Write [B, 1, S, D] into a cache [B, 1, S_max, D] (Norm) or into blocks [nb, bs, 1, D] (PA)."""
-    values = rows.float() if scale is None else (rows.float() * scale.float()).round().clamp(-128, 127)
+    """Write [B, 1, S, D] of float32 into a cache [B, 1, S_max, D] (Norm) or into blocks [nb, bs, 1, D] (PA)."""
+    values = rows if scale is None else (rows * scale.float()).round().clamp(-128, 127)
     if mode == "Norm":
         for batch, positions in enumerate(index):
-            cache[batch, 0, positions.long()] = values[batch, 0].to(cache.dtype)
+            kept = positions >= 0
+            cache[batch, 0, positions[kept].long()] = values[batch, 0, kept].to(cache.dtype)
         return
-    flat = values.transpose(1, 2).reshape(-1, 1, values.shape[-1])
-    if mode in ("PA", "PA_BNSD"):
-        write_rows(cache, flat, index.flatten(), nz=False)
-    elif mode == "PA_NZ":
-        width = 32 if cache.dtype is torch.int8 else FRACTAL
-        blocks, size, _, columns = cache.shape
-        fractals = cache.view(blocks, columns // width, size, width)
-        slots = index.flatten().long()
-        fractals[slots // size, :, slots % size] = flat.reshape(len(flat), -1, width).to(cache.dtype)
-    else:
-        raise NoSemantics(f"npu_kv_rmsnorm_rope_cache: cache_mode='{mode}' has no golden semantics")
+    if mode not in ("PA", "PA_BNSD", "PA_NZ"):
+        raise NoSemantics(f"npu_kv_rmsnorm_rope_cache: argument cache_mode='{mode}' has no golden semantics")
+    if mode == "PA_NZ":  # the blocks keep their shape, and hold fractals
+        width = FRACTAL * 2 if cache.dtype is torch.int8 else FRACTAL
+        cache = cache.view(len(cache), -1, cache.shape[1], width)
+    write_rows(cache, values.reshape(-1, 1, values.shape[-1]), index.flatten(), nz=mode == "PA_NZ")

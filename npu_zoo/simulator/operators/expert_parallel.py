@@ -169,9 +169,7 @@ def npu_moe_distribute_combine(
     layouts = [traffic.received(rank) for rank in range(group.size())]
     total = traffic.local * group.size()
     if int(ep_send_counts[total - 1]) != len(layouts[ep_rank_id]):
-        raise OperatorError(
-            "npu_moe_distribute_combine: ep_send_counts is not what dispatch gave for these experts"
-        )
+        raise OperatorError("npu_moe_distribute_combine: ep_send_counts is not what dispatch gave for these experts")
     every = group.gather_all(expand_x)
     output = torch.zeros(len(expert_ids), expand_x.shape[1])
     for rank, rows in enumerate(layouts):
