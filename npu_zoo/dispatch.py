@@ -69,7 +69,7 @@ def resolve(args: EngineArgs, registry: Registry | None = None) -> EngineConfig:
     attention = select_attention(
         registry.attention_backends, request.attention, chip.name, request.dtype, config, args.block_size
     )
-    kernels = select_kernels(registry.kernels, chip.name, request.dtype)
+    kernels = select_kernels(registry.kernels, chip.name, request.dtype, config)
     _check_fallbacks(args, kernels)
     return _engine_config(args, request, verdict.row, weights, config, engine, attention, kernels)
 
@@ -238,6 +238,9 @@ def _refuse(request: Request, axis: str, value: int, fit: list[int], what: str) 
     raise UnsupportedError(Verdict(model=request.asked, request=shown, supported=False, reasons=(reason,)))
 
 
+_NPU_MODULES = ("torch_npu",)
+
+
 def _engine(args: EngineArgs, request: Request, registry: Registry) -> EngineSpec:
     name = args.engine or "native"
     engine = registry.engines.get(name)
@@ -249,9 +252,11 @@ def _engine(args: EngineArgs, request: Request, registry: Registry) -> EngineSpe
             f"engine {name} does not run on {request.hardware} (chip {chip}) in this version; it runs on "
             f"{', '.join(engine.chips)}. The matrix supports the request: `npu-zoo check` shows its row"
         )
-    missing = [module for module in engine.requires if not is_importable(module)]
+    on_npu = chip_of(request.hardware).device == "npu"
+    missing = [module for module in (*engine.requires, *(_NPU_MODULES if on_npu else ())) if not is_importable(module)]
     if missing:
-        raise HardwareError(f"engine {name} needs {', '.join(missing)}: pip install 'npu-zoo[run]'")
+        extra, where = ("npu", f" on {request.hardware}") if on_npu else ("run", "")
+        raise HardwareError(f"engine {name} needs {', '.join(missing)}{where}: pip install 'npu-zoo[{extra}]'")
     return engine
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from npu_zoo.core.config import AttentionChoice, KernelChoice
 from npu_zoo.core.errors import HardwareError, PluginError
@@ -19,14 +20,31 @@ from npu_zoo.core.specs import AttentionBackendSpec, KernelSpec
 _STORED = {"heads": "keys and values by head", "latent": "latents (MLA)"}
 
 
-def select_kernels(kernels: Mapping[str, KernelSpec], chip: str, dtype: DType) -> tuple[KernelChoice, ...]:
-    """The kernel of every registered operation for a chip and dtype.
+_OF_EXPERTS = ("route_tokens", "experts")
+_OF_LATENTS = ("head_linear", "interleaved_rotary_embedding")
+_OF_HEADS = ("rotary_embedding",)
+
+
+def select_kernels(
+    kernels: Mapping[str, KernelSpec], chip: str, dtype: DType, config: ModelConfig | None = None
+) -> tuple[KernelChoice, ...]:
+    """The kernel of every registered operation for a chip and dtype; one that the model has no use for is no fallback.
 
     Raises:
         PluginError: an operation has no kernel that is available.
     """
+    unused = _unused(config) if config else ()
     operations = sorted({spec.operation for spec in kernels.values()})
-    return tuple(_select_kernel(operation, kernels.values(), chip, dtype) for operation in operations)
+    choices = [_select_kernel(operation, kernels.values(), chip, dtype) for operation in operations]
+    return tuple(
+        replace(choice, fallback=False, reason="this model does not use it") if choice.operation in unused else choice
+        for choice in choices
+    )
+
+
+def _unused(config: ModelConfig) -> tuple[str, ...]:
+    """Operations of kinds of layers that a model does not have."""
+    return (_OF_HEADS if config.mla else _OF_LATENTS) + (() if config.moe else _OF_EXPERTS)
 
 
 def _select_kernel(operation: str, kernels: Iterable[KernelSpec], chip: str, dtype: DType) -> KernelChoice:
@@ -60,6 +78,10 @@ def select_attention(
     """
     candidates = sorted((b for b in backends.values() if b.kind == kind), key=lambda b: (-b.priority, b.name))
     obstacles = {b.name: _backend_obstacle(b, chip, dtype, config, block_size) for b in candidates}
+    if any(b.chip == chip for b in candidates):  # what runs anywhere would be a silent fallback there
+        obstacles |= {
+            b.name: f"{chip} has backends of its own" for b in candidates if b.chip == "any" and b.priority <= 0
+        }
     fit = [b for b in candidates if not obstacles[b.name]]
     if not fit:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in obstacles.items()) or "none is registered"

@@ -197,8 +197,8 @@ def default_threads(parameter_bytes: int) -> int:
 
 def free_memory(device: torch.device) -> int:
     """Free bytes on a device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type != "cpu":
+        return int(torch.get_device_module(device).mem_get_info(device)[0])
     return available_memory()
 
 
@@ -207,7 +207,19 @@ def _device(config: EngineConfig) -> torch.device:
         raise HardwareError(
             "--hardware cuda was asked for, and this torch sees no CUDA device; --hardware cpu runs here"
         )
+    if config.device == "npu":
+        return _npu(config)
     return torch.device(config.device)
+
+
+def _npu(config: EngineConfig) -> torch.device:
+    try:
+        import torch_npu  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        raise HardwareError(f"torch_npu cannot be imported, so {config.hardware} is out of reach: {error}") from error
+    if not torch.get_device_module("npu").is_available():
+        raise HardwareError(f"{config.hardware} was asked for, and torch_npu sees no device; --hardware cpu runs here")
+    return torch.device("npu", 0)
 
 
 def _ends(rows: list[ScheduledRow]) -> list[int]:

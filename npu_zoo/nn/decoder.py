@@ -28,17 +28,16 @@ class LlamaAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, context: BuildContext) -> None:
         super().__init__()
         self._layer = layer
-        self._heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
         self._head_dim = config.head_dim
         self._kernels = context.kernels
-        rows = dict(zip(("q_proj", "k_proj", "v_proj"), (n * config.head_dim for n in self._heads), strict=True))
+        rows = dict(zip(("q_proj", "k_proj", "v_proj"), (n * config.head_dim for n in heads), strict=True))
         self.qkv_proj = Linear(config.hidden_size, rows, context)
         self.o_proj = Linear(rows["q_proj"], {"o_proj": config.hidden_size}, context)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], context: ForwardContext) -> Tensor:
         """[T, hidden_size] to [T, hidden_size]; ``rotation`` holds the rows' cosines and sines."""
-        heads = self.qkv_proj(x).unflatten(-1, (-1, self._head_dim))
-        query, key, value = heads.split(self._heads, dim=1)
+        query, key, value = (part.view(len(x), -1, self._head_dim) for part in self.qkv_proj.by_parts(x))
         query, key = self._kernels.rotary_embedding(query, key, *rotation)
         return self._project(context.attend(self._layer, query, key, value))
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from npu_zoo.nn.context import BuildContext
+from npu_zoo.nn.kernels.table import apply_parts
 from npu_zoo.nn.staging import Staging
 
 
@@ -65,6 +66,11 @@ class Linear(nn.Module):
         if self._packed is not weight:
             self._release()
 
+    def release(self) -> None:
+        """Let go of the weight, which another layer holds in a form of its own from now on."""
+        self._packed = None
+        self._release()
+
     def _release(self) -> None:
         """Let go of the weight, which is stored in another form, and of the buffer that it was loaded into."""
         weight = self.weight.data
@@ -76,3 +82,7 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., rows of all parts]."""
         return self._kernel.apply(x, self.stored)
+
+    def by_parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        """[T, in_features] to [T, rows] of each part."""
+        return apply_parts(self._kernel, x, self.stored, tuple(self.parts.values()))

@@ -100,14 +100,12 @@ class MultiHeadLatentAttention(nn.Module):
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], context: ForwardContext) -> Tensor:
         """[T, hidden_size] to [T, hidden_size]; ``rotation`` holds the rows' cosines and sines."""
         mla = self._mla
-        query, latent, key_rope = self.qkv_a_proj(x).split(
-            (self._query_width, mla.kv_lora_rank, mla.qk_rope_head_dim), dim=-1
-        )
+        query, latents = self.qkv_a_proj.by_parts(x)
+        latent, key_rope = torch.split(latents, [mla.kv_lora_rank, mla.qk_rope_head_dim], dim=-1)
         if mla.q_lora_rank:
             query = self.q_b_proj(self.q_a_layernorm(query)[0])
-        query, query_rope = query.unflatten(-1, (-1, mla.qk_head_dim)).split(
-            (mla.qk_nope_head_dim, mla.qk_rope_head_dim), dim=-1
-        )
+        heads = query.view(len(query), -1, mla.qk_head_dim)
+        query, query_rope = torch.split(heads, [mla.qk_nope_head_dim, mla.qk_rope_head_dim], dim=-1)
         query_rope, key_rope = self._kernels.interleaved_rotary_embedding(query_rope, key_rope.unsqueeze(1), *rotation)
         latent = self.kv_a_layernorm(latent)[0]
         attended = context.attend_latent(self._layer, (query, query_rope), latent, key_rope.squeeze(1), self.kv_b_proj)

@@ -103,11 +103,18 @@ class CausalLM(nn.Module, ABC):
                 awaited.linear.pack()
 
     def finish_loading(self) -> None:
-        """Called once after the weights are in: packs what :meth:`tensor_loaded` has not."""
+        """Called once after the weights are in: packs what :meth:`tensor_loaded` has not.
+
+        A layer that does something with the packed weights of several has a ``finish_loading`` of its own.
+        """
         self._awaited, self._staging = {}, None
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack()
+        for module in self.modules():
+            finish = getattr(module, "finish_loading", None)
+            if finish is not None and module is not self:
+                finish()
 
     def _linear_parts(self) -> dict[str, _Awaited]:
         """Every linear layer and the names it waits for, by each of those names."""

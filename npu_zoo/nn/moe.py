@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from npu_zoo.core.errors import WeightsError
 from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.nn.context import BuildContext
+from npu_zoo.nn.linear import Linear
 from npu_zoo.nn.mlp import MLP
 from npu_zoo.nn.routing import Routing
 
@@ -57,12 +60,32 @@ class MoE(nn.Module):
         # Plain lists: going through the module tree costs more than a small product.
         self._gate_up = [expert.gate_up_proj for expert in experts]
         self._down = [expert.down_proj for expert in experts]
+        self._stacked: tuple[Tensor, Tensor] | None = None
+
+    def finish_loading(self) -> None:
+        """Stack the experts' weights where the kernel takes them so, once; the experts then hold none."""
+        stack = getattr(self._kernels.experts, "stack", None)
+        if stack is None or self._stacked is not None:
+            return
+        self._stacked = self._stack(stack, self._gate_up), self._stack(stack, self._down)
+
+    @staticmethod
+    def _stack(stack: Callable[[list[Tensor]], Tensor], layers: list[Linear]) -> Tensor:
+        stacked = stack([layer.stored for layer in layers])
+        for layer in layers:
+            layer.release()
+        return stacked
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, hidden_size] to [T, hidden_size]."""
         kernels = self._kernels
         weights, ids = kernels.route_tokens(self.gate(x), self.gate.e_score_correction_bias, self.routing)
-        gate_up, down = [layer.stored for layer in self._gate_up], [layer.stored for layer in self._down]
+        gate_up: Sequence[Tensor] | Tensor
+        down: Sequence[Tensor] | Tensor
+        if self._stacked is None:
+            gate_up, down = [layer.stored for layer in self._gate_up], [layer.stored for layer in self._down]
+        else:
+            gate_up, down = self._stacked
         routed = kernels.experts(x, ids, weights, gate_up, down, kernels.linear, kernels.silu_and_mul)
         return routed if self.shared_experts is None else routed + self.shared_experts(x)
 

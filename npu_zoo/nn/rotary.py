@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from npu_zoo.core.errors import WeightsError
 from npu_zoo.core.model_config import ModelConfig, RopeScaling, YarnParameters
 from npu_zoo.nn.context import BuildContext
+from npu_zoo.nn.kernels.table import rotary_tables
 
 
 class RotaryEmbedding(nn.Module):
@@ -23,11 +24,12 @@ class RotaryEmbedding(nn.Module):
         self._config = config
         self._length = context.max_model_len
         self._dtype = context.dtype
+        self._kernel = context.kernels.interleaved_rotary_embedding if config.mla else context.kernels.rotary_embedding
         self._tables: tuple[Tensor, Tensor] | None = None
         _check_rotates_all(config)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of [T] positions, [T, rotary_dim / 2] each; see :func:`rotary_dim`."""
+        """Cosines and sines of [T] positions, [T, rotary_dim / 2] each or as the kernel takes them."""
         if self._tables is None or self._tables[0].device != positions.device:
             self._tables = self._build(positions.device)
         cos, sin = self._tables
@@ -36,7 +38,9 @@ class RotaryEmbedding(nn.Module):
     def _build(self, device: torch.device) -> tuple[Tensor, Tensor]:
         angles = torch.outer(torch.arange(self._length).float(), inverse_frequencies(self._config, self._length))
         scale = attention_factor(self._config.rope_scaling)
-        return (angles.cos() * scale).to(device, self._dtype), (angles.sin() * scale).to(device, self._dtype)
+        cos, sin = (table.to(self._dtype) for table in (angles.cos() * scale, angles.sin() * scale))
+        cos, sin = rotary_tables(self._kernel, cos, sin)
+        return cos.to(device), sin.to(device)
 
 
 def _check_rotates_all(config: ModelConfig) -> None:

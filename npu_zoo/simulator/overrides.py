@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from npu_zoo.simulator.errors import SimulatorError
 from npu_zoo.simulator.golden import NO_LAUNCH, Fitted, Golden, load_golden
@@ -141,8 +140,11 @@ class Operator:
             raise
 
     def above_autograd(self, keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        """The same for operators with a kernel of their own at the autograd key; fake tensors go on to their mode."""
-        if any(isinstance(tensor, FakeTensor) for tensor in _tensors([*args, *kwargs.values()])):
+        """The same for operators with a kernel of their own at the autograd key.
+
+        Fake tensors, distributed ones and other subclasses that dispatch themselves come after that key.
+        """
+        if any(_dispatches_itself(tensor) for tensor in _tensors([*args, *kwargs.values()])):
             with _below_autograd():
                 return self._op(*args, **kwargs)
         return self(keyset, *args, **kwargs)
@@ -237,8 +239,8 @@ class Operator:
             if spec.alias_info is None or not spec.alias_info.is_write:
                 self._write(output, result)
 
-    def _fresh_outs(self, host: dict[str, Any]) -> dict[str, torch.Tensor]:
-        return {name: torch.empty(0, dtype=host[name].dtype) for name in self._outs}
+    def _fresh_outs(self, host: dict[str, Any]) -> dict[str, Any]:
+        return {name: _empty_like(host[name]) for name in self._outs}
 
     def _evaluate(self, host: dict[str, Any]) -> Any:
         self._sim.rules.check(self.name, host, of_values=True)
@@ -285,9 +287,9 @@ class Operator:
         device = next(t.device for t in _tensors(arguments.values()) if t.device.type == "npu")
         outs = self._fresh_outs(host)
         results = self._evaluate({**host, **outs})
-        for name, result in outs.items():
-            arguments[name].resize_(result.shape)
-            sim.memory.view(arguments[name]).copy_(result)
+        for output, result in zip(_tensors(arguments[name] for name in outs), _tensors(outs.values()), strict=True):
+            output.resize_(result.shape)
+            sim.memory.view(output).copy_(result)
         if not self._fresh:
             return self._written_arguments(arguments)
         fresh = self._to_device(results, device)
@@ -341,6 +343,11 @@ def _is_computed(name: str) -> bool:
     return not any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
+def _empty_like(out: Any) -> Any:
+    """What a CPU operator resizes and fills in place of an ``out`` argument."""
+    return [_empty_like(item) for item in out] if isinstance(out, (list, tuple)) else torch.empty(0, dtype=out.dtype)
+
+
 def _falls_back(name: str) -> bool:
     """Whether nothing but the backend's fallback to the CPU would answer a call on the device."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -352,6 +359,10 @@ def _boxed(argument: Any, value: Any) -> Any:
     if isinstance(value, (bool, int, float, complex)) and str(argument.type) == "Tensor":
         return torch.tensor(value)
     return value
+
+
+def _dispatches_itself(tensor: torch.Tensor) -> bool:
+    return type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
 
 
 def _has_mask(arguments: dict[str, Any]) -> bool:

@@ -43,13 +43,20 @@ class ContiguousAttention(PagedAttention):
         Raises:
             EngineError: a row is longer than a slot, or has not exactly one.
         """
-        return replace(self._prepare([self._tiled(row) for row in rows], []), rows=rows)
+        rows_of_tiles = [tiled(row, self.layout.slot_size, self._tiles) for row in rows]
+        return replace(self._prepare(rows_of_tiles, []), rows=rows)
 
-    def _tiled(self, row: SequenceSlice) -> SequenceSlice:
-        if len(row.slots) != 1 or row.context_len > self.layout.slot_size:
-            raise EngineError(
-                f"a row of {row.context_len} tokens in {len(row.slots)} slots cannot be kept contiguous; "
-                f"a sequence takes one slot of {self.layout.slot_size} tokens"
-            )
-        first = row.slots[0] * self._tiles
-        return replace(row, slots=tuple(range(first, first + self._tiles)))
+
+def tiled(row: SequenceSlice, slot_size: int, tiles: int) -> SequenceSlice:
+    """A row in one slot as a row in the ``tiles`` blocks that the slot is made of.
+
+    Raises:
+        EngineError: the row is longer than a slot, or has not exactly one.
+    """
+    if len(row.slots) != 1 or row.context_len > slot_size:
+        raise EngineError(
+            f"a row of {row.context_len} tokens in {len(row.slots)} slots cannot be kept contiguous; "
+            f"a sequence takes one slot of {slot_size} tokens"
+        )
+    first = row.slots[0] * tiles
+    return replace(row, slots=tuple(range(first, first + tiles)))

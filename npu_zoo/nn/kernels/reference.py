@@ -136,8 +136,8 @@ def experts(
     x: Tensor,
     ids: Tensor,
     weights: Tensor,
-    gate_up: Sequence[Tensor],
-    down: Sequence[Tensor],
+    gate_up: Sequence[Tensor] | Tensor,
+    down: Sequence[Tensor] | Tensor,
     linear: LinearKernel,
     silu_and_mul: Callable[[Tensor], Tensor],
 ) -> Tensor:

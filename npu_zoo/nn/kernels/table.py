@@ -28,6 +28,15 @@ class LinearKernel(Protocol):
         """[..., in] to [..., out]."""
 
 
+def apply_parts(kernel: LinearKernel, x: Tensor, packed: Tensor, rows: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """[T, in] times a stacked weight, as one [T, rows] for each of its parts.
+
+    A kernel whose operators want them apart, each contiguous, has ``apply_parts(x, packed, rows)``.
+    """
+    own: Callable[[Tensor, Tensor, tuple[int, ...]], tuple[Tensor, ...]] | None = getattr(kernel, "apply_parts", None)
+    return torch.split(kernel.apply(x, packed), list(rows), -1) if own is None else own(x, packed, rows)
+
+
 class ExpertsKernel(Protocol):
     """The routed experts' feed-forward; see :func:`npu_zoo.nn.kernels.reference.experts`."""
 
@@ -36,12 +45,31 @@ class ExpertsKernel(Protocol):
         x: Tensor,
         ids: Tensor,
         weights: Tensor,
-        gate_up: Sequence[Tensor],
-        down: Sequence[Tensor],
+        gate_up: Sequence[Tensor] | Tensor,
+        down: Sequence[Tensor] | Tensor,
         linear: LinearKernel,
         silu_and_mul: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """[T, hidden] to [T, hidden]."""
+        """[T, hidden] to [T, hidden].
+
+        A kernel that takes the experts' weights as one tensor has ``stack(weights)``, and is given what it made.
+        """
+
+
+class RotaryKernel(Protocol):
+    """A rotation; see :func:`npu_zoo.nn.kernels.reference.rotary_embedding`.
+
+    One that takes its tables in another form has ``tables(cos, sin)``, which makes them of [positions, rotary_dim / 2].
+    """
+
+    def __call__(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys [T, heads, rotary_dim], turned by the tables' rows of their positions."""
+
+
+def rotary_tables(kernel: RotaryKernel, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Tables of all positions in the form that a kernel takes."""
+    tables: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = getattr(kernel, "tables", None)
+    return (cos, sin) if tables is None else tables(cos, sin)
 
 
 @dataclass(frozen=True)
@@ -53,8 +81,8 @@ class Kernels:
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-    rotary_embedding: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    interleaved_rotary_embedding: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    rotary_embedding: RotaryKernel
+    interleaved_rotary_embedding: RotaryKernel
     head_linear: Callable[[Tensor, Tensor], Tensor]
     silu_and_mul: Callable[[Tensor], Tensor]
     linear: LinearKernel

@@ -65,6 +65,50 @@ def register_kernels() -> list[KernelSpec]:
             priority=5,
             description="torch's own operator, on the weight as it is",
         ),
+        *_ascend_kernels(),
+    ]
+
+
+_HALVES: tuple[DType, ...] = ("bfloat16", "float16")
+
+
+def _ascend(operation: str, description: str, chip: str, dtypes: tuple[DType, ...], attribute: str = "") -> KernelSpec:
+    return KernelSpec(
+        name=f"{chip}_{operation}",
+        operation=operation,
+        chip=chip,
+        dtypes=dtypes,
+        implementation=f"npu_zoo.nn.kernels.ascend:{attribute or operation}",
+        requires=("torch_npu",),
+        description=description,
+    )
+
+
+def _ascend_kernels() -> list[KernelSpec]:
+    """What both chips share in the dtypes that each has, and what is one's own."""
+    shared = {
+        "rms_norm": "npu_rms_norm",
+        "add_rms_norm": "npu_add_rms_norm",
+        "rotary_embedding": "npu_apply_rotary_pos_emb",
+        "silu_and_mul": "npu_swiglu",
+    }
+    own = {
+        "interleaved_rotary_embedding": "npu_interleave_rope",
+        "head_linear": "npu_transpose_batchmatmul",
+        "route_tokens": "npu_moe_gating_top_k",
+        "experts": "npu_moe_init_routing_v2, npu_grouped_matmul, npu_moe_token_unpermute",
+    }
+    return [
+        *(_ascend(operation, text, "ascend910b", _HALVES) for operation, text in (shared | own).items()),
+        *(_ascend(operation, text, "ascend310p", ("float16",)) for operation, text in shared.items()),
+        _ascend("linear", "matmul with the weight in FRACTAL_NZ", "ascend310p", ("float16",), "FractalLinear"),
+        _ascend(
+            "linear",
+            "matmul on the weight as it is, stacked ones by npu_grouped_matmul",
+            "ascend910b",
+            _HALVES,
+            "PartsLinear",
+        ),
     ]
 
 
@@ -103,6 +147,62 @@ def register_attention_backends() -> list[AttentionBackendSpec]:
             priority=0,
             description="one contiguous stretch of keys and values per sequence",
         ),
+        AttentionBackendSpec(
+            name="ascend910b_paged",
+            kind="paged",
+            chip="ascend910b",
+            dtypes=_HALVES,
+            implementation="npu_zoo.nn.attention.ascend:FusedPagedAttention",
+            head_dims=(128, 64),
+            block_sizes=(128, 64, 32, 16, 256, 512),
+            requires=("torch_npu",),
+            description="npu_fused_infer_attention_score over the paged cache, for prompts, chunks and decode",
+        ),
+        AttentionBackendSpec(
+            name="ascend910b_paged_latent",
+            kind="paged",
+            cache="latent",
+            chip="ascend910b",
+            dtypes=_HALVES,
+            implementation="npu_zoo.nn.attention.ascend_latent:FusedLatentAttention",
+            head_dims=(512,),
+            block_sizes=(128, 64, 32, 16),
+            requires=("torch_npu",),
+            description="fused attention over latents in blocks: absorbed for single tokens, expanded for prompts",
+        ),
+        AttentionBackendSpec(
+            name="ascend310p_paged",
+            kind="paged",
+            chip="ascend310p",
+            dtypes=("float16",),
+            implementation="npu_zoo.nn.attention.ascend_310p:AtbPagedAttention",
+            head_dims=(128, 64),
+            block_sizes=(128, 64),
+            requires=("torch_npu",),
+            description="_npu_paged_attention and _npu_paged_attention_splitfuse_v2 over a cache in FRACTAL_NZ",
+        ),
+        AttentionBackendSpec(
+            name="ascend310p_flash",
+            kind="flash",
+            chip="ascend310p",
+            dtypes=("float16",),
+            implementation="npu_zoo.nn.attention.ascend_310p:AtbContiguousAttention",
+            head_dims=(128, 64),
+            prefix_caching=False,
+            requires=("torch_npu",),
+            description="the same operators over one contiguous stretch per sequence",
+        ),
+        AttentionBackendSpec(
+            name="ascend910b_flash",
+            kind="flash",
+            chip="ascend910b",
+            dtypes=_HALVES,
+            implementation="npu_zoo.nn.attention.ascend:FusedContiguousAttention",
+            head_dims=(128, 64),
+            prefix_caching=False,
+            requires=("torch_npu",),
+            description="npu_fused_infer_attention_score over one contiguous stretch per sequence",
+        ),
     ]
 
 
@@ -113,7 +213,7 @@ def register_engines() -> list[EngineSpec]:
         EngineSpec(
             name="native",
             implementation="npu_zoo.engine.engine:NativeEngine",
-            chips=("cpu", "cuda"),
+            chips=("cpu", "cuda", "ascend910b", "ascend310p"),
             max_world_size=1,
             requires=("torch", "transformers"),
             description="continuous batching over a paged KV cache, in torch",

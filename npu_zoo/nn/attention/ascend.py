@@ -1,0 +1,156 @@
+"""Attention by torch_npu's fused operators over a pool of blocks (Ascend 910B)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import numpy as np
+import torch
+import torch_npu
+from torch import Tensor
+
+from npu_zoo.core.attention import AttentionBackend, AttentionMetadata, CacheLayout, SequenceSlice
+from npu_zoo.core.errors import EngineError
+from npu_zoo.nn.attention.cache import allocate_zeros
+from npu_zoo.nn.attention.contiguous import tiled
+from npu_zoo.nn.attention.tables import block_tables, check_tables, split_tables, token_places
+
+MASK_SIZE = 2048
+"""Rows and columns of the one triangle that serves every length (sparse mode 3)."""
+
+RIGHT_DOWN_CAUSAL = 3
+TILE = 128
+
+
+@dataclass(frozen=True)
+class FusedMetadata(AttentionMetadata):
+    """A step as the operators take it.
+
+    Attributes:
+        slots: int32 [T], ``block * block_size + offset`` of every new token.
+        block_table: int32 [B, most blocks of a row].
+        query_ends: the rows' tokens, summed up.
+        context_lens: each row's keys.
+    """
+
+    slots: Tensor
+    block_table: Tensor
+    query_ends: list[int]
+    context_lens: list[int]
+
+
+def causal_mask(device: torch.device) -> Tensor:
+    """[2048, 2048], True above the diagonal."""
+    return torch.ones(MASK_SIZE, MASK_SIZE, dtype=torch.bool).triu(1).to(device)
+
+
+def plan_step(rows: list[SequenceSlice], block_size: int, device: torch.device) -> FusedMetadata:
+    """Turn a step's rows into what the operators take, with one copy to the device.
+
+    Raises:
+        EngineError: a row's blocks do not cover its tokens.
+    """
+    starts = np.array([row.start for row in rows], dtype=np.int64)
+    lengths = np.array([row.num_tokens for row in rows], dtype=np.int64)
+    counts = -(-(starts + lengths) // block_size)
+    check_tables(rows, counts)
+    tables = block_tables(rows, counts)
+    first_tokens = np.cumsum(lengths) - lengths
+    blocks, offsets = token_places(tables, counts, starts, lengths, first_tokens, block_size)
+    widest, total = int(counts.max()), int(lengths.sum())
+    packed = np.zeros(total + len(rows) * widest, dtype=np.int32)
+    packed[:total] = blocks * block_size + offsets
+    padded = packed[total:].reshape(len(rows), widest)
+    for row, table in enumerate(split_tables(tables, counts)):
+        padded[row, : len(table)] = table
+    on_device = torch.from_numpy(packed).to(device)
+    return FusedMetadata(
+        rows=rows,
+        num_tokens=total,
+        slots=on_device[:total],
+        block_table=on_device[total:].view(len(rows), widest),
+        query_ends=list(accumulate(lengths.tolist())),
+        context_lens=(starts + lengths).tolist(),
+    )
+
+
+class FusedPagedAttention(AttentionBackend):
+    """Prefill, chunks that continue a prefix, and decode, all by one operator over the paged cache.
+
+    Args:
+        layout: ``num_slots`` blocks of ``slot_size`` tokens.
+        scale: what a query's product with a key is multiplied by.
+
+    Raises:
+        HardwareError: there is not enough memory.
+    """
+
+    def __init__(
+        self, layout: CacheLayout, dtype: torch.dtype, device: torch.device, num_heads: int, scale: float
+    ) -> None:
+        self.layout, self.num_heads, self.scale, self.device = layout, num_heads, scale, device
+        self.block_size, blocks = self._blocks(layout)
+        shape = (2, layout.num_layers, blocks, self.block_size, layout.num_kv_heads, layout.head_dim)
+        keys, values = allocate_zeros(shape, dtype, device)
+        self._caches = list(zip(keys, values, strict=True))
+        self._mask = causal_mask(device)
+
+    def _blocks(self, layout: CacheLayout) -> tuple[int, int]:
+        """Tokens of a block, and the number of blocks."""
+        return layout.slot_size, layout.num_slots
+
+    @staticmethod
+    def bytes_per_token(num_kv_heads: int, head_dim: int, itemsize: int) -> int:
+        """Cache bytes of one token in one layer."""
+        return 2 * num_kv_heads * head_dim * itemsize
+
+    def prepare(self, rows: list[SequenceSlice]) -> FusedMetadata:
+        """See :func:`plan_step`."""
+        return plan_step(rows, self.block_size, self.device)
+
+    def forward(self, layer: int, query: Tensor, key: Tensor, value: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """Write the step's keys and values, then attend; see :meth:`AttentionBackend.forward`.
+
+        Raises:
+            EngineError: the metadata is another backend's.
+        """
+        if not isinstance(metadata, FusedMetadata):
+            raise EngineError(f"{type(self).__name__} takes what its prepare() made, not {type(metadata).__name__}")
+        key_cache, value_cache = self._caches[layer]
+        torch_npu.npu_scatter_pa_kv_cache(
+            key.contiguous(), value.contiguous(), key_cache, value_cache, metadata.slots, cache_mode="Norm"
+        )
+        attended: Tensor = torch_npu.npu_fused_infer_attention_score(
+            query,
+            key_cache.flatten(2),
+            value_cache.flatten(2),
+            atten_mask=self._mask,
+            block_table=metadata.block_table,
+            input_layout="TND",
+            block_size=self.block_size,
+            actual_seq_lengths=metadata.query_ends,
+            actual_seq_lengths_kv=metadata.context_lens,
+            num_heads=self.num_heads,
+            num_key_value_heads=self.layout.num_kv_heads,
+            scale=self.scale,
+            sparse_mode=RIGHT_DOWN_CAUSAL,
+        )[0]
+        return attended
+
+
+class FusedContiguousAttention(FusedPagedAttention):
+    """The same over one stretch of memory per sequence: a block table that never changes."""
+
+    def _blocks(self, layout: CacheLayout) -> tuple[int, int]:
+        self._tiles = -(-layout.slot_size // TILE)
+        return TILE, layout.num_slots * self._tiles
+
+    def prepare(self, rows: list[SequenceSlice]) -> FusedMetadata:
+        """See :func:`plan_step`.
+
+        Raises:
+            EngineError: a row is longer than a slot, or has not exactly one.
+        """
+        planned = plan_step([tiled(row, self.layout.slot_size, self._tiles) for row in rows], TILE, self.device)
+        return replace(planned, rows=rows)

@@ -1,0 +1,136 @@
+"""The native engine on the simulated device against the same engine on the CPU, in the same dtype.
+
+Rounding differs: the CPU's kernels round more often than the fused operators. So texts are scored, not generated, and a
+generated token may differ where the CPU's two best are closer than the bound.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+from npu_zoo import LLM, SamplingParams
+from npu_zoo.core.errors import HardwareError, UnsupportedError
+from npu_zoo.simulator import measure
+
+PRODUCT = os.environ.get("NPU_ZOO_SIMULATE", "")
+DUO = PRODUCT == "atlas_300i_duo"
+DTYPES = ["float16"] if DUO else ["bfloat16", "float16"]
+FAMILIES = ["deepseek_coder", "wizardcoder"] + ([] if DUO else ["deepseek_moe", "deepseek_v3"])
+BOUND = {"float16": 0.06, "bfloat16": 0.5}
+"""Natural-log probability; twice and more what was seen."""
+
+TEXTS = [
+    "def add(a, b):\n    return a + b\n\n\ndef mul(a, b):\n    return a * b\n",
+    "import os\n\n\ndef main() -> None:\n    for name in os.listdir('.'):\n        print(name)\n",
+    "class Stack:\n",
+]
+SCORED = SamplingParams(temperature=0, max_tokens=8, logprobs=2, prompt_logprobs=0)
+
+_ENGINES: dict[Any, LLM] = {}
+
+
+def engine(family: str, hardware: str, dtype: str, **options: Any) -> LLM:
+    key = (family, hardware, dtype, *sorted(options.items()))
+    if key not in _ENGINES:
+        _ENGINES[key] = LLM(model=f"{family}:demo", hardware=hardware, dtype=dtype, max_model_len=512, **options)
+    return _ENGINES[key]
+
+
+def prompt_scores(output: Any) -> list[float]:
+    return [next(iter(entry.values())).logprob for entry in output.prompt_logprobs or [] if entry]
+
+
+def compare(reference: list[Any], found: list[Any], bound: float) -> None:
+    for expected, output in zip(reference, found, strict=True):
+        pairs = zip(prompt_scores(expected), prompt_scores(output), strict=True)
+        worst = max((abs(a - b) for a, b in pairs), default=0.0)
+        assert worst < bound, worst
+        tokens, others = expected.outputs[0].token_ids, output.outputs[0].token_ids
+        for place, (token, other) in enumerate(zip(tokens, others, strict=False)):
+            if token != other:
+                best = sorted((e.logprob for e in expected.outputs[0].logprobs[place].values()), reverse=True)
+                assert best[0] - best[1] < bound, (place, tokens, others)
+                break
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+class TestFamily:
+    def test_batched(self, family: str, dtype: str) -> None:
+        reference = engine(family, "cpu", dtype).generate(TEXTS, SCORED)
+        compare(reference, engine(family, PRODUCT, dtype).generate(TEXTS, SCORED), BOUND[dtype])
+
+    def test_alone(self, family: str, dtype: str) -> None:
+        reference = engine(family, "cpu", dtype).generate(TEXTS[:1], SCORED)
+        compare(reference, engine(family, PRODUCT, dtype).generate(TEXTS[:1], SCORED), BOUND[dtype])
+
+    def test_in_chunks(self, family: str, dtype: str) -> None:
+        reference = engine(family, "cpu", dtype).generate(TEXTS, SCORED)
+        chunked = engine(family, PRODUCT, dtype, max_num_batched_tokens=16, max_num_seqs=4)
+        compare(reference, chunked.generate(TEXTS, SCORED), BOUND[dtype])
+
+    def test_from_the_prefix_cache(self, family: str, dtype: str) -> None:
+        shared = TEXTS[1] * 8
+        prompts = [shared + "x = 1\n", shared + "y = 2\n"]
+        params = SamplingParams(temperature=0, max_tokens=8, logprobs=2)
+        reference = [engine(family, "cpu", dtype).generate([prompt], params)[0] for prompt in prompts]
+        cached = engine(family, PRODUCT, dtype)
+        found = [cached.generate([prompt], params)[0] for prompt in prompts]
+        assert found[1].metrics.cached_tokens > 0
+        compare(reference, found, BOUND[dtype])
+
+    def test_no_operation_falls_back(self, family: str, dtype: str) -> None:
+        LLM(model=f"{family}:demo", hardware=PRODUCT, dtype=dtype, strict_kernels=True, max_model_len=64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_contiguous_attention(dtype: str) -> None:
+    reference = engine("deepseek_coder", "cpu", dtype).generate(TEXTS, SCORED)
+    found = engine("deepseek_coder", PRODUCT, dtype, attention="flash").generate(TEXTS, SCORED)
+    compare(reference, found, BOUND[dtype])
+
+
+LAUNCHES = {"deepseek_coder": 10, "wizardcoder": 10}
+"""Operator launches of a decoder layer in a decode step, where the family has one kind of layer."""
+
+
+@pytest.mark.chip("ascend910b")
+@pytest.mark.parametrize("family", LAUNCHES)
+def test_launches_of_a_layer(family: str) -> None:
+    llm = engine(family, PRODUCT, "float16")
+    layers = llm.engine.config.model_config.num_hidden_layers
+    per_layer = {}
+    for tokens in (1, 9):
+        with measure() as report:
+            llm.generate(TEXTS[2:], SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True))
+        per_layer[tokens] = report.launches
+    decode = {name: (count - per_layer[1].get(name, 0)) / 8 for name, count in per_layer[9].items()}
+    inside = {
+        "aclnnAddRmsNorm": 2, "aclnnApplyRotaryPosEmbV2": 1, "aclnnFusedInferAttentionScoreV3": 1,
+        "aclnnGroupedMatmulV5": 1, "aclnnScatterPaKvCache": 1, "aclnnSwiGlu": 1, "aclnnMatmul": 3,
+    }  # fmt: skip
+    assert sum(inside.values()) == LAUNCHES[family]
+    for name, count in inside.items():
+        assert decode[name] == count * layers + (name == "aclnnMatmul"), (name, decode[name])  # one more for the head
+
+
+@pytest.mark.chip("ascend310p")
+@pytest.mark.parametrize("family", ["deepseek_moe", "deepseek_v3"])
+def test_experts_and_latents_are_refused_on_310p(family: str) -> None:
+    with pytest.raises(UnsupportedError, match="atlas_300i_duo"):
+        LLM(model=f"{family}:demo", hardware=PRODUCT, dtype="float16")
+
+
+@pytest.mark.chip("ascend310p")
+def test_bfloat16_is_refused_on_310p() -> None:
+    with pytest.raises(UnsupportedError, match="bfloat16"):
+        LLM(model="wizardcoder:demo", hardware=PRODUCT, dtype="bfloat16")
+
+
+@pytest.mark.chip("ascend310p")
+def test_blocks_too_large_for_310p_are_refused() -> None:
+    with pytest.raises(HardwareError, match="block size 256"):
+        LLM(model="deepseek_coder:demo", hardware=PRODUCT, dtype="float16", block_size=256)
