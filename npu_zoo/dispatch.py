@@ -5,6 +5,7 @@ Nothing here imports torch or reads a weight, so every refusal comes before both
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from pathlib import Path
@@ -18,7 +19,9 @@ from npu_zoo.core.features import Conflict, FeatureRow, Reason, Verdict
 from npu_zoo.core.hardware import ITEMSIZE, chip_of
 from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.core.specs import EngineSpec
+from npu_zoo.platforms.ascend import ascend_devices, visible_devices
 from npu_zoo.platforms.detection import total_memory
+from npu_zoo.platforms.environment import apply_presets, near_misses, presets
 from npu_zoo.registry import Registry, get_registry, load_code
 from npu_zoo.request import Request, bundled_directory, parse_dtype, read_request
 from npu_zoo.selection import is_importable, select_attention, select_kernels
@@ -85,6 +88,7 @@ def create_engine(config: EngineConfig, progress: Progress | None = None) -> Eng
         PluginError: the engine cannot be imported.
         HardwareError, WeightsError: it cannot start.
     """
+    apply_presets(config.environment, os.environ)
     return cast("Engine", load_code(config.engine_class)(config, progress))
 
 
@@ -257,6 +261,8 @@ def _engine(args: EngineArgs, request: Request, registry: Registry) -> EngineSpe
     if missing:
         extra, where = ("npu", f" on {request.hardware}") if on_npu else ("run", "")
         raise HardwareError(f"engine {name} needs {', '.join(missing)}{where}: pip install 'npu-zoo[{extra}]'")
+    if on_npu:
+        visible_devices(os.environ, len(ascend_devices()) or None)
     return engine
 
 
@@ -332,6 +338,7 @@ def _engine_config(
         reasoning=variant.reasoning,
         fim=family.fim,
         stop_token_ids=tuple(dict.fromkeys((*config.eos_token_id, *variant.stop_token_ids))),
+        environment=presets(family.environment.get(request.hardware, {}), attention.reads),
         notes=tuple(_notes(args, request, row, kernels)),
         seal=_SEAL,
     )
@@ -362,6 +369,10 @@ def _notes(args: EngineArgs, request: Request, row: FeatureRow, kernels: tuple[K
         notes.append(f"the weights are taken for {request.model}")
     if row.status == "experimental":
         notes.append(f"this runs an experimental row of the matrix (source: {row.source})")
+    if chip_of(request.hardware).device == "npu":
+        notes += [
+            f"the environment has {name}, which nothing reads; {meant}?" for name, meant in near_misses(os.environ)
+        ]
     fallbacks = [choice.operation for choice in kernels if choice.fallback]
     if fallbacks:
         notes.append(f"reference kernels, not tuned for this chip: {', '.join(fallbacks)} (`npu-zoo explain` says why)")

@@ -12,12 +12,12 @@ from typing import Any
 
 from npu_zoo.checkpoint import read_config, read_generation_config
 from npu_zoo.core.config import EngineArgs
-from npu_zoo.core.errors import UsageError, WeightsError
+from npu_zoo.core.errors import HardwareError, UsageError, WeightsError
 from npu_zoo.core.features import Attention, AxisValue, FeatureRow, layout_names, split_of
 from npu_zoo.core.hardware import DTYPE_ALIASES, DTYPES, PRODUCTS, DType
 from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.core.specs import FamilySpec, VariantSpec
-from npu_zoo.platforms.detection import detect_hardware
+from npu_zoo.platforms.detection import detect_products
 from npu_zoo.registry import Registry
 
 
@@ -137,7 +137,7 @@ def bundled_directory(variant: VariantSpec) -> Path | None:
 
 
 def _fill_in(args: EngineArgs, family: FamilySpec, variant: VariantSpec, config: ModelConfig | None) -> Request:
-    hardware = args.hardware or detect_hardware()
+    hardware = args.hardware or _detected(family, variant)
     if hardware not in PRODUCTS:
         raise UsageError(f"unknown hardware '{hardware}'; known: {', '.join(PRODUCTS)}")
     rows = _rows_on(family, variant.size, hardware, experimental=bool(args.allow_experimental))
@@ -164,6 +164,29 @@ def _fill_in(args: EngineArgs, family: FamilySpec, variant: VariantSpec, config:
         long_sequence=too_long,
         config=config,
     )
+
+
+def _detected(family: FamilySpec, variant: VariantSpec) -> str:
+    """The machine's product. Of several that it can be the first is taken where the matrix says the same of all.
+
+    Raises:
+        HardwareError: the matrix says different things of them, or the machine's devices are unknown.
+    """
+    products = detect_products()
+    answers = {product: _answer(family, variant.size, product) for product in products}
+    if any(answer != answers[products[0]] for answer in answers.values()):
+        raise HardwareError(
+            f"this machine's devices are those of {' and '.join(products)}, for which the matrix has different rows "
+            f"of {family.name}:{variant.name}; name it: --hardware {'|'.join(products)} (or --hardware cpu)"
+        )
+    return products[0]
+
+
+def _answer(family: FamilySpec, size: str, product: str) -> list[str]:
+    """What the matrix says of a product, without what differs between rows that say the same."""
+    silent = {"hardware", "source", "evidence"}
+    rows = (row for row in family.matrix.of_size(size) if product in row.hardware)
+    return sorted(row.model_dump_json(exclude=silent) for row in rows)
 
 
 def _rows_on(family: FamilySpec, size: str, hardware: str, *, experimental: bool) -> list[FeatureRow]:

@@ -92,7 +92,7 @@ def select_attention(
     ]
     size = None if kind == "flash" else block_size or (best.block_sizes[0] if best.block_sizes else 16)
     reason = best.description or f"priority {best.priority} on {best.chip}"
-    return AttentionChoice(best.name, best.implementation, size, best.prefix_caching, reason, tuple(passed))
+    return AttentionChoice(best.name, best.implementation, size, best.prefix_caching, reason, tuple(passed), best.reads)
 
 
 def _backend_obstacle(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -69,7 +70,7 @@ class KernelChoice:
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """The attention backend and its block size (None where it has no blocks)."""
+    """The attention backend, its block size (None where it has no blocks), and the variables that it reads."""
 
     backend: str
     implementation: str
@@ -77,6 +78,7 @@ class AttentionChoice:
     prefix_caching: bool
     reason: str
     passed_over: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
 
 
 _SEAL = object()
@@ -95,6 +97,7 @@ class EngineConfig:
         prompt: the variant's or family's prompt format, for checkpoints that bring no chat template.
         reasoning: what stands around the model's reasoning; None where it has no markers.
         stop_token_ids: every id that ends a text.
+        environment: variables that the vendor presets and the chosen backend reads, for those that the user left unset.
         notes: what the user should know, such as that the demo checkpoint runs.
     """
 
@@ -140,6 +143,7 @@ class EngineConfig:
     reasoning: ReasoningFormat | None
     fim: FimFormat | None
     stop_token_ids: tuple[int, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     seal: object = field(default=None, repr=False, compare=False)
 

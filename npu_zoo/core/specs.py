@@ -150,6 +150,7 @@ class AttentionBackendSpec(_Spec):
         block_sizes: the block sizes that it takes, its own choice first; empty where any will do.
         head_dims: the head sizes (of latents, the sizes ``kv_lora_rank``) that it takes; empty where any will do.
         prefix_caching: whether sequences can share what it stores.
+        reads: patterns of the environment variables that it reads, such as ``ATB_*``.
     """
 
     name: Name
@@ -163,6 +164,7 @@ class AttentionBackendSpec(_Spec):
     prefix_caching: bool = True
     priority: int = 10
     requires: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
     description: str = ""
 
 

@@ -4,32 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
-from npu_zoo.core.errors import HardwareError
-from npu_zoo.core.hardware import PRODUCTS
+from npu_zoo.platforms.ascend import detect_ascend, run_npu_smi
 
 
-def ascend_devices(dev: Path = Path("/dev")) -> list[int]:
-    """Numbers of the Ascend devices that the driver shows, in order."""
-    found = (re.fullmatch(r"davinci(\d+)", path.name) for path in dev.glob("davinci*"))
-    return sorted(int(match.group(1)) for match in found if match)
-
-
-def detect_hardware(dev: Path = Path("/dev")) -> str:
-    """The product to run on where the user named none: ``cpu`` unless an Ascend device is present.
+def detect_products(dev: Path = Path("/dev"), npu_smi: Callable[[], str] = run_npu_smi) -> tuple[str, ...]:
+    """The products that this machine can be, where the user named none: ``cpu`` unless an Ascend device is present.
 
     Raises:
-        HardwareError: there is an Ascend device; its product cannot be told from the device files.
+        HardwareError: there are Ascend devices that the zoo does not know, or of several chips.
     """
-    devices = ascend_devices(dev)
-    if not devices:
-        return "cpu"
-    names = [name for name, product in PRODUCTS.items() if product.chip.startswith("ascend")]
-    raise HardwareError(
-        f"this machine has {len(devices)} Ascend device(s), whose product the device files do not tell; "
-        f"name it: --hardware {'|'.join(names)} (or --hardware cpu)"
-    )
+    return detect_ascend(dev, npu_smi) or ("cpu",)
 
 
 def available_memory() -> int:

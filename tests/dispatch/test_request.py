@@ -132,15 +132,23 @@ def test_the_rest_that_is_unset() -> None:
 
 def test_unset_hardware_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     args = EngineArgs(model="deepseek_coder")
-    monkeypatch.setattr("npu_zoo.request.detect_hardware", lambda: "cuda")
+    monkeypatch.setattr("npu_zoo.request.detect_products", lambda: ("cuda",))
     assert read_request(args, get_registry()).hardware == "cuda"
 
-    def ambiguous() -> str:
-        raise HardwareError("name it")
+    def unknown() -> tuple[str, ...]:
+        raise HardwareError("SoC")
 
-    monkeypatch.setattr("npu_zoo.request.detect_hardware", ambiguous)
-    with pytest.raises(HardwareError, match="name it"):
+    monkeypatch.setattr("npu_zoo.request.detect_products", unknown)
+    with pytest.raises(HardwareError, match="SoC"):
         read_request(args, get_registry())
+
+
+def test_of_two_products_that_the_matrix_tells_apart_one_is_to_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("npu_zoo.request.detect_products", lambda: ("atlas_800i_a2", "atlas_800t_a2"))
+    alike = EngineArgs(model="deepseek_coder:demo")
+    assert read_request(alike, get_registry()).hardware == "atlas_800i_a2"
+    with pytest.raises(HardwareError, match=r"different rows of deepseek_coder:33b.*--hardware atlas_800i_a2\|"):
+        read_request(EngineArgs(model="deepseek_coder:33b"), get_registry())
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,9 @@ def register_kernels() -> list[KernelSpec]:
     ]
 
 
+_TORCH_NPU = ("TASK_QUEUE_ENABLE", "INF_NAN_MODE_ENABLE")
+"""What torch_npu and CANN read, whatever the operators; ATB_* is read by the library that 310P depends on."""
+
 _HALVES: tuple[DType, ...] = ("bfloat16", "float16")
 
 
@@ -153,6 +156,7 @@ def register_attention_backends() -> list[AttentionBackendSpec]:
             chip="ascend910b",
             dtypes=_HALVES,
             implementation="npu_zoo.nn.attention.ascend:FusedPagedAttention",
+            reads=_TORCH_NPU,
             head_dims=(128, 64),
             block_sizes=(128, 64, 32, 16, 256, 512),
             requires=("torch_npu",),
@@ -165,6 +169,7 @@ def register_attention_backends() -> list[AttentionBackendSpec]:
             chip="ascend910b",
             dtypes=_HALVES,
             implementation="npu_zoo.nn.attention.ascend_latent:FusedLatentAttention",
+            reads=_TORCH_NPU,
             head_dims=(512,),
             block_sizes=(128, 64, 32, 16),
             requires=("torch_npu",),
@@ -176,6 +181,7 @@ def register_attention_backends() -> list[AttentionBackendSpec]:
             chip="ascend310p",
             dtypes=("float16",),
             implementation="npu_zoo.nn.attention.ascend_310p:AtbPagedAttention",
+            reads=(*_TORCH_NPU, "ATB_*"),
             head_dims=(128, 64),
             block_sizes=(128, 64),
             requires=("torch_npu",),
@@ -187,6 +193,7 @@ def register_attention_backends() -> list[AttentionBackendSpec]:
             chip="ascend310p",
             dtypes=("float16",),
             implementation="npu_zoo.nn.attention.ascend_310p:AtbContiguousAttention",
+            reads=(*_TORCH_NPU, "ATB_*"),
             head_dims=(128, 64),
             prefix_caching=False,
             requires=("torch_npu",),
@@ -198,6 +205,7 @@ def register_attention_backends() -> list[AttentionBackendSpec]:
             chip="ascend910b",
             dtypes=_HALVES,
             implementation="npu_zoo.nn.attention.ascend:FusedContiguousAttention",
+            reads=_TORCH_NPU,
             head_dims=(128, 64),
             prefix_caching=False,
             requires=("torch_npu",),
