@@ -41,7 +41,8 @@ def test_more_than_the_memory_is_refused() -> None:
     _, total = npu.mem_get_info()
     with pytest.raises(torch.OutOfMemoryError, match="NPU out of memory"):
         torch.empty(total + GIB, dtype=torch.uint8, device="npu")
-    half = [torch.empty(total // 2 - (64 << 20), dtype=torch.uint8, device="npu") for _ in range(2)]
+    free = npu.mem_get_info()[0]
+    half = [torch.empty(free // 2 - (64 << 20), dtype=torch.uint8, device="npu") for _ in range(2)]
     with pytest.raises(torch.OutOfMemoryError):
         torch.empty(GIB, dtype=torch.uint8, device="npu")
     half.pop()
@@ -60,11 +61,12 @@ def test_each_device_has_its_own_memory() -> None:
 
 def test_statistics_count_bytes() -> None:
     gc.collect()
+    npu.empty_cache()  # or a cached block that is a little larger is taken whole
     base = npu.memory_allocated()
     npu.reset_peak_memory_stats()
-    tensor = torch.empty(3 << 20, dtype=torch.uint8, device="npu")
+    tensor = torch.empty(GIB, dtype=torch.uint8, device="npu")
     size = npu.memory_allocated() - base
-    assert size - (3 << 20) in PADDING
+    assert size - GIB in (*PADDING, 2 << 20)
     del tensor
     assert npu.memory_allocated() == base
     assert npu.max_memory_allocated() - base == size

@@ -35,7 +35,8 @@ _ENGINES: dict[Any, LLM] = {}
 def engine(family: str, hardware: str, dtype: str, **options: Any) -> LLM:
     key = (family, hardware, dtype, *sorted(options.items()))
     if key not in _ENGINES:
-        _ENGINES[key] = LLM(model=f"{family}:demo", hardware=hardware, dtype=dtype, max_model_len=512, **options)
+        shared: dict[str, Any] = {"max_model_len": 512, "kv_cache_memory": "64MiB"}
+        _ENGINES[key] = LLM(model=f"{family}:demo", hardware=hardware, dtype=dtype, **shared, **options)
     return _ENGINES[key]
 
 
@@ -83,7 +84,8 @@ class TestFamily:
         compare(reference, found, BOUND[dtype])
 
     def test_no_operation_falls_back(self, family: str, dtype: str) -> None:
-        LLM(model=f"{family}:demo", hardware=PRODUCT, dtype=dtype, strict_kernels=True, max_model_len=64)
+        strict = LLM(model=f"{family}:demo", hardware=PRODUCT, dtype=dtype, strict_kernels=True, max_model_len=64)
+        strict.shutdown()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -105,9 +105,14 @@ def test_visible_devices(value: str, expected: list[int] | None) -> None:
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [("0,0", "names device 0 twice"), ("0,4", "names device 4; this machine has 0 to 3"), ("a", "no list"), ("0,", "no list"),
-     ("-1", "no list")],
-)  # fmt: skip
+    [
+        ("0,0", "names device 0 twice"),
+        ("0,4", "names device 4; this machine has 0 to 3"),
+        ("a", "no list"),
+        ("0,", "no list"),
+        ("-1", "no list"),
+    ],
+)
 def test_visible_devices_that_cannot_be(value: str, message: str) -> None:
     environ: Mapping[str, str] = {"ASCEND_RT_VISIBLE_DEVICES": value}
     with pytest.raises(HardwareError, match=message):
