@@ -330,6 +330,7 @@ def _engine_config(
         enable_chunked_prefill=chunked,
         seed=args.seed or 0,
         threads=args.threads,
+        enforce_eager=bool(args.enforce_eager),
         strict_kernels=bool(args.strict_kernels),
         skip_tokenizer_init=bool(args.skip_tokenizer_init),
         trust_remote_code=bool(args.trust_remote_code),

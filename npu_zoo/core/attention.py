@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from npu_zoo.core.model_config import MLAConfig
 
@@ -73,6 +73,28 @@ class StepAttention(ABC):
     @abstractmethod
     def prepare(self, rows: list[SequenceSlice]) -> AttentionMetadata:
         """Turn a step's rows into the tensors that all layers share."""
+
+
+class GraphAttention(StepAttention):
+    """A backend whose decode can be captured into a graph: single tokens, whose metadata stays where it is.
+
+    Attributes:
+        spare_slot: a block that belongs to no sequence; rows of padding lie there.
+    """
+
+    spare_slot: int
+
+    @abstractmethod
+    def graph_metadata(self, batch: int, max_context: int) -> AttentionMetadata:
+        """Metadata of ``batch`` rows of one token, of up to ``max_context`` keys, in tensors that a graph may hold."""
+
+    @abstractmethod
+    def fill(self, metadata: AttentionMetadata, rows: list[SequenceSlice]) -> dict[str, Any]:
+        """Write a step's rows, as many as it was made for, into the metadata of :meth:`graph_metadata`.
+
+        Returns:
+            The host values of the attention operators that a replay must be told, by argument.
+        """
 
 
 class AttentionBackend(StepAttention):

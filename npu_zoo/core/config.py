@@ -46,6 +46,9 @@ class EngineArgs(BaseModel):
     enable_chunked_prefill: bool | None = Field(None, description="Split long prompts over several steps.")
     seed: int | None = Field(None, description="Seed of requests that bring none.")
     threads: int | None = Field(None, ge=1, description="CPU threads; torch's choice when unset.")
+    enforce_eager: bool | None = Field(
+        None, description="Launch every operator of a decode step by itself instead of a captured graph."
+    )
     strict_kernels: bool | None = Field(None, description="Refuse to fall back to a reference kernel.")
     skip_tokenizer_init: bool | None = Field(None, description="Take and give token ids only; no tokenizer is read.")
     trust_remote_code: bool | None = Field(None, description="Allow the checkpoint's own Python code; off by default.")
@@ -135,6 +138,7 @@ class EngineConfig:
     enable_chunked_prefill: bool
     seed: int
     threads: int | None
+    enforce_eager: bool
     strict_kernels: bool
     skip_tokenizer_init: bool
     trust_remote_code: bool

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from npu_zoo.checkpoint import detect_format
-from npu_zoo.core.attention import CacheLayout, LatentLayout, SequenceSlice, StepAttention
+from npu_zoo.core.attention import CacheLayout, GraphAttention, LatentLayout, SequenceSlice, StepAttention
 from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.engine import Progress
 from npu_zoo.core.errors import HardwareError, WeightsError
+from npu_zoo.engine.graph import DecodeGraphs
 from npu_zoo.engine.scheduler import ScheduledRow
 from npu_zoo.nn.context import BuildContext, ForwardContext
 from npu_zoo.nn.kernels.table import bind_kernels
@@ -59,6 +60,7 @@ class ModelRunner:
         self.model = self._load_model(progress)
         self.cache = plan_cache(config, self._bytes_per_token(), free_memory(self.device))
         self.attention = self._create_attention()
+        self.graphs = self._create_graphs()
 
     def execute(self, rows: list[ScheduledRow]) -> tuple[Tensor, list[tuple[ScheduledRow, Tensor]]]:
         """Compute a step.
@@ -68,6 +70,8 @@ class ModelRunner:
             the hidden states of every row whose prompt's log-probabilities are wanted.
         """
         with torch.inference_mode():
+            if self.graphs is not None and all(_decodes(row) for row in rows):
+                return self._replay(self.graphs, rows), []
             hidden = self._forward(rows)
             ends = [end - 1 for end, row in zip(_ends(rows), rows, strict=True) if row.samples]
             logits = self.compute_logits(hidden[torch.tensor(ends, device=self.device)]) if ends else hidden[:0]
@@ -83,6 +87,17 @@ class ModelRunner:
         """[N, hidden_size] to [N, vocab_size]."""
         with torch.inference_mode():
             return self.model.compute_logits(hidden)
+
+    def _replay(self, graphs: DecodeGraphs, rows: list[ScheduledRow]) -> Tensor:
+        token_ids = [row.sequence.token_ids[row.start] for row in rows]
+        slices = [SequenceSlice(row.start, 1, row.sequence.slots) for row in rows]
+        return graphs.run(token_ids, [row.start for row in rows], slices)
+
+    def _create_graphs(self) -> DecodeGraphs | None:
+        attention, config = self.attention, self.config
+        if config.enforce_eager or not isinstance(attention, GraphAttention):
+            return None
+        return DecodeGraphs(self.model, attention, config.max_num_seqs, self.cache.max_model_len, self.device)
 
     def _forward(self, rows: list[ScheduledRow]) -> Tensor:
         tokens = chain.from_iterable(r.sequence.token_ids[r.start : r.start + r.num_tokens] for r in rows)
@@ -220,6 +235,12 @@ def _npu(config: EngineConfig) -> torch.device:
     if not torch.get_device_module("npu").is_available():
         raise HardwareError(f"{config.hardware} was asked for, and torch_npu sees no device; --hardware cpu runs here")
     return torch.device("npu", 0)
+
+
+def _decodes(row: ScheduledRow) -> bool:
+    """Whether a row is one token that samples, and nothing of its prompt is asked for."""
+    wants_prompt = row.sequence.wants_prompt_logprobs and row.start < row.sequence.num_prompt_tokens
+    return row.num_tokens == 1 and bool(row.samples) and not wants_prompt
 
 
 def _ends(rows: list[ScheduledRow]) -> list[int]:

@@ -26,7 +26,7 @@ class Report:
         name: the product, or the name of the step.
         launches: operator launches by kernel name (``aclnn…``, ``aclop:…``, or the operator's own name where its
             kernel cannot be run); those of captured graphs not among them.
-        captured: launches that were recorded into graphs.
+        captured: launches that were recorded into graphs, or that gave one of their tasks other arguments.
         replays: launches of whole graphs.
         synchronisations: how often the host waited for the device.
         copies: number and bytes of copies by direction, such as ``host_to_device``.

@@ -83,6 +83,29 @@ class TestFamily:
         assert found[1].metrics.cached_tokens > 0
         compare(reference, found, BOUND[dtype])
 
+    def test_graphs_equal_launching_one_by_one(self, family: str, dtype: str) -> None:
+        params = SamplingParams(temperature=0, max_tokens=12, logprobs=1)
+        prompts = [*TEXTS, TEXTS[0][:9], "x"]
+        graphs = engine(family, PRODUCT, dtype).generate(prompts, params)
+        eager = engine(family, PRODUCT, dtype, enforce_eager=True).generate(prompts, params)
+        assert [o.outputs[0].token_ids for o in graphs] == [o.outputs[0].token_ids for o in eager]
+        assert [o.outputs[0].cumulative_logprob for o in graphs] == [o.outputs[0].cumulative_logprob for o in eager]
+
+    def test_a_decode_step_is_one_launch_and_one_copy_back(self, family: str, dtype: str) -> None:
+        llm = engine(family, PRODUCT, dtype)
+        steps = {}
+        for tokens in (2, 10):
+            params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+            llm.generate(TEXTS[2:], params)  # captures
+            with measure() as report:
+                llm.generate(TEXTS[2:], params)
+            steps[tokens] = report
+        few, many = steps[2], steps[10]
+        assert many.replays - few.replays == 8
+        assert many.num_launches - few.num_launches == 8  # the choice of the token
+        assert many.copies["device_to_host"][0] - few.copies["device_to_host"][0] == 8
+        assert many.synchronisations - few.synchronisations == 8
+
     def test_no_operation_falls_back(self, family: str, dtype: str) -> None:
         strict = LLM(model=f"{family}:demo", hardware=PRODUCT, dtype=dtype, strict_kernels=True, max_model_len=64)
         strict.shutdown()
@@ -102,7 +125,7 @@ LAUNCHES = {"deepseek_coder": 10, "wizardcoder": 10}
 @pytest.mark.chip("ascend910b")
 @pytest.mark.parametrize("family", LAUNCHES)
 def test_launches_of_a_layer(family: str) -> None:
-    llm = engine(family, PRODUCT, "float16")
+    llm = engine(family, PRODUCT, "float16", enforce_eager=True)
     layers = llm.engine.config.model_config.num_hidden_layers
     per_layer = {}
     for tokens in (1, 9):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
 import torch_npu
+from numpy.typing import NDArray
 from torch import Tensor
 
-from npu_zoo.core.attention import AttentionBackend, AttentionMetadata, CacheLayout, SequenceSlice
+from npu_zoo.core.attention import AttentionBackend, AttentionMetadata, CacheLayout, GraphAttention, SequenceSlice
 from npu_zoo.core.errors import EngineError
 from npu_zoo.nn.attention.cache import allocate_zeros
 from npu_zoo.nn.attention.contiguous import tiled
@@ -51,31 +53,83 @@ def plan_step(rows: list[SequenceSlice], block_size: int, device: torch.device) 
     Raises:
         EngineError: a row's blocks do not cover its tokens.
     """
-    starts = np.array([row.start for row in rows], dtype=np.int64)
-    lengths = np.array([row.num_tokens for row in rows], dtype=np.int64)
-    counts = -(-(starts + lengths) // block_size)
-    check_tables(rows, counts)
-    tables = block_tables(rows, counts)
-    first_tokens = np.cumsum(lengths) - lengths
-    blocks, offsets = token_places(tables, counts, starts, lengths, first_tokens, block_size)
-    widest, total = int(counts.max()), int(lengths.sum())
+    widest = max(-(-row.context_len // block_size) for row in rows)
+    total = sum(row.num_tokens for row in rows)
     packed = np.zeros(total + len(rows) * widest, dtype=np.int32)
-    packed[:total] = blocks * block_size + offsets
-    padded = packed[total:].reshape(len(rows), widest)
-    for row, table in enumerate(split_tables(tables, counts)):
-        padded[row, : len(table)] = table
+    pack_rows(rows, block_size, packed)
     on_device = torch.from_numpy(packed).to(device)
     return FusedMetadata(
         rows=rows,
         num_tokens=total,
         slots=on_device[:total],
         block_table=on_device[total:].view(len(rows), widest),
-        query_ends=list(accumulate(lengths.tolist())),
-        context_lens=(starts + lengths).tolist(),
+        query_ends=list(accumulate(row.num_tokens for row in rows)),
+        context_lens=[row.context_len for row in rows],
     )
 
 
-class FusedPagedAttention(AttentionBackend):
+def pack_rows(rows: list[SequenceSlice], block_size: int, packed: NDArray[np.int32]) -> None:
+    """Write the slots of all new tokens, then a block table as wide as there is room for.
+
+    Raises:
+        EngineError: a row's blocks do not cover its tokens.
+    """
+    starts = np.array([row.start for row in rows], dtype=np.int64)
+    lengths = np.array([row.num_tokens for row in rows], dtype=np.int64)
+    counts = -(-(starts + lengths) // block_size)
+    check_tables(rows, counts)
+    tables = block_tables(rows, counts)
+    blocks, offsets = token_places(tables, counts, starts, lengths, np.cumsum(lengths) - lengths, block_size)
+    total = int(lengths.sum())
+    packed[:total] = blocks * block_size + offsets
+    table = packed[total:].reshape(len(rows), -1)
+    for row, used in enumerate(split_tables(tables, counts)):
+        table[row, : len(used)] = used
+
+
+@dataclass(frozen=True)
+class StaticRows:
+    """Slots and block table of a batch of single tokens that stay where they are, for a graph.
+
+    Attributes:
+        staged: the same on the host, pinned.
+    """
+
+    staged: Tensor
+    on_device: Tensor
+    batch: int
+    block_size: int
+
+    @staticmethod
+    def allocate(batch: int, max_context: int, block_size: int, device: torch.device) -> StaticRows:
+        """For rows of up to ``max_context`` keys."""
+        staged = torch.zeros(batch * (1 + -(-max_context // block_size)), dtype=torch.int32).pin_memory()
+        return StaticRows(staged, staged.to(device), batch, block_size)
+
+    @property
+    def slots(self) -> Tensor:
+        """[batch]."""
+        return self.on_device[: self.batch]
+
+    @property
+    def block_table(self) -> Tensor:
+        """[batch, blocks]."""
+        return self.on_device[self.batch :].view(self.batch, -1)
+
+    def fill(self, rows: list[SequenceSlice]) -> None:
+        """Write a step's rows, without waiting for the device."""
+        pack_rows(rows, self.block_size, self.staged.numpy())
+        self.on_device.copy_(self.staged, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class GraphMetadata(FusedMetadata):
+    """A step of single tokens in static tensors."""
+
+    static: StaticRows
+
+
+class FusedPagedAttention(AttentionBackend, GraphAttention):
     """Prefill, chunks that continue a prefix, and decode, all by one operator over the paged cache.
 
     Args:
@@ -91,7 +145,8 @@ class FusedPagedAttention(AttentionBackend):
     ) -> None:
         self.layout, self.num_heads, self.scale, self.device = layout, num_heads, scale, device
         self.block_size, blocks = self._blocks(layout)
-        shape = (2, layout.num_layers, blocks, self.block_size, layout.num_kv_heads, layout.head_dim)
+        self.spare_slot = blocks
+        shape = (2, layout.num_layers, blocks + 1, self.block_size, layout.num_kv_heads, layout.head_dim)
         keys, values = allocate_zeros(shape, dtype, device)
         self._caches = list(zip(keys, values, strict=True))
         self._mask = causal_mask(device)
@@ -108,6 +163,25 @@ class FusedPagedAttention(AttentionBackend):
     def prepare(self, rows: list[SequenceSlice]) -> FusedMetadata:
         """See :func:`plan_step`."""
         return plan_step(rows, self.block_size, self.device)
+
+    def graph_metadata(self, batch: int, max_context: int) -> GraphMetadata:
+        """See :meth:`GraphAttention.graph_metadata`."""
+        static = StaticRows.allocate(batch, max_context, self.block_size, self.device)
+        return GraphMetadata(
+            rows=[],
+            num_tokens=batch,
+            slots=static.slots,
+            block_table=static.block_table,
+            query_ends=list(range(1, batch + 1)),
+            context_lens=[max_context] * batch,
+            static=static,
+        )
+
+    def fill(self, metadata: AttentionMetadata, rows: list[SequenceSlice]) -> dict[str, Any]:
+        """See :meth:`GraphAttention.fill`."""
+        assert isinstance(metadata, GraphMetadata)
+        metadata.static.fill(rows)
+        return {"actual_seq_lengths_kv": [row.context_len for row in rows]}
 
     def forward(self, layer: int, query: Tensor, key: Tensor, value: Tensor, metadata: AttentionMetadata) -> Tensor:
         """Write the step's keys and values, then attend; see :meth:`AttentionBackend.forward`.
@@ -145,6 +219,12 @@ class FusedContiguousAttention(FusedPagedAttention):
     def _blocks(self, layout: CacheLayout) -> tuple[int, int]:
         self._tiles = -(-layout.slot_size // TILE)
         return TILE, layout.num_slots * self._tiles
+
+    def fill(self, metadata: AttentionMetadata, rows: list[SequenceSlice]) -> dict[str, Any]:
+        """See :meth:`GraphAttention.fill`; a row of padding lies in the spare block, which is none of a slot's."""
+        own = self.layout.num_slots * self._tiles
+        blocks = [row if row.slots[0] == own else tiled(row, self.layout.slot_size, self._tiles) for row in rows]
+        return super().fill(metadata, blocks)
 
     def prepare(self, rows: list[SequenceSlice]) -> FusedMetadata:
         """See :func:`plan_step`.

@@ -6,15 +6,16 @@ The chip has no other fused attention over pages. Single tokens and rows of seve
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 import torch_npu
 from torch import Tensor
 
-from npu_zoo.core.attention import AttentionBackend, AttentionMetadata, CacheLayout, SequenceSlice
+from npu_zoo.core.attention import AttentionBackend, AttentionMetadata, CacheLayout, GraphAttention, SequenceSlice
 from npu_zoo.core.errors import EngineError, HardwareError
-from npu_zoo.nn.attention.ascend import MASK_SIZE, FusedMetadata, plan_step
+from npu_zoo.nn.attention.ascend import MASK_SIZE, FusedMetadata, StaticRows, plan_step
 from npu_zoo.nn.attention.contiguous import tiled
 from npu_zoo.nn.kernels.ascend import FRACTAL_NZ
 
@@ -50,7 +51,14 @@ class AtbMetadata(AttentionMetadata):
     several: Rows | None
 
 
-class AtbPagedAttention(AttentionBackend):
+@dataclass(frozen=True)
+class AtbGraphMetadata(AtbMetadata):
+    """A step of single tokens in static tensors."""
+
+    static: StaticRows
+
+
+class AtbPagedAttention(AttentionBackend, GraphAttention):
     """Attention over a pool of blocks in FRACTAL_NZ.
 
     Args:
@@ -72,7 +80,8 @@ class AtbPagedAttention(AttentionBackend):
                 f"--block-size {BLOCK_VALUES // layout.head_dim} is the largest"
             )
         torch.npu.config.allow_internal_format = True  # type: ignore[attr-defined]
-        shape = (blocks, layout.num_kv_heads * layout.head_dim // FRACTAL, self.block_size, FRACTAL)
+        self.spare_slot = blocks
+        shape = (blocks + 1, layout.num_kv_heads * layout.head_dim // FRACTAL, self.block_size, FRACTAL)
         self._caches = [(self._allocate(shape, dtype), self._allocate(shape, dtype)) for _ in range(layout.num_layers)]
         self._mask = torch.full((MASK_SIZE, MASK_SIZE), MASKED, dtype=dtype).triu(1).to(device)
 
@@ -105,6 +114,19 @@ class AtbPagedAttention(AttentionBackend):
             single=self._rows(step, single) if single else None,
             several=self._rows(step, several) if several else None,
         )
+
+    def graph_metadata(self, batch: int, max_context: int) -> AtbGraphMetadata:
+        """See :meth:`GraphAttention.graph_metadata`."""
+        static = StaticRows.allocate(batch, max_context, self.block_size, self.device)
+        longest = torch.full((batch,), max_context, dtype=torch.int32)
+        rows = Rows(None, static.block_table, torch.ones(batch, dtype=torch.int32), longest)
+        return AtbGraphMetadata([], batch, static.slots, rows, None, static)
+
+    def fill(self, metadata: AttentionMetadata, rows: list[SequenceSlice]) -> dict[str, Any]:
+        """See :meth:`GraphAttention.fill`."""
+        assert isinstance(metadata, AtbGraphMetadata)
+        metadata.static.fill(rows)
+        return {"context_lens": torch.tensor([row.context_len for row in rows], dtype=torch.int32)}
 
     def _rows(self, step: FusedMetadata, numbers: list[int]) -> Rows:
         chosen = [step.rows[number] for number in numbers]
@@ -182,6 +204,12 @@ class AtbContiguousAttention(AtbPagedAttention):
     def _blocks(self, layout: CacheLayout) -> tuple[int, int]:
         self._tiles = -(-layout.slot_size // TILE)
         return TILE, layout.num_slots * self._tiles
+
+    def fill(self, metadata: AttentionMetadata, rows: list[SequenceSlice]) -> dict[str, Any]:
+        """See :meth:`GraphAttention.fill`; a row of padding lies in the spare block, which is none of a slot's."""
+        own = self.layout.num_slots * self._tiles
+        blocks = [row if row.slots[0] == own else tiled(row, self.layout.slot_size, self._tiles) for row in rows]
+        return super().fill(metadata, blocks)
 
     def prepare(self, rows: list[SequenceSlice]) -> AtbMetadata:
         """See :meth:`AtbPagedAttention.prepare`.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from npu_zoo.core.attention import (
     AttentionMetadata,
+    GraphAttention,
     LatentAttentionBackend,
     LatentLayout,
     LatentProjection,
@@ -23,7 +25,7 @@ from npu_zoo.core.attention import (
 )
 from npu_zoo.core.errors import EngineError
 from npu_zoo.core.model_config import MLAConfig
-from npu_zoo.nn.attention.ascend import RIGHT_DOWN_CAUSAL, FusedMetadata, causal_mask, plan_step
+from npu_zoo.nn.attention.ascend import RIGHT_DOWN_CAUSAL, FusedMetadata, StaticRows, causal_mask, plan_step
 from npu_zoo.nn.attention.cache import allocate_zeros
 
 
@@ -66,7 +68,14 @@ class FusedLatentMetadata(AttentionMetadata):
     expanded: ExpandedRows | None
 
 
-class FusedLatentAttention(LatentAttentionBackend):
+@dataclass(frozen=True)
+class LatentGraphMetadata(FusedLatentMetadata):
+    """A step of single tokens in static tensors."""
+
+    static: StaticRows
+
+
+class FusedLatentAttention(LatentAttentionBackend, GraphAttention):
     """Attention over a pool of blocks that holds latents and rotated keys.
 
     Args:
@@ -82,7 +91,8 @@ class FusedLatentAttention(LatentAttentionBackend):
         self, layout: LatentLayout, dtype: torch.dtype, device: torch.device, num_heads: int, scale: float
     ) -> None:
         self.layout, self.num_heads, self.scale, self.device = layout, num_heads, scale, device
-        shape = (layout.num_layers, layout.num_slots, layout.slot_size, 1)
+        self.spare_slot = layout.num_slots
+        shape = (layout.num_layers, layout.num_slots + 1, layout.slot_size, 1)
         self._latents = list(allocate_zeros((*shape, layout.mla.kv_lora_rank), dtype, device))
         self._ropes = list(allocate_zeros((*shape, layout.mla.qk_rope_head_dim), dtype, device))
         self._mask = causal_mask(device)
@@ -108,6 +118,24 @@ class FusedLatentAttention(LatentAttentionBackend):
             absorbed=self._absorbed(step, single) if single else None,
             expanded=self._expanded(step, several) if several else None,
         )
+
+    def graph_metadata(self, batch: int, max_context: int) -> LatentGraphMetadata:
+        """See :meth:`GraphAttention.graph_metadata`."""
+        static = StaticRows.allocate(batch, max_context, self.layout.slot_size, self.device)
+        return LatentGraphMetadata(
+            rows=[],
+            num_tokens=batch,
+            slots=static.slots,
+            absorbed=AbsorbedRows(None, static.block_table, [max_context] * batch),
+            expanded=None,
+            static=static,
+        )
+
+    def fill(self, metadata: AttentionMetadata, rows: list[SequenceSlice]) -> dict[str, Any]:
+        """See :meth:`GraphAttention.fill`."""
+        assert isinstance(metadata, LatentGraphMetadata)
+        metadata.static.fill(rows)
+        return {"actual_seq_kvlen": [row.context_len for row in rows]}
 
     def _absorbed(self, step: FusedMetadata, numbers: list[int]) -> AbsorbedRows:
         lengths = [step.context_lens[number] for number in numbers]

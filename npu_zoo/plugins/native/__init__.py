@@ -69,8 +69,8 @@ def register_kernels() -> list[KernelSpec]:
     ]
 
 
-_TORCH_NPU = ("TASK_QUEUE_ENABLE", "INF_NAN_MODE_ENABLE")
-"""What torch_npu and CANN read, whatever the operators; ATB_* is read by the library that 310P depends on."""
+_TORCH_NPU = ("TASK_QUEUE_ENABLE",)
+"""What torch_npu reads on both chips. It refuses INF_NAN_MODE_ENABLE=0 on 910B, so that is left to 310P."""
 
 _HALVES: tuple[DType, ...] = ("bfloat16", "float16")
 
@@ -181,7 +181,7 @@ def register_attention_backends() -> list[AttentionBackendSpec]:
             chip="ascend310p",
             dtypes=("float16",),
             implementation="npu_zoo.nn.attention.ascend_310p:AtbPagedAttention",
-            reads=(*_TORCH_NPU, "ATB_*"),
+            reads=(*_TORCH_NPU, "INF_NAN_MODE_ENABLE", "ATB_*"),
             head_dims=(128, 64),
             block_sizes=(128, 64),
             requires=("torch_npu",),
@@ -193,7 +193,7 @@ def register_attention_backends() -> list[AttentionBackendSpec]:
             chip="ascend310p",
             dtypes=("float16",),
             implementation="npu_zoo.nn.attention.ascend_310p:AtbContiguousAttention",
-            reads=(*_TORCH_NPU, "ATB_*"),
+            reads=(*_TORCH_NPU, "INF_NAN_MODE_ENABLE", "ATB_*"),
             head_dims=(128, 64),
             prefix_caching=False,
             requires=("torch_npu",),

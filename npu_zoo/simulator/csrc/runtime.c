@@ -96,6 +96,7 @@ static uint64_t counters[2 + 2 * 4];
 enum { SYNCS, REPLAYS, COPIES };
 
 static void *capturing = NULL;
+static int updating = 0;  /* a task of a captured graph is given other arguments: no launch of its own */
 static int capture_broken = 0;
 
 static void count_launch(const char *name) {
@@ -103,7 +104,7 @@ static void count_launch(const char *name) {
     int i = 0;
     while (i < launch_names && launches[i].name != name && strcmp(launches[i].name, name)) i++;
     if (i == launch_names && i < MAX_NAMES) launches[launch_names++].name = strdup(name);
-    if (i < MAX_NAMES) *(capturing ? &launches[i].captured : &launches[i].eager) += 1;
+    if (i < MAX_NAMES) *(capturing || updating ? &launches[i].captured : &launches[i].eager) += 1;
     pthread_mutex_unlock(&lock);
 }
 
@@ -392,8 +393,14 @@ EXPORT int aclmdlRICaptureTaskGrpEnd(void *s, void **group) {
     *group = calloc(1, 64);
     return tell(GROUP_END, s, *group, NULL, 0);
 }
-EXPORT int aclmdlRICaptureTaskUpdateBegin(void *s, void *group) { return tell(UPDATE_BEGIN, s, group, NULL, 0); }
-EXPORT int aclmdlRICaptureTaskUpdateEnd(void *s) { return tell(UPDATE_END, s, NULL, NULL, 0); }
+EXPORT int aclmdlRICaptureTaskUpdateBegin(void *s, void *group) {
+    updating = 1;
+    return tell(UPDATE_BEGIN, s, group, NULL, 0);
+}
+EXPORT int aclmdlRICaptureTaskUpdateEnd(void *s) {
+    updating = 0;
+    return tell(UPDATE_END, s, NULL, NULL, 0);
+}
 
 /* ---- what operators are described with on the newer route ---- */
 

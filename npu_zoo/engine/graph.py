@@ -1,0 +1,101 @@
+"""Decode from captured graphs: a step of single tokens is one launch instead of some hundred.
+
+A graph is captured for each of some batch sizes when a step first needs it; a smaller batch is padded to the next one
+with rows in a block of their own, a slot each. Lengths of sequences are host values of the attention operators,
+which torch_npu's graphs update before each replay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npu_zoo.core.attention import AttentionMetadata, GraphAttention, SequenceSlice
+from npu_zoo.nn.context import ForwardContext
+from npu_zoo.nn.model import CausalLM
+
+
+def graph_sizes(max_num_seqs: int) -> list[int]:
+    """Batch sizes that graphs are captured for: 1, 2, 4, 8, then every eighth, and the largest batch."""
+    sizes = {1, 2, 4, *range(8, max_num_seqs + 1, 8), max_num_seqs}
+    return sorted(size for size in sizes if size <= max_num_seqs)
+
+
+@dataclass
+class _DecodeGraph:
+    """One batch size.
+
+    Attributes:
+        staged: [2, batch] ids and positions on the host, pinned; ``inputs`` are those on the device.
+        graph: None until it is captured.
+        logits: [batch, vocab_size], which a replay writes.
+    """
+
+    staged: Tensor
+    inputs: Tensor
+    metadata: AttentionMetadata
+    graph: Any = None
+    logits: Tensor | None = None
+
+
+class DecodeGraphs:
+    """The graphs of a model, captured as they are needed.
+
+    Args:
+        model: with its weights loaded.
+        attention: its backend.
+        max_num_seqs: the largest batch.
+        max_model_len: the longest sequence.
+    """
+
+    def __init__(
+        self, model: CausalLM, attention: GraphAttention, max_num_seqs: int, max_model_len: int, device: torch.device
+    ) -> None:
+        self._model, self._attention, self._device = model, attention, device
+        self._max_model_len = max_model_len
+        self.sizes = graph_sizes(max_num_seqs)
+        self._graphs: dict[int, _DecodeGraph] = {}
+        self._npu: Any = torch.get_device_module(device)
+        self._pool: Any = None
+
+    def run(self, token_ids: list[int], positions: list[int], rows: list[SequenceSlice]) -> Tensor:
+        """[B, vocab_size] logits of B rows of one token each; overwritten by the next run.
+
+        Args:
+            token_ids, positions: of the rows.
+            rows: where their keys and values lie.
+        """
+        size = next(size for size in self.sizes if size >= len(rows))
+        entry = self._graphs.get(size) or self._allocate(size)
+        padding = [SequenceSlice(place, 1, (self._attention.spare_slot,)) for place in range(size - len(rows))]
+        zeros = [0] * len(padding)
+        entry.staged.copy_(torch.tensor([token_ids + zeros, positions + zeros]))
+        entry.inputs.copy_(entry.staged, non_blocking=True)
+        update = self._attention.fill(entry.metadata, [*rows, *padding])
+        if entry.logits is None:
+            self._capture(entry)
+        entry.graph.update(cpu_update_input=[update])
+        entry.graph.replay()
+        assert entry.logits is not None
+        return entry.logits[: len(rows)]
+
+    def _allocate(self, size: int) -> _DecodeGraph:
+        staged = torch.zeros(2, size, dtype=torch.long).pin_memory()
+        metadata = self._attention.graph_metadata(size, self._max_model_len)
+        self._graphs[size] = _DecodeGraph(staged, staged.to(self._device), metadata)
+        return self._graphs[size]
+
+    def _capture(self, entry: _DecodeGraph) -> None:
+        context = ForwardContext(self._attention, entry.metadata)
+        self._forward(entry, context)  # what is computed once, such as rotary tables, stays outside of the graph
+        entry.graph = self._npu.NPUGraph()
+        self._pool = self._pool or self._npu.graph_pool_handle()
+        with self._npu.graph(entry.graph, pool=self._pool, auto_dispatch_capture=True):
+            entry.logits = self._forward(entry, context)
+
+    def _forward(self, entry: _DecodeGraph, context: ForwardContext) -> Tensor:
+        hidden: Tensor = self._model(entry.inputs[0], entry.inputs[1], context)
+        return self._model.compute_logits(hidden)
