@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -15,6 +16,16 @@ def pytest_configure(config: pytest.Config) -> None:
     """What torch_npu says of itself, once a process, is nothing that a test did."""
     for message in ("Cannot create tensor with internal format", "Device do not support double dtype", "TypedStorage"):
         config.addinivalue_line("filterwarnings", f"ignore:{message}:UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def _same_environment() -> Iterator[None]:
+    """What an engine presets stays out of the processes that other tests start."""
+    before = dict(os.environ)
+    yield
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(autouse=True)
