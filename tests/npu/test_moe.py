@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch_npu
 
+from npu_zoo.simulator.errors import NoSemantics
+
 TOKENS, EXPERTS, WIDTH, INNER, K = 7, 8, 32, 16, 3
 
 
@@ -70,6 +72,89 @@ def test_rows_of_other_ranks_stay_out() -> None:
     assert row_index.cpu()[outside].tolist() == [-1] * int(outside.sum())
 
 
+@pytest.mark.chip("ascend910b")
+@pytest.mark.parametrize("kind", [0, 1, 2])
+@pytest.mark.parametrize("bounds", [(0, EXPERTS), (2, 6)])
+def test_how_many_tokens_each_expert_takes(kind: int, bounds: tuple[int, int]) -> None:
+    first, end = bounds
+    indices = torch.tensor([[0, 3, 5], [3, 5, 7], [5, 2, 0]], dtype=torch.int32)
+    found = torch_npu.npu_moe_init_routing_v2(
+        torch.randn(3, WIDTH).half().npu(), indices.npu(), active_num=9, expert_num=EXPERTS,
+        expert_tokens_num_type=kind, expert_tokens_num_flag=True, active_expert_range=[first, end], quant_mode=-1,
+    )[2].cpu().tolist()  # fmt: skip
+    counts = [indices.flatten().tolist().count(expert) for expert in range(first, end)]
+    pairs = [[expert, counts[expert - first]] for expert in range(first, end) if counts[expert - first]]
+    expected = {
+        0: [sum(counts[: i + 1]) for i in range(len(counts))],
+        1: counts,
+        2: pairs + [[0, 0]] * (EXPERTS - len(pairs)),
+    }
+    assert found == expected[kind]
+
+
+@pytest.mark.chip("ascend910b")
+def test_numbers_that_are_not_asked_for_are_not_there() -> None:
+    x, indices = torch.randn(3, WIDTH).half(), torch.tensor([[0, 1], [2, 3], [1, 0]], dtype=torch.int32)
+    numbers = torch_npu.npu_moe_init_routing_v2(
+        x.npu(), indices.npu(), expert_num=4, active_expert_range=[0, 4], quant_mode=-1
+    )[2]
+    assert numbers.cpu().tolist() == [0] * 4
+
+
+@pytest.mark.chip("ascend910b")
+@pytest.mark.parametrize("active_num", [9, 4])
+def test_both_kinds_of_indices(active_num: int) -> None:
+    x, scale = torch.randn(3, WIDTH).half(), torch.rand(3)
+    indices = torch.tensor([[4, 0, 2], [2, 4, 6], [0, 2, 5]], dtype=torch.int32)
+    arguments = {
+        "active_num": active_num, "expert_num": EXPERTS, "expert_tokens_num_type": 1, "expert_tokens_num_flag": True,
+        "active_expert_range": [2, 6], "quant_mode": -1, "scale": scale.npu(),
+    }  # fmt: skip
+    gather = torch_npu.npu_moe_init_routing_v2(x.npu(), indices.npu(), row_idx_type=0, **arguments)
+    scatter = torch_npu.npu_moe_init_routing_v2(x.npu(), indices.npu(), row_idx_type=1, **arguments)
+    order = [2, 3, 7, 0, 4, 8]  # of the flat indices: experts 2, 2, 2, 4, 4, 5
+    assert scatter[1].cpu().tolist()[:6] == order
+    assert [int(gather[1][flat]) for flat in order] == list(range(6))
+    assert sorted(gather[1].cpu().tolist())[:3] == [-1] * 3
+    for rows, _, counts, scales in (gather, scatter):
+        assert counts.cpu().tolist() == [3, 0, 2, 1]
+        assert rows.shape == (active_num, WIDTH)
+        for position, flat in enumerate(order[:active_num]):
+            assert torch.equal(rows[position].cpu(), x[flat // 3])
+            assert float(scales[position]) == float(scale[flat // 3])
+
+
+@pytest.mark.chip("ascend910b")
+@pytest.mark.parametrize("shared", [False, True])
+def test_routing_with_eight_bits_and_smooth_scales(shared: bool) -> None:
+    x = torch.randn(TOKENS, WIDTH).half()
+    indices = torch.stack([torch.randperm(EXPERTS)[:K] for _ in range(TOKENS)]).int()
+    smooth = torch.rand(1 if shared else 4, WIDTH) + 0.5
+    codes, row_index, _, scales = torch_npu.npu_moe_init_routing_v2(
+        x.npu(), indices.npu(), scale=smooth.npu(), active_num=TOKENS * K, expert_num=EXPERTS,
+        expert_tokens_num_type=1, expert_tokens_num_flag=True, active_expert_range=[2, 6], quant_mode=1,
+    )  # fmt: skip
+    seen = 0
+    for token in range(TOKENS):
+        for slot, expert in enumerate(indices[token].tolist()):
+            if not 2 <= expert < 6:
+                continue
+            position = int(row_index[token * K + slot])
+            wide = x[token].double() * smooth[0 if shared else expert - 2].double()
+            step = float(wide.abs().max()) / 127
+            assert float(scales[position]) == pytest.approx(step, rel=1e-5)
+            assert float((codes[position].cpu() - wide / step).abs().max()) <= 0.51
+            seen += 1
+    assert seen == int(((indices >= 2) & (indices < 6)).sum())
+
+
+@pytest.mark.chip("ascend910b")
+def test_where_the_rows_of_experts_end() -> None:
+    experts = torch.tensor([0, 0, 2, 2, 2, 5], dtype=torch.int32)
+    found = torch_npu.npu_moe_compute_expert_tokens(experts.npu(), 7)
+    assert (found.dtype, found.cpu().tolist()) == (torch.int32, [2, 2, 5, 5, 5, 6, 6])
+
+
 @pytest.mark.chip("ascend310p")
 def test_routing_on_310p_counts_cumulatively() -> None:
     x = torch.randn(TOKENS, WIDTH).half()
@@ -93,6 +178,86 @@ def test_groups_that_end_where_they_end() -> None:
     )[0]
     expected = torch.cat([rows[:2].double() @ weight[0].double(), rows[2:].double() @ weight[2].double()])
     torch.testing.assert_close(found.cpu().double(), expected, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.chip("ascend910b")
+@pytest.mark.parametrize("split_item", [0, 1, 2, 3])
+def test_products_of_pairs_of_tensors(split_item: int) -> None:
+    rows = [torch.randn(size, WIDTH).half() for size in (2, 1, 4)]
+    weights = [torch.randn(WIDTH, 48).half() for _ in rows]
+    biases = [torch.randn(48).half() for _ in rows]
+    found = torch_npu.npu_grouped_matmul(
+        x=[one.npu() for one in rows], weight=[one.npu() for one in weights], bias=[one.npu() for one in biases],
+        split_item=split_item, group_type=-1 if split_item < 2 else 0,
+        group_list=None if split_item < 2 else torch.tensor([2, 3, 7]).npu(),
+    )  # fmt: skip
+    expected = [x.double() @ w.double() + b.double() for x, w, b in zip(rows, weights, biases, strict=True)]
+    if split_item > 1:
+        expected = [torch.cat(expected)]
+    assert len(found) == len(expected)
+    for one, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.cpu().double(), wanted, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.chip("ascend910b")
+def test_groups_named_by_a_list_of_numbers() -> None:
+    rows, weights = torch.randn(6, WIDTH).half(), [torch.randn(WIDTH, 48).half() for _ in range(3)]
+    found = torch_npu.npu_grouped_matmul([rows.npu()], [one.npu() for one in weights], group_list=[1, 4, 6])
+    expected = [part.double() @ w.double() for part, w in zip(rows.split([1, 3, 2]), weights, strict=True)]
+    for one, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.cpu().double(), wanted, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.chip("ascend910b")
+def test_groups_named_by_pairs() -> None:
+    rows, weight = (
+        torch.randint(-9, 9, (5, WIDTH), dtype=torch.int8),
+        torch.randint(-9, 9, (3, WIDTH, 32)).to(torch.int8),
+    )
+    scale, tokens = (torch.rand(3, 32) / 100).bfloat16(), torch.rand(5)
+    found = torch_npu.npu_grouped_matmul(
+        x=[rows.npu()], weight=[weight.npu()], scale=[scale.npu()], per_token_scale=[tokens.npu()], split_item=3,
+        group_type=0, group_list_type=2, group_list=torch.tensor([[0, 1], [2, 3], [0, 0]]).npu(),
+        output_dtype=torch.bfloat16,
+    )[0]  # fmt: skip
+    for row, expert in enumerate((0, 2, 2, 2)):
+        expected = (rows[row].long() @ weight[expert].long()).double() * scale[expert].double() * tokens[row].double()
+        torch.testing.assert_close(found[row].cpu().double(), expected, atol=1e-3, rtol=2**-7)
+
+
+@pytest.mark.chip("ascend910b")
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_experts_with_weights_of_few_bits(bits: int, groups: int) -> None:
+    limit = 1 << (bits - 1)
+    rows, codes = torch.randn(6, 64).half(), torch.randint(-limit, limit, (2, 64, 32), dtype=torch.int32)
+    scale, offset = (torch.rand(2, groups, 32) / 20).half(), torch.randint(-3, 3, (2, groups, 32)).half()
+    if bits == 8:
+        weight = codes.to(torch.int8).npu()
+    else:
+        weight = torch_npu.npu_convert_weight_to_int4pack(codes.flatten(0, 1).npu()).view(2, 64, 4)
+    given = [values if groups > 1 else values[:, 0].contiguous() for values in (scale, offset)]
+    found = torch_npu.npu_grouped_matmul(
+        x=[rows.npu()], weight=[weight], antiquant_scale=[given[0].npu()], antiquant_offset=[given[1].npu()],
+        split_item=2, group_type=0, group_list_type=1, group_list=torch.tensor([4, 2]).npu(),
+    )[0]  # fmt: skip
+    for row in range(6):
+        expert = 0 if row < 4 else 1
+        expected = torch.zeros(32, dtype=torch.float64)
+        for depth in range(64):
+            group = depth * groups // 64
+            restored = (codes[expert, depth] + offset[expert, group].double()) * scale[expert, group].double()
+            expected += rows[row, depth].double() * restored
+        torch.testing.assert_close(found[row].cpu().double(), expected, atol=5e-2, rtol=5e-3)
+
+
+@pytest.mark.chip("ascend910b")
+def test_an_activation_in_the_product_has_no_semantics() -> None:
+    rows, weight = torch.randn(4, WIDTH).half().npu(), torch.randn(2, WIDTH, 32).half().npu()
+    with pytest.raises(NoSemantics, match="act_type"):
+        torch_npu.npu_grouped_matmul(
+            x=[rows], weight=[weight], split_item=2, group_type=0, act_type=1, group_list=torch.tensor([1, 4]).npu()
+        )
 
 
 def grouped_choice(
@@ -121,6 +286,23 @@ def test_sigmoid_gating_by_groups(best: int) -> None:
         assert indices[token].cpu().tolist() == expected
         total = sum(scores[e] for e in expected)
         torch.testing.assert_close(found[token].cpu(), torch.tensor([scores[e] / total * 2.5 for e in expected]))
+
+
+@pytest.mark.chip("ascend910b")
+@pytest.mark.parametrize("wanted", [False, True])
+def test_softmax_gating_with_a_bias_for_the_choice(wanted: bool) -> None:
+    logits, bias = torch.randn(TOKENS, EXPERTS), torch.randn(EXPERTS)
+    found, indices, shares = torch_npu.npu_moe_gating_top_k(
+        logits.npu(), k=K, bias=bias.npu(), norm_type=0, routed_scaling_factor=1.5, out_flag=wanted
+    )
+    expected = logits.double().exp() / logits.double().exp().sum(-1, keepdim=True)
+    for token in range(TOKENS):
+        best = sorted(range(EXPERTS), key=lambda e: -float(expected[token, e] + bias[e]))[:K]
+        assert indices[token].cpu().tolist() == best
+        torch.testing.assert_close(found[token].cpu().double(), expected[token, best] * 1.5, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        shares.cpu().double(), expected if wanted else torch.zeros_like(expected), atol=1e-6, rtol=1e-5
+    )
 
 
 @pytest.mark.chip("ascend910b")

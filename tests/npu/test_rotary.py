@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch_npu
@@ -37,12 +39,32 @@ def test_rotary_mul(pairs: bool) -> None:
     torch.testing.assert_close(found.cpu()[0].double(), turned(x[0], pairs=pairs), atol=5e-3, rtol=5e-3)
 
 
-def test_apply_rotary_pos_emb() -> None:
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "BNSD": lambda x: x.transpose(1, 2).contiguous(),
+    "SBND": lambda x: x.transpose(0, 1).contiguous(),
+    "TND": lambda x: x[0],
+}
+
+
+@pytest.mark.chip("ascend910b")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tables_spread_over_the_heads(layout: str) -> None:
+    x = torch.randn(1, TOKENS, HEADS, SIZE).half()
+    tensors = [LAYOUTS[layout](tensor).npu() for tensor in (x, *tables(SIZE, pairs=False))]
+    expected = LAYOUTS[layout](turned(x, pairs=False))
+    torch.testing.assert_close(torch_npu.npu_rotary_mul(*tensors).cpu().double(), expected, atol=5e-3, rtol=5e-3)
+
+
+@pytest.mark.parametrize("layout", ["BSND", "TND"])
+def test_apply_rotary_pos_emb(layout: str) -> None:
     query, key = torch.randn(1, TOKENS, HEADS, SIZE).half(), torch.randn(1, TOKENS, 1, SIZE).half()
-    cos, sin = tables(SIZE, pairs=False)
-    found = torch_npu.npu_apply_rotary_pos_emb(query.npu(), key.npu(), cos.npu(), sin.npu(), layout="BSND")
-    for one, x in zip(found, (query, key), strict=True):
-        torch.testing.assert_close(one.cpu()[0].double(), turned(x[0], pairs=False), atol=5e-3, rtol=5e-3)
+    tensors = [query, key, *tables(SIZE, pairs=False)]
+    device = [(tensor if layout == "BSND" else tensor[0]).npu() for tensor in tensors]
+    found = torch_npu.npu_apply_rotary_pos_emb(*device, layout=layout)
+    for one, updated, x in zip(found, device[:2], (query, key), strict=True):
+        expected = turned(x[0], pairs=False)
+        torch.testing.assert_close(one.cpu().view(TOKENS, -1, SIZE).double(), expected, atol=5e-3, rtol=5e-3)
+        assert torch.equal(updated.cpu(), one.cpu())  # in place as well
 
 
 @pytest.mark.chip("ascend910b")

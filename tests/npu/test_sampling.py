@@ -28,3 +28,26 @@ def test_top_k_and_top_p() -> None:
         expected = kept(logits[row].tolist(), int(k[row]), float(p[row]))
         assert set((found[row] > float("-inf")).nonzero().flatten().tolist()) == expected
         assert torch.equal(found[row][list(expected)], logits[row][list(expected)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_one_of_the_two_alone(dtype: torch.dtype) -> None:
+    logits = (torch.randperm(40).view(1, 40) / 8).to(dtype)  # exact, and without ties
+    k, p = torch.tensor([7], dtype=torch.int32), torch.tensor([0.75], dtype=dtype)
+    for given, expected in (({"k": k.npu()}, kept(logits[0].tolist(), 7, 1.0)), ({"p": p.npu()}, None)):
+        found = torch_npu.npu_top_k_top_p(logits.npu(), **given).cpu()
+        assert found.dtype is dtype
+        wanted = expected or kept(logits[0].tolist(), 40, 0.75)
+        assert set((found[0] > float("-inf")).nonzero().flatten().tolist()) == wanted
+        assert torch.equal(found[0][list(wanted)], logits[0][list(wanted)])
+
+
+def test_the_best_stays_and_so_do_ties_for_the_last_place() -> None:
+    logits = torch.tensor([[3.0, 1.0, 2.0, 2.0], [0.5, 4.0, 4.0, 1.0]])
+    k = torch.tensor([2, 1], dtype=torch.int32)
+    found = torch_npu.npu_top_k_top_p(logits.npu(), k=k.npu()).cpu() > float("-inf")
+    assert found.tolist() == [[True, False, True, True], [False, True, True, False]]
+    p = torch.tensor([0.0, 0.0])
+    found = torch_npu.npu_top_k_top_p(logits.npu(), p=p.npu()).cpu() > float("-inf")
+    assert found.sum(-1).tolist() == [1, 1]
+    assert bool(found[0, 0])

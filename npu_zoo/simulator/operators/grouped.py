@@ -96,7 +96,9 @@ def _each(parts: Tensors | None, groups: int) -> list[Any]:
     """One entry per group: of a list, or of one tensor whose first dimension is the groups."""
     if not parts:
         return [None] * groups
-    return list(parts) if len(parts) == groups else list(parts[0])
+    if len(parts) != groups or (groups == 1 and parts[0].dim() == 3):
+        return list(parts[0])
+    return list(parts)
 
 
 def _product(

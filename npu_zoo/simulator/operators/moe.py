@@ -12,7 +12,7 @@ from npu_zoo.simulator.golden import golden
 from npu_zoo.simulator.operators.quantization import quantize_rows
 
 CUMULATIVE, COUNTS = 0, 1
-Results4 = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Results4 = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]
 
 
 @golden("npu::npu_moe_gating_top_k")
@@ -30,7 +30,7 @@ def npu_moe_gating_top_k(
     out_flag: bool = False,
     routed_scaling_factor: float = 1.0,
     eps: float = 1e-20,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Scores, a choice of groups, then of experts; the bias counts for the choice alone.
 
     Source: op-plugin, torch_npu-npu_moe_gating_top_k.md.
@@ -46,7 +46,7 @@ def npu_moe_gating_top_k(
     if norm_type == 1:
         weights = weights / (weights.sum(-1, keepdim=True) + eps)
     weights = (weights * routed_scaling_factor).to(x.dtype)
-    return weights, indices.int(), scores if out_flag else torch.empty_like(scores)
+    return weights, indices.int(), scores if out_flag else None
 
 
 def _within_groups(choice: torch.Tensor, groups: int, kept: int, *, by_two_best: bool) -> torch.Tensor:
@@ -109,6 +109,8 @@ def npu_moe_init_routing_v2(
 ) -> Results4:
     """Tokens in the order of their experts, without drops. Rows that no active expert takes are zero.
 
+    ``active_num`` cuts the rows off, and not the indices into them.
+
     On 310P the numbers are cumulative whatever is asked for, and the fourth result is each expert's count.
 
     Source: op-plugin, torch_npu-npu_moe_init_routing_v2.md.
@@ -125,11 +127,11 @@ def npu_moe_init_routing_v2(
     expanded = torch.zeros(rows, x.shape[1], dtype=x.dtype)
     expanded[:used] = x[order[:used] // k]
     counts = torch.bincount((flat[active] - first).long(), minlength=end - first)
+    row = _row_index(order, int(active.sum()), tokens * k, scattered=row_idx_type == 1)
     if _on_310p():
-        row = _row_index(order, used, tokens * k, scattered=row_idx_type == 1)
         return expanded, row, counts.cumsum(0).int(), torch.bincount(flat.long(), minlength=expert_num).int()
-    row = _row_index(order, used, tokens * k, scattered=row_idx_type == 1)
-    tokens_per_expert = _token_numbers(counts, first, expert_tokens_num_type)
+    kind = expert_tokens_num_type if expert_tokens_num_flag else None
+    tokens_per_expert = _token_numbers(counts, first, expert_num, kind)
     if quant_mode == 1:
         smooth = None if scale is None else scale.float()[(flat[order[:used]] - first).long() % scale.shape[0]]
         codes, scales = _quantized(expanded, smooth, used)
@@ -151,13 +153,15 @@ def _row_index(order: torch.Tensor, used: int, total: int, *, scattered: bool) -
     return row
 
 
-def _token_numbers(counts: torch.Tensor, first: int, kind: int) -> torch.Tensor:
+def _token_numbers(counts: torch.Tensor, first: int, experts: int, kind: int | None) -> torch.Tensor | None:
+    if kind is None:
+        return None
     if kind == CUMULATIVE:
         return counts.cumsum(0)
     if kind == COUNTS:
         return counts
-    pairs = torch.stack([torch.arange(first, first + len(counts)), counts], 1)
-    return torch.cat([pairs[counts > 0], torch.zeros(int((counts == 0).sum()), 2, dtype=torch.int64)])
+    pairs = torch.stack([torch.arange(first, first + len(counts)), counts], 1)[counts > 0]
+    return torch.cat([pairs, torch.zeros(experts - len(pairs), 2, dtype=torch.int64)])
 
 
 def _scales(scale: torch.Tensor, order: torch.Tensor, k: int, rows: int, used: int) -> torch.Tensor:
@@ -171,6 +175,13 @@ def _quantized(x: torch.Tensor, smooth: torch.Tensor | None, used: int) -> tuple
     if smooth is not None:
         wide[:used] = wide[:used] * smooth
     return quantize_rows(wide)
+
+
+@golden("npu::npu_moe_compute_expert_tokens")
+def npu_moe_compute_expert_tokens(sorted_expert_for_source_row: torch.Tensor, num_expert: int) -> torch.Tensor:
+    """Where each expert's rows end. Source: op-plugin, torch_npu-npu_moe_compute_expert_tokens.md."""
+    experts = torch.arange(num_expert, dtype=sorted_expert_for_source_row.dtype)
+    return torch.searchsorted(sorted_expert_for_source_row, experts, right=True, out_int32=True)
 
 
 @golden("npu::npu_moe_token_permute")
