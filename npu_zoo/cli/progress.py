@@ -23,11 +23,15 @@ class RunProgress(AbstractContextManager["RunProgress"]):
     Attributes:
         tokens: output tokens so far.
         first_token_s: seconds to the first token of all; None before it.
+
+    Args:
+        timed: whether speeds mean something; those of a simulated device do not.
     """
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, *, timed: bool = True) -> None:
         self.total = total
         self.done = 0
+        self._timed = timed
         self.first_token_s: float | None = None
         self._tokens: dict[str, int] = {}
         self._start = self._last_line = time.monotonic()
@@ -62,7 +66,7 @@ class RunProgress(AbstractContextManager["RunProgress"]):
         if self.first_token_s is None:
             self.first_token_s = self.seconds
         if self._bar:
-            self._bar.update(self._bar.task_ids[0], completed=self.done, speed=f"{self._speed():.1f} tokens/s")
+            self._bar.update(self._bar.task_ids[0], completed=self.done, speed=self._speed_text())
         elif self.total > 1 and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             print(self._line(), file=sys.stderr, flush=True)
@@ -70,8 +74,13 @@ class RunProgress(AbstractContextManager["RunProgress"]):
     def summary(self) -> str:
         """What was measured, in one line."""
         many = f"{self.done} of {self.total} prompts, " if self.total > 1 else ""
+        if not self._timed:
+            return f"{many}{self.tokens} tokens on a simulated device, whose speed says nothing"
         first = f", first token after {self.first_token_s:.2f} s" if self.first_token_s is not None else ""
         return f"{many}{self.tokens} tokens in {self.seconds:.2f} s: {self._speed():.1f} tokens/s{first}"
+
+    def _speed_text(self) -> str:
+        return f"{self._speed():.1f} tokens/s" if self._timed else "simulated"
 
     def _speed(self) -> float:
         return self.tokens / max(self.seconds, 1e-9)
@@ -79,7 +88,7 @@ class RunProgress(AbstractContextManager["RunProgress"]):
     def _line(self) -> str:
         left = self.seconds / self.done * (self.total - self.done) if self.done else None
         rest = f", {left:.0f} s left" if left is not None else ""
-        return f"{self.done}/{self.total} prompts, {self._speed():.1f} tokens/s{rest}"
+        return f"{self.done}/{self.total} prompts, {self._speed_text()}{rest}"
 
 
 class LoadingProgress(AbstractContextManager["LoadingProgress"]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -85,7 +86,11 @@ def run(
     with LoadingProgress() as loading:
         llm = LLM.from_config(config, progress=loading)
     with llm:
-        generate(llm, prompts, sampling_params, writer, chat=use_chat)
+        generate(llm, prompts, sampling_params, writer, chat=use_chat, timed=not _simulated(config))
+
+
+def _simulated(config: EngineConfig) -> bool:
+    return config.device == "npu" and bool(os.environ.get("NPU_ZOO_SIMULATE"))
 
 
 def _example(config: EngineConfig) -> Prompt:
@@ -104,10 +109,16 @@ def _use_chat(asked: bool | None, config: EngineConfig, prompts: Sequence[Prompt
 
 
 def generate(
-    llm: LLM, prompts: Sequence[Prompt], sampling_params: SamplingParams, writer: ResultWriter, *, chat: bool
+    llm: LLM,
+    prompts: Sequence[Prompt],
+    sampling_params: SamplingParams,
+    writer: ResultWriter,
+    *,
+    chat: bool,
+    timed: bool = True,
 ) -> None:
     """Run all prompts, write the results, and the speed on stderr; an interrupt writes what there is and is raised."""
-    progress = RunProgress(len(prompts))
+    progress = RunProgress(len(prompts), timed=timed)
     outputs: list[RequestOutput] = []
     try:
         with interrupt_guard() as guard, progress:

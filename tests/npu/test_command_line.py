@@ -65,3 +65,12 @@ def test_the_python_of_the_page_runs() -> None:
     done = run("-c", block.replace("atlas_800i_a2", PRODUCT))
     assert done.returncode == 0, done.stderr
     assert "1  aclnnRmsNorm" in done.stdout
+
+
+def test_a_model_runs_on_the_simulated_device_and_no_speed_is_printed() -> None:
+    done = run("-m", "npu_zoo", "run", "--model", "deepseek_coder", "--hardware", PRODUCT, "--prompt", "def add(a, b):",
+               "--max-tokens", "4", "--temperature", "0")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert "4 tokens on a simulated device, whose speed says nothing" in done.stderr
+    assert "tokens/s" not in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from npu_zoo.api import AttentionBackendSpec, DType, EngineSpec, KernelSpec, WeightFormatSpec, hookimpl
+from npu_zoo.plugins.native.ascend import ASCEND_BACKENDS, ASCEND_KERNELS
 
 _ALL: tuple[DType, ...] = ("float32", "bfloat16", "float16")
 
@@ -65,59 +66,13 @@ def register_kernels() -> list[KernelSpec]:
             priority=5,
             description="torch's own operator, on the weight as it is",
         ),
-        *_ascend_kernels(),
-    ]
-
-
-_TORCH_NPU = ("TASK_QUEUE_ENABLE",)
-"""What torch_npu reads on both chips. It refuses INF_NAN_MODE_ENABLE=0 on 910B, so that is left to 310P."""
-
-_HALVES: tuple[DType, ...] = ("bfloat16", "float16")
-
-
-def _ascend(operation: str, description: str, chip: str, dtypes: tuple[DType, ...], attribute: str = "") -> KernelSpec:
-    return KernelSpec(
-        name=f"{chip}_{operation}",
-        operation=operation,
-        chip=chip,
-        dtypes=dtypes,
-        implementation=f"npu_zoo.nn.kernels.ascend:{attribute or operation}",
-        requires=("torch_npu",),
-        description=description,
-    )
-
-
-def _ascend_kernels() -> list[KernelSpec]:
-    """What both chips share in the dtypes that each has, and what is one's own."""
-    shared = {
-        "rms_norm": "npu_rms_norm",
-        "add_rms_norm": "npu_add_rms_norm",
-        "rotary_embedding": "npu_apply_rotary_pos_emb",
-        "silu_and_mul": "npu_swiglu",
-    }
-    own = {
-        "interleaved_rotary_embedding": "npu_interleave_rope",
-        "head_linear": "npu_transpose_batchmatmul",
-        "route_tokens": "npu_moe_gating_top_k",
-        "experts": "npu_moe_init_routing_v2, npu_grouped_matmul, npu_moe_token_unpermute",
-    }
-    return [
-        *(_ascend(operation, text, "ascend910b", _HALVES) for operation, text in (shared | own).items()),
-        *(_ascend(operation, text, "ascend310p", ("float16",)) for operation, text in shared.items()),
-        _ascend("linear", "matmul with the weight in FRACTAL_NZ", "ascend310p", ("float16",), "FractalLinear"),
-        _ascend(
-            "linear",
-            "matmul on the weight as it is, stacked ones by npu_grouped_matmul",
-            "ascend910b",
-            _HALVES,
-            "PartsLinear",
-        ),
+        *ASCEND_KERNELS,
     ]
 
 
 @hookimpl
 def register_attention_backends() -> list[AttentionBackendSpec]:
-    """Paged and contiguous attention in plain torch, on any device that torch drives."""
+    """Attention in plain torch, on any device that torch drives, and by the fused operators of Ascend's chips."""
     return [
         AttentionBackendSpec(
             name="torch_paged",
@@ -150,67 +105,7 @@ def register_attention_backends() -> list[AttentionBackendSpec]:
             priority=0,
             description="one contiguous stretch of keys and values per sequence",
         ),
-        AttentionBackendSpec(
-            name="ascend910b_paged",
-            kind="paged",
-            chip="ascend910b",
-            dtypes=_HALVES,
-            implementation="npu_zoo.nn.attention.ascend:FusedPagedAttention",
-            reads=_TORCH_NPU,
-            head_dims=(128, 64),
-            block_sizes=(128, 64, 32, 16, 256, 512),
-            requires=("torch_npu",),
-            description="npu_fused_infer_attention_score over the paged cache, for prompts, chunks and decode",
-        ),
-        AttentionBackendSpec(
-            name="ascend910b_paged_latent",
-            kind="paged",
-            cache="latent",
-            chip="ascend910b",
-            dtypes=_HALVES,
-            implementation="npu_zoo.nn.attention.ascend_latent:FusedLatentAttention",
-            reads=_TORCH_NPU,
-            head_dims=(512,),
-            block_sizes=(128, 64, 32, 16),
-            requires=("torch_npu",),
-            description="fused attention over latents in blocks: absorbed for single tokens, expanded for prompts",
-        ),
-        AttentionBackendSpec(
-            name="ascend310p_paged",
-            kind="paged",
-            chip="ascend310p",
-            dtypes=("float16",),
-            implementation="npu_zoo.nn.attention.ascend_310p:AtbPagedAttention",
-            reads=(*_TORCH_NPU, "INF_NAN_MODE_ENABLE", "ATB_*"),
-            head_dims=(128, 64),
-            block_sizes=(128, 64),
-            requires=("torch_npu",),
-            description="_npu_paged_attention and _npu_paged_attention_splitfuse_v2 over a cache in FRACTAL_NZ",
-        ),
-        AttentionBackendSpec(
-            name="ascend310p_flash",
-            kind="flash",
-            chip="ascend310p",
-            dtypes=("float16",),
-            implementation="npu_zoo.nn.attention.ascend_310p:AtbContiguousAttention",
-            reads=(*_TORCH_NPU, "INF_NAN_MODE_ENABLE", "ATB_*"),
-            head_dims=(128, 64),
-            prefix_caching=False,
-            requires=("torch_npu",),
-            description="the same operators over one contiguous stretch per sequence",
-        ),
-        AttentionBackendSpec(
-            name="ascend910b_flash",
-            kind="flash",
-            chip="ascend910b",
-            dtypes=_HALVES,
-            implementation="npu_zoo.nn.attention.ascend:FusedContiguousAttention",
-            reads=_TORCH_NPU,
-            head_dims=(128, 64),
-            prefix_caching=False,
-            requires=("torch_npu",),
-            description="npu_fused_infer_attention_score over one contiguous stretch per sequence",
-        ),
+        *ASCEND_BACKENDS,
     ]
 
 
