@@ -159,3 +159,27 @@ def test_bfloat16_is_refused_on_310p() -> None:
 def test_blocks_too_large_for_310p_are_refused() -> None:
     with pytest.raises(HardwareError, match="block size 256"):
         LLM(model="deepseek_coder:demo", hardware=PRODUCT, dtype="float16", block_size=256)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0.8, "top_p": 0.9, "top_k": 40},
+        {"temperature": 1.0, "min_p": 0.05, "n": 3},
+        {"temperature": 0.7, "repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.2},
+    ],
+    ids=["top", "several", "penalties"],
+)
+def test_draws_depend_on_the_request_alone(params: dict[str, Any]) -> None:
+    wanted = SamplingParams(max_tokens=10, seed=3, **params)
+    together = engine("deepseek_coder", PRODUCT, "float16").generate(TEXTS, wanted)
+    alone = [engine("deepseek_coder", PRODUCT, "float16").generate([text], wanted)[0] for text in TEXTS]
+    eager = engine("deepseek_coder", PRODUCT, "float16", enforce_eager=True).generate(TEXTS, wanted)
+    tokens = [[[c.token_ids for c in o.outputs] for o in outputs] for outputs in (together, alone, eager)]
+    assert tokens[0] == tokens[1] == tokens[2]
+
+
+def test_penalties_equal_the_cpus() -> None:
+    wanted = SamplingParams(temperature=0, max_tokens=10, repetition_penalty=1.3, presence_penalty=0.5, logprobs=2)
+    reference = engine("deepseek_coder", "cpu", "float16").generate(TEXTS, wanted)
+    compare(reference, engine("deepseek_coder", PRODUCT, "float16").generate(TEXTS, wanted), BOUND["float16"])
