@@ -55,7 +55,10 @@ test: $(STAMP)-dev $(NPU_STAMP)
 ## make test-npu the real torch_npu on a simulated Ascend runtime, one process per product
 test-npu: $(NPU_STAMP)
 	@test "$(TORCH_NPU)" != none || echo "TORCH_NPU=none: tests on simulated NPUs are left out"
-	@test "$(TORCH_NPU)" = none || for product in $(PRODUCTS); do \
+	@test "$(TORCH_NPU)" = none || $(BIN)/python -c 'from npu_zoo.simulator.build import compiler; compiler()' 2>/dev/null \
+	  || echo "no C compiler (CC, cc, gcc, clang): tests on simulated NPUs are left out"
+	@test "$(TORCH_NPU)" = none || ! $(BIN)/python -c 'from npu_zoo.simulator.build import compiler; compiler()' 2>/dev/null \
+	  || for product in $(PRODUCTS); do \
 	  echo "tests on a simulated $$product"; \
 	  NPU_ZOO_SIMULATE=$$product OMP_NUM_THREADS=1 $(VENV_NPU)/bin/python -m pytest -n $(JOBS) --dist worksteal \
 	    tests/npu $(NPU_ARGS) || exit 1; \

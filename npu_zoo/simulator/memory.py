@@ -30,14 +30,6 @@ class DeviceMemory:
         typed = self._typed(tensor.dtype)
         return typed.as_strided(tensor.shape, tensor.stride(), (address - self._base) // typed.itemsize)
 
-    def bytes_at(self, address: int, size: int) -> torch.Tensor:
-        """The bytes at an address of the device."""
-        return self._by_dtype[torch.uint8][address - self._base :][:size]
-
-    def holds(self, address: int) -> bool:
-        """Whether an address is one of the device's."""
-        return 0 <= address - self._base < self._by_dtype[torch.uint8].numel()
-
     def _typed(self, dtype: torch.dtype) -> torch.Tensor:
         if dtype not in self._by_dtype:
             with torch.inference_mode(False):

@@ -27,7 +27,7 @@ _KEY, _AUTOGRAD_KEY = "PrivateUse1", "AutogradPrivateUse1"
 NATIVE_PREFIXES = (
     "empty", "new_empty", "set_", "resize", "_resize", "view", "as_strided", "_reshape_alias", "squeeze", "unsqueeze",
     "unfold", "is_pinned", "_pin_memory", "pin_memory", "record_stream", "_has_same_storage", "_conj", "_neg_view",
-    "contiguous", "_to_copy", "_local_scalar_dense", "item", "is_set_to", "_copy_from", "detach", "lift", "_foobar",
+    "contiguous", "_to_copy", "_local_scalar_dense", "item", "is_set_to", "_copy_from", "detach", "lift",
 )  # fmt: skip
 """aten operators that touch metadata, or copy bytes through the runtime: torch_npu's own code does them right."""
 

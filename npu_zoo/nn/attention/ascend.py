@@ -213,8 +213,10 @@ class FusedPagedAttention(AttentionBackend, GraphAttention):
         return attended
 
 
-class FusedContiguousAttention(FusedPagedAttention):
-    """The same over one stretch of memory per sequence: a block table that never changes."""
+class TiledSlots(GraphAttention):
+    """Makes a paged backend contiguous: a sequence's slot is a run of tiles, a block table that never changes."""
+
+    layout: CacheLayout
 
     def _blocks(self, layout: CacheLayout) -> tuple[int, int]:
         self._tiles = -(-layout.slot_size // TILE)
@@ -222,15 +224,20 @@ class FusedContiguousAttention(FusedPagedAttention):
 
     def fill(self, metadata: AttentionMetadata, rows: list[SequenceSlice]) -> dict[str, Any]:
         """See :meth:`GraphAttention.fill`; a row of padding lies in the spare block, which is none of a slot's."""
-        own = self.layout.num_slots * self._tiles
-        blocks = [row if row.slots[0] == own else tiled(row, self.layout.slot_size, self._tiles) for row in rows]
-        return super().fill(metadata, blocks)
+        spare = (self.spare_slot,)
+        return super().fill(metadata, [row if row.slots == spare else self._tiled(row) for row in rows])  # type: ignore[safe-super]
 
-    def prepare(self, rows: list[SequenceSlice]) -> FusedMetadata:
-        """See :func:`plan_step`.
+    def prepare(self, rows: list[SequenceSlice]) -> Any:
+        """Turn a step's rows into what the operators take.
 
         Raises:
             EngineError: a row is longer than a slot, or has not exactly one.
         """
-        planned = plan_step([tiled(row, self.layout.slot_size, self._tiles) for row in rows], TILE, self.device)
-        return replace(planned, rows=rows)
+        return replace(super().prepare([self._tiled(row) for row in rows]), rows=rows)  # type: ignore[safe-super]
+
+    def _tiled(self, row: SequenceSlice) -> SequenceSlice:
+        return tiled(row, self.layout.slot_size, self._tiles)
+
+
+class FusedContiguousAttention(TiledSlots, FusedPagedAttention):
+    """The same over one stretch of memory per sequence."""

@@ -5,7 +5,7 @@ The chip has no other fused attention over pages. Single tokens and rows of seve
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,11 @@ from torch import Tensor
 
 from npu_zoo.core.attention import AttentionBackend, AttentionMetadata, CacheLayout, GraphAttention, SequenceSlice
 from npu_zoo.core.errors import EngineError, HardwareError
-from npu_zoo.nn.attention.ascend import MASK_SIZE, FusedMetadata, StaticRows, plan_step
-from npu_zoo.nn.attention.contiguous import tiled
+from npu_zoo.nn.attention.ascend import MASK_SIZE, FusedMetadata, StaticRows, TiledSlots, plan_step
 from npu_zoo.nn.kernels.ascend import FRACTAL_NZ
 
 FRACTAL = 16
 MASKED = -10000.0
-TILE = 128
 BLOCK_VALUES = 128 * 128
 """Most values of one head that a block of the cache may hold."""
 
@@ -198,24 +196,5 @@ class AtbPagedAttention(AttentionBackend, GraphAttention):
         )
 
 
-class AtbContiguousAttention(AtbPagedAttention):
-    """The same over one stretch of memory per sequence: a block table that never changes."""
-
-    def _blocks(self, layout: CacheLayout) -> tuple[int, int]:
-        self._tiles = -(-layout.slot_size // TILE)
-        return TILE, layout.num_slots * self._tiles
-
-    def fill(self, metadata: AttentionMetadata, rows: list[SequenceSlice]) -> dict[str, Any]:
-        """See :meth:`GraphAttention.fill`; a row of padding lies in the spare block, which is none of a slot's."""
-        own = self.layout.num_slots * self._tiles
-        blocks = [row if row.slots[0] == own else tiled(row, self.layout.slot_size, self._tiles) for row in rows]
-        return super().fill(metadata, blocks)
-
-    def prepare(self, rows: list[SequenceSlice]) -> AtbMetadata:
-        """See :meth:`AtbPagedAttention.prepare`.
-
-        Raises:
-            EngineError: a row is longer than a slot, or has not exactly one.
-        """
-        planned = super().prepare([tiled(row, self.layout.slot_size, self._tiles) for row in rows])
-        return replace(planned, rows=rows)
+class AtbContiguousAttention(TiledSlots, AtbPagedAttention):
+    """The same over one stretch of memory per sequence."""
