@@ -12,13 +12,23 @@ from pathlib import Path
 from typing import Any, cast
 
 from npu_zoo.checkpoint import detect_format, has_chat_template
-from npu_zoo.core.config import _SEAL, AttentionChoice, EngineArgs, EngineConfig, KernelChoice
+from npu_zoo.core.config import (
+    _SEAL,
+    DEFAULT_KV_CACHE_FRACTION,
+    DEFAULT_MAX_NUM_BATCHED_TOKENS,
+    DEFAULT_MAX_NUM_SEQS,
+    AttentionChoice,
+    EngineArgs,
+    EngineConfig,
+    KernelChoice,
+)
 from npu_zoo.core.engine import Engine, Progress
 from npu_zoo.core.errors import ConfigError, HardwareError, UnsupportedError, UsageError, WeightsError
 from npu_zoo.core.features import Conflict, FeatureRow, Reason, Verdict
 from npu_zoo.core.hardware import ITEMSIZE, chip_of
 from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.core.specs import EngineSpec
+from npu_zoo.fitting import require_fit
 from npu_zoo.platforms.ascend import ascend_devices, visible_devices
 from npu_zoo.platforms.detection import total_memory
 from npu_zoo.platforms.environment import apply_presets, near_misses, presets
@@ -27,10 +37,6 @@ from npu_zoo.request import Request, bundled_directory, parse_dtype, read_reques
 from npu_zoo.selection import is_importable, select_attention, select_kernels
 
 __all__ = ["check", "create_engine", "parse_bytes", "parse_dtype", "resolve"]
-
-DEFAULT_MAX_NUM_SEQS = 64
-DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
-DEFAULT_KV_CACHE_FRACTION = 0.5
 
 
 def check(args: EngineArgs, registry: Registry | None = None) -> Verdict:
@@ -63,9 +69,9 @@ def resolve(args: EngineArgs, registry: Registry | None = None) -> EngineConfig:
         raise UnsupportedError(verdict)
     engine = _engine(args, request, registry)
     if args.weights is None:
-        _check_memory(request)
+        _check_memory(args, request)
     weights, config = _weights(args, request, registry)
-    _check_memory(request)
+    _check_memory(args, request)
     _check_split(request, config)
     _check_world_size(engine, request)
     chip = chip_of(request.hardware)
@@ -190,10 +196,13 @@ def _how_to_convert(request: Request, directory: Path, quantized: Any) -> str:
     return f"{text}convert it first:\n  {command.format(source=source, target=target)}\nthen --weights {target}"
 
 
-def _check_memory(request: Request) -> None:
-    """Refuse what the machine cannot hold at all, before anybody downloads or reads it; a CPU's memory is its own."""
+def _check_memory(args: EngineArgs, request: Request) -> None:
+    """Refuse what the machine cannot hold at all, before anybody downloads or reads it."""
     config, present = request.config, total_memory()
-    if request.hardware != "cpu" or config is None:
+    if config is None:
+        return
+    if request.hardware != "cpu":
+        require_fit(args, request, config)
         return
     needed = config.num_parameters * ITEMSIZE[request.dtype]
     if needed > present:
@@ -325,7 +334,7 @@ def _engine_config(
         max_num_seqs=args.max_num_seqs or DEFAULT_MAX_NUM_SEQS,
         max_num_batched_tokens=_max_num_batched_tokens(args, max_model_len, chunked=chunked),
         kv_cache_memory=parse_bytes(args.kv_cache_memory),
-        kv_cache_fraction=args.kv_cache_fraction or DEFAULT_KV_CACHE_FRACTION,
+        kv_cache_fraction=args.kv_cache_fraction or DEFAULT_KV_CACHE_FRACTION[chip_of(request.hardware).device],
         enable_prefix_caching=caching,
         enable_chunked_prefill=chunked,
         seed=args.seed or 0,
@@ -383,8 +392,8 @@ def _notes(args: EngineArgs, request: Request, row: FeatureRow, kernels: tuple[K
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
-def parse_bytes(value: Any) -> int | None:
-    """Bytes from a number or a text such as ``2GiB``, ``500 MB``.
+def parse_bytes(value: Any, name: str = "kv_cache_memory") -> int | None:
+    """Bytes from a number or a text such as ``2GiB``, ``500 MB``; ``name`` is what messages call it.
 
     Raises:
         ConfigError: it is neither, or not positive.
@@ -394,7 +403,5 @@ def parse_bytes(value: Any) -> int | None:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", str(value).lower())
     size = int(float(match.group(1)) * _UNITS.get(match.group(2), 0)) if match else 0
     if size < 1:
-        raise ConfigError(
-            f"kv_cache_memory={value!r} is no size; write bytes, or a number with KiB, MiB, GiB, KB, MB, GB"
-        )
+        raise ConfigError(f"{name}={value!r} is no size; write bytes, or a number with KiB, MiB, GiB, KB, MB, GB")
     return size

@@ -10,7 +10,7 @@ import typer
 from npu_zoo.cli.help import ZooCommand, ZooGroup
 from npu_zoo.cli.options import JsonFlag, request_options
 from npu_zoo.cli.output import print_json
-from npu_zoo.dispatch import DEFAULT_KV_CACHE_FRACTION, DEFAULT_MAX_NUM_BATCHED_TOKENS, DEFAULT_MAX_NUM_SEQS
+from npu_zoo.core.config import DEFAULT_KV_CACHE_FRACTION, DEFAULT_MAX_NUM_BATCHED_TOKENS, DEFAULT_MAX_NUM_SEQS
 from npu_zoo.settings import Settings
 
 DEFAULTS: dict[str, str] = {
@@ -33,7 +33,7 @@ DEFAULTS: dict[str, str] = {
     "max_num_seqs": str(DEFAULT_MAX_NUM_SEQS),
     "max_num_batched_tokens": str(DEFAULT_MAX_NUM_BATCHED_TOKENS),
     "kv_cache_memory": "what kv_cache_fraction gives",
-    "kv_cache_fraction": str(DEFAULT_KV_CACHE_FRACTION),
+    "kv_cache_fraction": ", ".join(f"{share} on {device}" for device, share in DEFAULT_KV_CACHE_FRACTION.items()),
     "enable_prefix_caching": "true, where the backend can share blocks",
     "enable_chunked_prefill": "true",
     "seed": "0",

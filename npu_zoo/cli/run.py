@@ -86,7 +86,21 @@ def run(
     with LoadingProgress() as loading:
         llm = LLM.from_config(config, progress=loading)
     with llm:
+        _tell_memory(llm.engine.explain(), config)
         generate(llm, prompts, sampling_params, writer, chat=use_chat, timed=not _simulated(config))
+
+
+def _tell_memory(explained: dict[str, Any], config: EngineConfig) -> None:
+    """How a device's memory is shared out, where the engine measured it."""
+    if explained.get("activation_bytes") is None:
+        return
+    weights, activations, cache = (
+        f"{explained[f'{name}_bytes'] / 2**30:,.2f} GiB" for name in ("parameter", "reserved", "kv_cache")
+    )
+    note(
+        f"memory of {config.hardware}: weights {weights}, {activations} kept for activations (measured), "
+        f"keys and values {cache} for {explained['kv_cache_tokens']:,} tokens"
+    )
 
 
 def _simulated(config: EngineConfig) -> bool:

@@ -12,6 +12,11 @@ from npu_zoo.core.features import Attention, FeatureRow
 from npu_zoo.core.hardware import DType
 from npu_zoo.core.model_config import FimFormat, ModelConfig, PromptFormat, ReasoningFormat
 
+DEFAULT_MAX_NUM_SEQS = 64
+DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
+DEFAULT_KV_CACHE_FRACTION = {"cpu": 0.5, "cuda": 0.9, "npu": 0.9}
+"""By device: a CPU's memory is shared with everything else on the machine."""
+
 
 class EngineArgs(BaseModel):
     """What was asked for; ``None`` is unset. Everything is checked by :func:`npu_zoo.dispatch.resolve`."""

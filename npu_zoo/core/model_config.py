@@ -82,6 +82,15 @@ class RopeScaling(BaseModel):
         return f"{self.kind} {self.factor:g}" + (f" ({listed})" if listed else "")
 
 
+VOCAB_MULTIPLE = 64
+"""Vocabularies are padded to a multiple of this, so that ranks can share them evenly whatever their size."""
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """Rows that a vocabulary's tables have."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
 class MoEConfig(BaseModel):
     """A mixture of experts, under config.json's names (arXiv:2401.06066, arXiv:2412.19437).
 

@@ -124,12 +124,15 @@ class NativeEngine(Engine):
     def explain(self) -> dict[str, Any]:
         """See :meth:`Engine.explain`."""
         cache, attention = self.runner.cache, self.config.attention_choice
+        activations = self.runner.activations
         return {
             "engine": self.config.engine,
             "device": str(self.runner.device),
             "attention": {"backend": attention.backend, "block_size": attention.block_size, "reason": attention.reason},
             "kernels": {choice.operation: choice.kernel for choice in self.config.kernels},
             "parameter_bytes": self.runner.parameter_bytes,
+            "activation_bytes": activations.allocated if activations else None,
+            "reserved_bytes": activations.reserved if activations else None,
             "kv_cache_bytes": cache.num_bytes,
             "kv_cache_tokens": cache.num_tokens,
             "max_model_len": cache.max_model_len,

@@ -15,6 +15,7 @@ from npu_zoo.core.attention import CacheLayout, GraphAttention, LatentLayout, Se
 from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.engine import Progress
 from npu_zoo.core.errors import HardwareError, WeightsError
+from npu_zoo.engine.activations import Activations, largest_step, measure_activations, slots_of
 from npu_zoo.engine.graph import DecodeGraphs
 from npu_zoo.engine.scheduler import ScheduledRow
 from npu_zoo.nn.context import BuildContext, ForwardContext
@@ -58,8 +59,10 @@ class ModelRunner:
         self.device = _device(config)
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self.model = self._load_model(progress)
-        self.cache = plan_cache(config, self._bytes_per_token(), free_memory(self.device))
-        self.attention = self._create_attention()
+        self.activations = self._measure_activations()
+        free = max(0, free_memory(self.device) - (self.activations.reserved if self.activations else 0))
+        self.cache = plan_cache(config, self._bytes_per_token(), free)
+        self.attention = self._create_attention(self.cache.num_slots, self.cache.slot_size)
         self.graphs = self._create_graphs()
 
     def execute(self, rows: list[ScheduledRow]) -> tuple[Tensor, list[tuple[ScheduledRow, Tensor]]]:
@@ -144,7 +147,8 @@ class ModelRunner:
             raise HardwareError(
                 f"{self.config.model} takes {needed / 2**30:.1f} GiB in {self.config.dtype}, and "
                 f"{free / 2**30:.1f} GiB are free on {self.config.hardware}; "
-                "take a smaller variant, or a dtype of fewer bytes"
+                "take a smaller variant or a dtype of fewer bytes; "
+                f"`npu-zoo plan --model {self.config.model}` shows what fits"
             )
 
     def _bytes_per_token(self) -> int:
@@ -155,10 +159,22 @@ class ModelRunner:
         _, kv_heads, head_dim = self.config.head_layout
         return config.num_hidden_layers * int(backend.bytes_per_token(kv_heads, head_dim, itemsize))
 
-    def _create_attention(self) -> StepAttention:
-        config, cache = self.config.model_config, self.cache
+    def _measure_activations(self) -> Activations | None:
+        """Memory beside weights and cache; None where nobody counts them, or the user has sized the cache."""
+        config = self.config
+        if self.device.type == "cpu" or config.kv_cache_memory is not None:
+            return None
+        size = min(config.max_model_len, config.max_num_batched_tokens)
+        if config.attention == "paged":
+            size = config.attention_choice.block_size or 1
+        rows = largest_step(config, size)
+        return measure_activations(self.model, self._create_attention(slots_of(rows), size), rows, config, self.device)
+
+    def _create_attention(self, *slots: int) -> StepAttention:
+        """The backend with a cache of ``num_slots`` slots of ``slot_size`` tokens."""
+        config = self.config.model_config
         heads, kv_heads, head_dim = self.config.head_layout
-        layers, slots = config.num_hidden_layers, (cache.num_slots, cache.slot_size)
+        layers = config.num_hidden_layers
         layout: CacheLayout | LatentLayout = (
             LatentLayout(layers, config.mla, *slots) if config.mla else CacheLayout(layers, kv_heads, head_dim, *slots)
         )

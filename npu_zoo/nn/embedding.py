@@ -6,16 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from npu_zoo.core.model_config import padded_vocab_size
 from npu_zoo.nn.context import BuildContext
 from npu_zoo.nn.linear import Linear
-
-VOCAB_MULTIPLE = 64
-"""Vocabularies are padded to a multiple of this, so that ranks can share them evenly whatever their size."""
-
-
-def padded_vocab_size(vocab_size: int) -> int:
-    """Rows that a vocabulary's tables have."""
-    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 class Embedding(nn.Module):

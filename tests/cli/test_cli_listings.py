@@ -185,7 +185,7 @@ def test_the_defaults_of_config_show_are_what_a_request_gets(cli: Callable) -> N
     plain = {key: text for key, text in defaults.items() if key in config and re.fullmatch(r"[\w.]+", text)}
     shown = {key: str(config[key]).lower() if isinstance(config[key], bool) else str(config[key]) for key in plain}
     assert {**plain, "hardware": "cpu"} == shown
-    assert {"max_num_seqs", "max_num_batched_tokens", "kv_cache_fraction", "seed", "strict_kernels"} <= set(plain)
+    assert {"max_num_seqs", "max_num_batched_tokens", "seed", "strict_kernels"} <= set(plain)
 
 
 def test_what_config_show_writes_is_a_configuration_file(cli: Callable, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ PACKAGE = Path(npu_zoo.__file__).parent
 LINES: tuple[tuple[str, ...], ...] = (
     ("", "core"),
     ("api", "registry"),
-    ("checkpoint", "dispatch", "parallel", "platforms", "request", "selection", "settings"),
+    ("checkpoint", "dispatch", "fitting", "parallel", "planning", "platforms", "request", "selection", "settings"),
     ("nn", "weights"),
     ("engine",),
     ("evaluation", "server", "testing"),
@@ -34,7 +34,7 @@ OUTSIDE = {"plugins", "simulator"}
 PLUGIN_SURFACE = {"api", "nn"}
 HEAVY = {"torch", "torch_npu", "transformers", "accelerate"}
 TORCH_FREE = {"", "__main__", "api", "checkpoint", "cli", "core", "dispatch", "platforms", "plugins"}
-TORCH_FREE |= {"registry", "request", "selection", "settings"}
+TORCH_FREE |= {"fitting", "planning", "registry", "request", "selection", "settings"}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from npu_zoo import LLM, SamplingParams
-from npu_zoo.nn.embedding import VOCAB_MULTIPLE, padded_vocab_size
+from npu_zoo.core.model_config import VOCAB_MULTIPLE, padded_vocab_size
 from npu_zoo.testing.checkpoints import write_checkpoint
 
 

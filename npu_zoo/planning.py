@@ -1,0 +1,238 @@
+"""What a run takes of a device's memory, rank by rank, as closed forms of the hyperparameters: no device, no torch.
+
+Weights and cache are exact for what the engine stores. Activations are an estimate of the peak of one step, made of the
+tensors that live at once in the largest of its stages; an engine on a device measures that peak instead.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from npu_zoo.core.config import DEFAULT_MAX_NUM_BATCHED_TOKENS, DEFAULT_MAX_NUM_SEQS
+from npu_zoo.core.hardware import ITEMSIZE
+from npu_zoo.core.model_config import MLAConfig, ModelConfig, MoEConfig, padded_vocab_size
+
+_FLOAT32 = 4
+_SAMPLED_BYTES = 40
+"""Bytes per token of the vocabulary and row that sampling with top_p keeps at once (float32 and float64 copies)."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """How ranks share a model: every layer by ``tp``, the stack by ``pp``, whole experts by ``ep``."""
+
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+
+    @property
+    def world_size(self) -> int:
+        """Devices in all."""
+        return self.tp * self.pp
+
+    @property
+    def moe_tp(self) -> int:
+        """Ranks that share one expert."""
+        return max(1, self.tp // self.ep)
+
+    def describe(self) -> str:
+        """Such as ``8 (tp 8, ep 8)``."""
+        parts = [f"{kind} {size}" for kind, size in (("tp", self.tp), ("pp", self.pp), ("ep", self.ep)) if size > 1]
+        return f"{self.world_size}" + (f" ({', '.join(parts)})" if len(parts) > 1 else "")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What an engine keeps at once: sequences, tokens of a step, and the longest sequence."""
+
+    max_model_len: int
+    max_num_seqs: int = DEFAULT_MAX_NUM_SEQS
+    max_num_batched_tokens: int = DEFAULT_MAX_NUM_BATCHED_TOKENS
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """Bytes of the rank that takes most.
+
+    Attributes:
+        weights: as the engine stores them.
+        activations: the estimated peak of one step.
+        cache_per_token: keys and values, or latents, of one token in all of the rank's layers.
+    """
+
+    weights: int
+    activations: int
+    cache_per_token: int
+
+    def cache_tokens(self, memory: int, share: float) -> int:
+        """Tokens whose keys and values fit into a share of what weights and activations leave; 0 where those do not."""
+        return max(0, int((memory - self.weights - self.activations) * share)) // self.cache_per_token
+
+    def largest_batch(self, memory: int, share: float, length: int) -> int:
+        """Sequences of a length that fit at once."""
+        return self.cache_tokens(memory, share) // length
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """``count`` weights of [rows, columns]; ``kind`` says how they are stored."""
+
+    rows: int
+    columns: int
+    kind: str = "linear"  # linear: may be quantized; plain: the compute dtype; float32
+    count: int = 1
+
+    def stored(self, itemsize: int, quantization: str) -> int:
+        values = self.rows * self.columns * self.count
+        if self.kind == "float32":
+            return values * _FLOAT32
+        bits = WEIGHT_BITS.get(quantization) if self.kind == "linear" else None
+        if bits is None:
+            return values * itemsize
+        return values * bits // 8 + self.rows * self.count * itemsize  # and a scale per output channel
+
+
+WEIGHT_BITS: dict[str, int] = {"w8a16": 8, "w8a8": 8, "w4a16": 4, "sparse": 8}
+"""Bits of a quantized weight; what compression of sparse weights saves beyond that is not counted."""
+
+
+def plan_rank(
+    config: ModelConfig,
+    dtype: str,
+    split: Split,
+    workload: Workload,
+    *,
+    quantization: str = "none",
+    kv_cache_dtype: str = "auto",
+) -> RankPlan:
+    """The plan of the rank that takes most memory.
+
+    Args:
+        dtype: the compute dtype.
+    """
+    itemsize = ITEMSIZE[dtype]
+    stages = stage_layers(config.num_hidden_layers, split.pp)
+    weights = max(
+        sum(matrix.stored(itemsize, quantization) for matrix in _stage_matrices(config, stages, number, split))
+        for number in range(split.pp)
+    )
+    cache_itemsize = itemsize if kv_cache_dtype == "auto" else ITEMSIZE[kv_cache_dtype]
+    return RankPlan(
+        weights=weights,
+        activations=_activations(config, itemsize, split, workload),
+        cache_per_token=max(map(len, stages)) * _cached_values(config, split.tp) * cache_itemsize,
+    )
+
+
+def stage_layers(num_layers: int, stages: int) -> list[range]:
+    """The layers of each pipeline stage, contiguous, none a layer longer than another, the longer ones first."""
+    least, more = divmod(num_layers, stages)
+    ends = [0]
+    for number in range(stages):
+        ends.append(ends[-1] + least + (number < more))
+    return [range(start, end) for start, end in itertools.pairwise(ends)]
+
+
+def _stage_matrices(config: ModelConfig, stages: list[range], number: int, split: Split) -> Iterator[_Matrix]:
+    hidden, share = config.hidden_size, _vocab_share(config, split.tp)
+    last = number == len(stages) - 1
+    if number == 0 or (last and config.tie_word_embeddings):
+        yield _Matrix(share, hidden, "plain")
+    if last:
+        yield _Matrix(1, hidden, "plain")
+        if not config.tie_word_embeddings:
+            yield _Matrix(share, hidden, "plain")
+    for layer in stages[number]:
+        yield _Matrix(2, hidden, "plain")  # its norms
+        yield from _attention_matrices(config, split.tp)
+        moe = config.moe
+        if moe is not None and moe.has_experts(layer):
+            yield from _moe_matrices(hidden, moe, split)
+        else:
+            yield from _mlp_matrices(hidden, _ceil(config.intermediate_size, split.tp))
+
+
+def _attention_matrices(config: ModelConfig, tp: int) -> Iterator[_Matrix]:
+    hidden, heads, mla = config.hidden_size, _ceil(config.num_attention_heads, tp), config.mla
+    if mla is None:
+        key_value = 2 * _kv_heads(config, tp) * config.head_dim
+        yield _Matrix(heads * config.head_dim + key_value, hidden)
+        yield _Matrix(hidden, heads * config.head_dim)
+        return
+    if mla.q_lora_rank:
+        yield _Matrix(mla.q_lora_rank, hidden)
+        yield _Matrix(1, mla.q_lora_rank, "plain")
+    yield _Matrix(heads * mla.qk_head_dim, mla.q_lora_rank or hidden)
+    yield _Matrix(mla.cache_dim, hidden)
+    yield _Matrix(1, mla.kv_lora_rank, "plain")
+    # Kept as two stacks of matrices by head, in the compute dtype whatever the rest is stored as.
+    yield _Matrix(heads * (mla.qk_nope_head_dim + mla.v_head_dim), mla.kv_lora_rank, "plain")
+    yield _Matrix(hidden, heads * mla.v_head_dim)
+
+
+def _moe_matrices(hidden: int, moe: MoEConfig, split: Split) -> Iterator[_Matrix]:
+    experts = _ceil(moe.n_routed_experts, split.ep)
+    width = _ceil(moe.moe_intermediate_size, split.moe_tp)
+    yield _Matrix(moe.n_routed_experts, hidden + (moe.topk_method == "noaux_tc"), "float32")
+    yield _Matrix(2 * width, hidden, count=experts)
+    yield _Matrix(hidden, width, count=experts)
+    if moe.n_shared_experts:
+        yield from _mlp_matrices(hidden, _ceil(moe.n_shared_experts * moe.moe_intermediate_size, split.tp))
+
+
+def _mlp_matrices(hidden: int, width: int) -> Iterator[_Matrix]:
+    yield _Matrix(2 * width, hidden)
+    yield _Matrix(hidden, width)
+
+
+def _activations(config: ModelConfig, itemsize: int, split: Split, workload: Workload) -> int:
+    """The peak of a step: the residual stream and what the largest stage of a layer, or the choice of tokens, adds."""
+    tokens = workload.max_num_batched_tokens
+    # The stream and a layer's input, each before and after a norm, and the rotation of the step and of all positions.
+    rotated = config.mla.qk_rope_head_dim if config.mla else config.head_dim
+    stream = (4 * tokens * config.hidden_size + 2 * rotated * (tokens + workload.max_model_len)) * itemsize
+    stages = [
+        _attention_values(config, split.tp, tokens, workload.max_model_len) * itemsize,
+        tokens * 3 * _ceil(config.intermediate_size, split.tp) * itemsize,
+    ]
+    if config.moe is not None:
+        stages.append(_moe_bytes(config.hidden_size, config.moe, split, tokens, itemsize))
+    logits = workload.max_num_seqs * config.vocab_size
+    return max(stream + max(stages), logits * _SAMPLED_BYTES + stream)
+
+
+def _attention_values(config: ModelConfig, tp: int, tokens: int, longest: int) -> int:
+    heads, mla = _ceil(config.num_attention_heads, tp), config.mla
+    if mla is None:
+        per_token = (2 * heads + 2 * _kv_heads(config, tp)) * config.head_dim
+        return tokens * per_token
+    per_token = heads * (2 * mla.qk_head_dim + mla.v_head_dim) + (mla.q_lora_rank or 0) + mla.cache_dim
+    # A chunk expands the latents of its whole context, and its operator takes copies of them.
+    expanded = heads * (2 * (mla.qk_nope_head_dim + mla.v_head_dim) + mla.qk_rope_head_dim)
+    return tokens * per_token + max(tokens, longest) * (mla.cache_dim + expanded)
+
+
+def _moe_bytes(hidden: int, moe: MoEConfig, split: Split, tokens: int, itemsize: int) -> int:
+    width = _ceil(moe.moe_intermediate_size, split.moe_tp)
+    rows = tokens * moe.num_experts_per_tok  # all of a step's, should they choose this rank's experts
+    routed = rows * (width + max(hidden + 2 * width, 2 * hidden)) * itemsize
+    return routed + tokens * (hidden + moe.n_routed_experts) * _FLOAT32
+
+
+def _cached_values(config: ModelConfig, tp: int) -> int:
+    mla: MLAConfig | None = config.mla
+    return mla.cache_dim if mla else 2 * _kv_heads(config, tp) * config.head_dim
+
+
+def _kv_heads(config: ModelConfig, tp: int) -> int:
+    return max(1, config.num_key_value_heads // tp)
+
+
+def _vocab_share(config: ModelConfig, tp: int) -> int:
+    return _ceil(padded_vocab_size(config.vocab_size), tp)
+
+
+def _ceil(value: int, parts: int) -> int:
+    return -(-value // parts)
