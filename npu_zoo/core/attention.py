@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -143,6 +143,25 @@ class LatentProjection(ABC):
         """Weighted latents [T, num_heads, R] to [T, num_heads, v_head_dim]."""
 
 
+@dataclass(frozen=True)
+class LatentKeys:
+    """What a step adds to the cache, before norm and rotation, which a backend may do on the way into it.
+
+    Attributes:
+        values: [T, cache_dim], the latents and the keys to rotate.
+        weight, eps: of the latents' root-mean-square norm; [kv_lora_rank].
+        cos, sin: the rows' angles, in the form that the rotary kernel takes.
+        normed: computes latents [T, kv_lora_rank], normed, and keys [T, qk_rope_head_dim], rotated.
+    """
+
+    values: Tensor
+    weight: Tensor
+    eps: float
+    cos: Tensor
+    sin: Tensor
+    normed: Callable[[], tuple[Tensor, Tensor]]
+
+
 class LatentAttentionBackend(StepAttention):
     """Stores the latents that keys and values are expanded from, and attends over them (MLA, arXiv:2405.04434).
 
@@ -179,6 +198,18 @@ class LatentAttentionBackend(StepAttention):
         Returns:
             [T, num_heads, v_head_dim].
         """
+
+    def forward_keys(
+        self,
+        layer: int,
+        query: Tensor,
+        query_rope: Tensor,
+        keys: LatentKeys,
+        projection: LatentProjection,
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        """As :meth:`forward`, for a backend that norms and rotates what it writes by one operator."""
+        return self.forward(layer, query, query_rope, *keys.normed(), projection, metadata)
 
 
 @dataclass(frozen=True)

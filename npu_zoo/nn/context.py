@@ -11,6 +11,7 @@ from npu_zoo.core.attention import (
     AttentionBackend,
     AttentionMetadata,
     LatentAttentionBackend,
+    LatentKeys,
     LatentProjection,
     StepAttention,
 )
@@ -51,11 +52,10 @@ class ForwardContext:
         self,
         layer: int,
         query: tuple[Tensor, Tensor],
-        latent: Tensor,
-        key_rope: Tensor,
+        keys: LatentKeys,
         projection: LatentProjection,
     ) -> Tensor:
         """Store latents and attend; ``query`` holds its plain and its rotated part. See LatentAttentionBackend."""
         if not isinstance(self.attention, LatentAttentionBackend):
             raise EngineError(f"{type(self.attention).__name__} stores no latents")
-        return self.attention.forward(layer, *query, latent, key_rope, projection, self.metadata)
+        return self.attention.forward_keys(layer, *query, keys, projection, self.metadata)

@@ -20,12 +20,23 @@ class Linear(nn.Module):
     Args:
         parts: the checkpoint's name of each stacked matrix (``q_proj``) and its number of rows.
         padding: rows of zeros after them, which no checkpoint has.
+        halves: by part, ``(first, second)`` rows of each head: :meth:`by_parts` gives the heads' first rows and their
+            second rows apart, each contiguous in the weight.
     """
 
-    def __init__(self, in_features: int, parts: Mapping[str, int], context: BuildContext, padding: int = 0) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        parts: Mapping[str, int],
+        context: BuildContext,
+        padding: int = 0,
+        halves: Mapping[str, tuple[int, int]] | None = None,
+    ) -> None:
         super().__init__()
         self.parts = dict(parts)
         self._padding = padding
+        self._halves = dict(halves or {})
+        self._outputs = tuple(size for name, rows in self.parts.items() for size in self._output_rows(name, rows))
         self._kernel = context.kernels.linear
         rows = sum(parts.values()) + padding
         self.weight = nn.Parameter(torch.empty(rows, in_features, dtype=context.dtype), requires_grad=False)
@@ -62,6 +73,9 @@ class Linear(nn.Module):
             return
         weight = self.weight.data
         weight[len(weight) - self._padding :].zero_()
+        for name, view in zip(self.parts, self.checkpoint_views(), strict=True):
+            if name in self._halves:
+                _part_heads(view.data, *self._halves[name])
         self._packed = self._kernel.pack(weight)
         if self._packed is not weight:
             self._release()
@@ -84,5 +98,16 @@ class Linear(nn.Module):
         return self._kernel.apply(x, self.stored)
 
     def by_parts(self, x: Tensor) -> tuple[Tensor, ...]:
-        """[T, in_features] to [T, rows] of each part."""
-        return apply_parts(self._kernel, x, self.stored, tuple(self.parts.values()))
+        """[T, in_features] to [T, rows] of each part, or of each of its halves."""
+        return apply_parts(self._kernel, x, self.stored, self._outputs)
+
+    def _output_rows(self, part: str, rows: int) -> tuple[int, ...]:
+        first, second = self._halves.get(part, (rows, 0))
+        heads = rows // (first + second)
+        return (heads * first, heads * second) if second else (rows,)
+
+
+def _part_heads(weight: Tensor, first: int, second: int) -> None:
+    """Bring the first rows of all heads before their second rows, in place."""
+    heads = weight.view(-1, first + second, weight.shape[1])
+    weight.copy_(torch.cat((heads[:, :first].flatten(0, 1), heads[:, first:].flatten(0, 1))))

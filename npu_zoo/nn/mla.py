@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from npu_zoo.core.attention import LatentProjection
+from npu_zoo.core.attention import LatentKeys, LatentProjection
 from npu_zoo.core.errors import WeightsError
 from npu_zoo.core.model_config import MLAConfig, ModelConfig
 from npu_zoo.nn.context import BuildContext, ForwardContext
@@ -84,15 +84,16 @@ class MultiHeadLatentAttention(nn.Module):
             raise WeightsError("config.json says rope_interleave false; this attention rotates interleaved pairs only")
         self._layer = layer
         self._mla = mla
+        self._num_heads = config.num_attention_heads
         self._kernels = context.kernels
         rows = config.num_attention_heads * mla.qk_head_dim
         latents = {"kv_a_proj_with_mqa": mla.cache_dim}
-        self._query_width = mla.q_lora_rank or rows
-        first = {"q_a_proj" if mla.q_lora_rank else "q_proj": self._query_width}
-        self.qkv_a_proj = Linear(config.hidden_size, first | latents, context)
+        halves = (mla.qk_nope_head_dim, mla.qk_rope_head_dim)
+        first = {"q_a_proj": mla.q_lora_rank} if mla.q_lora_rank else {"q_proj": rows}
+        self.qkv_a_proj = Linear(config.hidden_size, first | latents, context, halves={"q_proj": halves})
         if mla.q_lora_rank:
             self.q_a_layernorm = RMSNorm(mla.q_lora_rank, _LATENT_EPS, context)
-            self.q_b_proj = Linear(mla.q_lora_rank, {"q_b_proj": rows}, context)
+            self.q_b_proj = Linear(mla.q_lora_rank, {"q_b_proj": rows}, context, halves={"q_b_proj": halves})
         self.kv_a_layernorm = RMSNorm(mla.kv_lora_rank, _LATENT_EPS, context)
         self.kv_b_proj = UpProjection(config.num_attention_heads, mla, context)
         self.o_proj = Linear(config.num_attention_heads * mla.v_head_dim, {"o_proj": config.hidden_size}, context)
@@ -100,14 +101,20 @@ class MultiHeadLatentAttention(nn.Module):
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], context: ForwardContext) -> Tensor:
         """[T, hidden_size] to [T, hidden_size]; ``rotation`` holds the rows' cosines and sines."""
         mla = self._mla
-        query, latents = self.qkv_a_proj.by_parts(x)
-        latent, key_rope = torch.split(latents, [mla.kv_lora_rank, mla.qk_rope_head_dim], dim=-1)
+        *queries, latents = self.qkv_a_proj.by_parts(x)
         if mla.q_lora_rank:
-            query = self.q_b_proj(self.q_a_layernorm(query)[0])
-        heads = query.view(len(query), -1, mla.qk_head_dim)
-        query, query_rope = torch.split(heads, [mla.qk_nope_head_dim, mla.qk_rope_head_dim], dim=-1)
-        query_rope, key_rope = self._kernels.interleaved_rotary_embedding(query_rope, key_rope.unsqueeze(1), *rotation)
-        latent = self.kv_a_layernorm(latent)[0]
-        attended = context.attend_latent(self._layer, (query, query_rope), latent, key_rope.squeeze(1), self.kv_b_proj)
+            queries = list(self.q_b_proj.by_parts(self.q_a_layernorm(queries[0])[0]))
+        query, query_rope = (part.view(len(x), self._num_heads, -1) for part in queries)
+        query_rope = self._kernels.interleaved_rotary_embedding(query_rope, *rotation)
+        keys = LatentKeys(
+            latents, self.kv_a_layernorm.weight, _LATENT_EPS, *rotation, lambda: self._normed(latents, rotation)
+        )
+        attended = context.attend_latent(self._layer, (query, query_rope), keys, self.kv_b_proj)
         projected: Tensor = self.o_proj(attended.flatten(1))
         return projected
+
+    def _normed(self, latents: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        mla = self._mla
+        latent, key = torch.split(latents, [mla.kv_lora_rank, mla.qk_rope_head_dim], dim=-1)
+        key = self._kernels.interleaved_rotary_embedding(key.unsqueeze(1), *rotation)
+        return self.kv_a_layernorm(latent)[0], key.squeeze(1)

@@ -24,7 +24,8 @@ class RotaryEmbedding(nn.Module):
         self._config = config
         self._length = context.max_model_len
         self._dtype = context.dtype
-        self._kernel = context.kernels.interleaved_rotary_embedding if config.mla else context.kernels.rotary_embedding
+        kernels = context.kernels
+        self._kernel: object = kernels.interleaved_rotary_embedding if config.mla else kernels.rotary_embedding
         self._tables: tuple[Tensor, Tensor] | None = None
         _check_rotates_all(config)
 

@@ -56,7 +56,7 @@ INPUTS: dict[str, Callable[[int, torch.dtype], tuple[Any, ...]]] = {
     "rms_norm": _norm,
     "add_rms_norm": _add_norm,
     "rotary_embedding": _rotary,
-    "interleaved_rotary_embedding": _rotary,
+    "interleaved_rotary_embedding": lambda rows, dtype: _rotary(rows, dtype)[1:],
     "head_linear": lambda rows, dtype: (noise(rows, 3, 16, dtype=dtype), noise(3, 16, 24, dtype=dtype, seed=1)),
     "silu_and_mul": lambda rows, dtype: (noise(rows, 96, dtype=dtype),),
     "linear": lambda rows, dtype: (noise(rows, 48, dtype=dtype), noise(40, 48, dtype=dtype, seed=1)),

@@ -179,8 +179,8 @@ def test_interleaved_pairs_are_transformers(
     kept = query.clone(), key.clone()
     tables = [torch.cat((table, table), -1)[None] for table in (cos, sin)]
     due = apply_rotary_pos_emb_interleave(query.transpose(0, 1)[None], key.transpose(0, 1)[None], *tables)
-    plain = reference.interleaved_rotary_embedding(query, key, cos, sin)
-    fast = cpu.interleaved_rotary_embedding(query, key, cos, sin)
+    plain = [reference.interleaved_rotary_embedding(x, cos, sin) for x in (query, key)]
+    fast = [cpu.interleaved_rotary_embedding(x, cos, sin) for x in (query, key)]
     for other, one, quick in zip(due, plain, fast, strict=True):
         assert torch.equal(one, other[0].transpose(0, 1))
         assert quick.dtype == dtype
@@ -193,7 +193,7 @@ def test_interleaved_pairs_are_transformers(
 def test_a_pair_turns_together() -> None:
     x = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]])
     quarter, none = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]])
-    found, _ = reference.interleaved_rotary_embedding(x, x, quarter, none)
+    found = reference.interleaved_rotary_embedding(x, quarter, none)
     assert found.tolist() == [[[-2.0, 3.0, 1.0, 4.0]]]
 
 

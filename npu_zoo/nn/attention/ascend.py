@@ -23,6 +23,7 @@ MASK_SIZE = 2048
 
 RIGHT_DOWN_CAUSAL = 3
 TILE = 128
+_WORD = torch.int32.itemsize
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class FusedMetadata(AttentionMetadata):
     """A step as the operators take it.
 
     Attributes:
-        slots: int32 [T], ``block * block_size + offset`` of every new token.
+        slots: int32 or int64 [T], ``block * block_size + offset`` of every new token.
         block_table: int32 [B, most blocks of a row].
         query_ends: the rows' tokens, summed up.
         context_lens: each row's keys.
@@ -47,7 +48,9 @@ def causal_mask(device: torch.device) -> Tensor:
     return torch.ones(MASK_SIZE, MASK_SIZE, dtype=torch.bool).triu(1).to(device)
 
 
-def plan_step(rows: list[SequenceSlice], block_size: int, device: torch.device) -> FusedMetadata:
+def plan_step(
+    rows: list[SequenceSlice], block_size: int, device: torch.device, slot_dtype: torch.dtype = torch.int32
+) -> FusedMetadata:
     """Turn a step's rows into what the operators take, with one copy to the device.
 
     Raises:
@@ -55,21 +58,24 @@ def plan_step(rows: list[SequenceSlice], block_size: int, device: torch.device) 
     """
     widest = max(-(-row.context_len // block_size) for row in rows)
     total = sum(row.num_tokens for row in rows)
-    packed = np.zeros(total + len(rows) * widest, dtype=np.int32)
-    pack_rows(rows, block_size, packed)
-    on_device = torch.from_numpy(packed).to(device)
+    words = total * slot_dtype.itemsize // _WORD
+    packed = torch.zeros(words + len(rows) * widest, dtype=torch.int32)
+    pack_rows(rows, block_size, packed[:words].view(slot_dtype).numpy(), packed[words:].numpy())
+    on_device = packed.to(device)
     return FusedMetadata(
         rows=rows,
         num_tokens=total,
-        slots=on_device[:total],
-        block_table=on_device[total:].view(len(rows), widest),
+        slots=on_device[:words].view(slot_dtype),
+        block_table=on_device[words:].view(len(rows), widest),
         query_ends=list(accumulate(row.num_tokens for row in rows)),
         context_lens=[row.context_len for row in rows],
     )
 
 
-def pack_rows(rows: list[SequenceSlice], block_size: int, packed: NDArray[np.int32]) -> None:
-    """Write the slots of all new tokens, then a block table as wide as there is room for.
+def pack_rows(
+    rows: list[SequenceSlice], block_size: int, slots: NDArray[np.integer[Any]], table: NDArray[np.int32]
+) -> None:
+    """Write the slots of all new tokens, and a block table as wide as there is room for.
 
     Raises:
         EngineError: a row's blocks do not cover its tokens.
@@ -80,11 +86,10 @@ def pack_rows(rows: list[SequenceSlice], block_size: int, packed: NDArray[np.int
     check_tables(rows, counts)
     tables = block_tables(rows, counts)
     blocks, offsets = token_places(tables, counts, starts, lengths, np.cumsum(lengths) - lengths, block_size)
-    total = int(lengths.sum())
-    packed[:total] = blocks * block_size + offsets
-    table = packed[total:].reshape(len(rows), -1)
+    slots[:] = blocks * block_size + offsets
+    by_row = table.reshape(len(rows), -1)
     for row, used in enumerate(split_tables(tables, counts)):
-        table[row, : len(used)] = used
+        by_row[row, : len(used)] = used
 
 
 @dataclass(frozen=True)
@@ -99,27 +104,37 @@ class StaticRows:
     on_device: Tensor
     batch: int
     block_size: int
+    slot_dtype: torch.dtype
 
     @staticmethod
-    def allocate(batch: int, max_context: int, block_size: int, device: torch.device) -> StaticRows:
+    def allocate(
+        batch: int, max_context: int, block_size: int, device: torch.device, slot_dtype: torch.dtype = torch.int32
+    ) -> StaticRows:
         """For rows of up to ``max_context`` keys."""
-        staged = torch.zeros(batch * (1 + -(-max_context // block_size)), dtype=torch.int32).pin_memory()
-        return StaticRows(staged, staged.to(device), batch, block_size)
+        words = batch * (slot_dtype.itemsize // _WORD + -(-max_context // block_size))
+        staged = torch.zeros(words, dtype=torch.int32).pin_memory()
+        return StaticRows(staged, staged.to(device), batch, block_size, slot_dtype)
 
     @property
     def slots(self) -> Tensor:
         """[batch]."""
-        return self.on_device[: self.batch]
+        return self._slots(self.on_device)
 
     @property
     def block_table(self) -> Tensor:
         """[batch, blocks]."""
-        return self.on_device[self.batch :].view(self.batch, -1)
+        return self._table(self.on_device).view(self.batch, -1)
 
     def fill(self, rows: list[SequenceSlice]) -> None:
         """Write a step's rows, without waiting for the device."""
-        pack_rows(rows, self.block_size, self.staged.numpy())
+        pack_rows(rows, self.block_size, self._slots(self.staged).numpy(), self._table(self.staged).numpy())
         self.on_device.copy_(self.staged, non_blocking=True)
+
+    def _slots(self, packed: Tensor) -> Tensor:
+        return packed[: self.batch * self.slot_dtype.itemsize // _WORD].view(self.slot_dtype)
+
+    def _table(self, packed: Tensor) -> Tensor:
+        return packed[self.batch * self.slot_dtype.itemsize // _WORD :]
 
 
 @dataclass(frozen=True)

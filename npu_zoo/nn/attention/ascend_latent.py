@@ -19,6 +19,7 @@ from npu_zoo.core.attention import (
     AttentionMetadata,
     GraphAttention,
     LatentAttentionBackend,
+    LatentKeys,
     LatentLayout,
     LatentProjection,
     SequenceSlice,
@@ -61,7 +62,7 @@ class ExpandedRows:
 
 @dataclass(frozen=True)
 class FusedLatentMetadata(AttentionMetadata):
-    """A step, by kind of row; ``slots``, int32 [T], say where new tokens go."""
+    """A step, by kind of row; ``slots``, int64 [T], say where new tokens go."""
 
     slots: Tensor
     absorbed: AbsorbedRows | None
@@ -73,6 +74,16 @@ class LatentGraphMetadata(FusedLatentMetadata):
     """A step of single tokens in static tensors."""
 
     static: StaticRows
+
+
+_OPERATOR_DIMS = (512, 64)
+"""The latents' and the rotated keys' sizes that npu_kv_rmsnorm_rope_cache takes."""
+
+
+def _own(metadata: AttentionMetadata) -> FusedLatentMetadata:
+    if not isinstance(metadata, FusedLatentMetadata):
+        raise EngineError(f"FusedLatentAttention takes what its prepare() made, not {type(metadata).__name__}")
+    return metadata
 
 
 class FusedLatentAttention(LatentAttentionBackend, GraphAttention):
@@ -108,7 +119,7 @@ class FusedLatentAttention(LatentAttentionBackend, GraphAttention):
         Raises:
             EngineError: a row's blocks do not cover its tokens.
         """
-        step = plan_step(rows, self.layout.slot_size, self.device)
+        step = plan_step(rows, self.layout.slot_size, self.device, torch.int64)
         single = [number for number, row in enumerate(rows) if row.num_tokens == 1]
         several = [number for number, row in enumerate(rows) if row.num_tokens > 1]
         return FusedLatentMetadata(
@@ -121,7 +132,7 @@ class FusedLatentAttention(LatentAttentionBackend, GraphAttention):
 
     def graph_metadata(self, batch: int, max_context: int) -> LatentGraphMetadata:
         """See :meth:`GraphAttention.graph_metadata`."""
-        static = StaticRows.allocate(batch, max_context, self.layout.slot_size, self.device)
+        static = StaticRows.allocate(batch, max_context, self.layout.slot_size, self.device, torch.int64)
         return LatentGraphMetadata(
             rows=[],
             num_tokens=batch,
@@ -177,16 +188,51 @@ class FusedLatentAttention(LatentAttentionBackend, GraphAttention):
         Raises:
             EngineError: the metadata is another backend's.
         """
-        if not isinstance(metadata, FusedLatentMetadata):
-            raise EngineError(f"{type(self).__name__} takes what its prepare() made, not {type(metadata).__name__}")
+        step = _own(metadata)
         torch_npu.npu_scatter_pa_kv_cache(
             latent.unsqueeze(1),
             key_rope.unsqueeze(1).contiguous(),
             self._latents[layer],
             self._ropes[layer],
-            metadata.slots,
+            step.slots,
             cache_mode="Norm",
         )
+        return self._attend(layer, query, query_rope, projection, step)
+
+    def forward_keys(
+        self,
+        layer: int,
+        query: Tensor,
+        query_rope: Tensor,
+        keys: LatentKeys,
+        projection: LatentProjection,
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        """Norm, rotate and write the step's latents by one operator, then attend; see :meth:`forward`."""
+        step, mla = _own(metadata), self.layout.mla
+        if (mla.kv_lora_rank, mla.qk_rope_head_dim) != _OPERATOR_DIMS:
+            return super().forward_keys(layer, query, query_rope, keys, projection, metadata)
+        torch_npu.npu_kv_rmsnorm_rope_cache(
+            keys.values[:, None, None],
+            keys.weight,
+            keys.cos[:, None, None],
+            keys.sin[:, None, None],
+            step.slots,
+            self._ropes[layer],
+            self._latents[layer],
+            epsilon=keys.eps,
+            cache_mode="PA",
+        )
+        return self._attend(layer, query, query_rope, projection, step)
+
+    def _attend(
+        self,
+        layer: int,
+        query: Tensor,
+        query_rope: Tensor,
+        projection: LatentProjection,
+        metadata: FusedLatentMetadata,
+    ) -> Tensor:
         absorbed, expanded = metadata.absorbed, metadata.expanded
         if expanded is None and absorbed is not None:
             return self._attend_absorbed(layer, query, query_rope, projection, absorbed)

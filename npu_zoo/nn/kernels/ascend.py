@@ -46,13 +46,15 @@ def head_linear(x: Tensor, weight: Tensor) -> Tensor:
     return product
 
 
+def _whole_tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """[P, D / 2] tables as the operators take them, [P, D]."""
+    return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+
+
 class RotaryEmbedding:
     """See :func:`reference.rotary_embedding`: queries and keys turned by one operator, each row by its angles."""
 
-    @staticmethod
-    def tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """[P, D / 2] tables as the operator takes them, [P, D]."""
-        return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+    tables = staticmethod(_whole_tables)
 
     def __call__(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate [T, heads, D] by [T, D] tables."""
@@ -61,15 +63,17 @@ class RotaryEmbedding:
         return turned[0][0], turned[1][0]
 
 
-class InterleavedRotaryEmbedding(RotaryEmbedding):
-    """See :func:`reference.interleaved_rotary_embedding`; two launches, and two copies of what are slices."""
+class InterleavedRotaryEmbedding:
+    """See :func:`reference.interleaved_rotary_embedding`; a slice is copied first."""
 
-    def __call__(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    tables = staticmethod(_whole_tables)
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotate [T, heads, 64] by [T, 64] tables."""
-        angles = cos[:, None, None], sin[:, None, None]
-        apart = (x.unsqueeze(2).contiguous() for x in (query, key))
-        turned = (torch_npu.npu_interleave_rope(x, *angles).squeeze(2) for x in apart)
-        return next(turned), next(turned)
+        turned: Tensor = torch_npu.npu_interleave_rope(
+            x.unsqueeze(2).contiguous(), cos[:, None, None], sin[:, None, None]
+        )
+        return turned.squeeze(2)
 
 
 rotary_embedding = RotaryEmbedding()

@@ -64,13 +64,9 @@ def _turn(first: Tensor, second: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated
 
 
-def interleaved_rotary_embedding(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def interleaved_rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """As the reference, written into the result at once; halves are made contiguous first, which vectorizes."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return _rotate_pairs(query, cos, sin), _rotate_pairs(key, cos, sin)
-
-
-def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _turn(x[..., 0::2].contiguous(), x[..., 1::2].contiguous(), cos, sin)
 
 

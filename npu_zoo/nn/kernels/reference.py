@@ -50,12 +50,12 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def interleaved_rotary_embedding(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """As :func:`rotary_embedding` for what is stored in pairs: values 2i and 2i + 1 turn together (the GPT-J layout).
+def interleaved_rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn [T, heads, D] queries or keys whose pairs are stored together: values 2i and 2i + 1 (the GPT-J layout).
 
     The result is in halves, which a product of query and key does not see.
     """
-    return _rotate(_in_halves(query), cos, sin), _rotate(_in_halves(key), cos, sin)
+    return _rotate(_in_halves(x), cos, sin)
 
 
 def _in_halves(x: Tensor) -> Tensor:

@@ -66,8 +66,8 @@ class RotaryKernel(Protocol):
         """Queries and keys [T, heads, rotary_dim], turned by the tables' rows of their positions."""
 
 
-def rotary_tables(kernel: RotaryKernel, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Tables of all positions in the form that a kernel takes."""
+def rotary_tables(kernel: object, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Tables of all positions in the form that a rotary kernel takes."""
     tables: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = getattr(kernel, "tables", None)
     return (cos, sin) if tables is None else tables(cos, sin)
 
@@ -82,7 +82,7 @@ class Kernels:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     rotary_embedding: RotaryKernel
-    interleaved_rotary_embedding: RotaryKernel
+    interleaved_rotary_embedding: Callable[[Tensor, Tensor, Tensor], Tensor]
     head_linear: Callable[[Tensor, Tensor], Tensor]
     silu_and_mul: Callable[[Tensor], Tensor]
     linear: LinearKernel
