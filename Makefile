@@ -35,7 +35,7 @@ PYTEST = NPU_ZOO_TORCH_NPU_WHEELS="$$(test ! -d $(WHEELS) || echo $(WHEELS))" OM
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-npu verify lint docs clean
+.PHONY: help venv demo test test-npu verify lint docs evidence clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -79,6 +79,11 @@ lint: $(STAMP)-dev
 ## make docs     rewrite the generated pages
 docs: $(STAMP)-dev
 	$(BIN)/python scripts/generate_docs.py
+
+## make evidence run the matrix rows that one simulated NPU can run, and rewrite the families' evidence.json
+evidence: $(NPU_STAMP)
+	$(VENV_NPU)/bin/python scripts/simulate_rows.py
+	$(MAKE) --no-print-directory docs
 
 ## make clean    remove the virtual environment and all caches
 clean:

@@ -16,7 +16,7 @@ from npu_zoo.core.errors import (
     UsageError,
     WeightsError,
 )
-from npu_zoo.core.evidence import EvidenceRecord
+from npu_zoo.core.evidence import EvidenceRecord, proven, read_records
 from npu_zoo.core.features import Attention, Conflict, Denial, FeatureMatrix, FeatureRow
 from npu_zoo.core.hardware import DType
 from npu_zoo.core.hookspecs import hookimpl
@@ -87,4 +87,6 @@ __all__ = [
     "WeightLoader",
     "WeightsError",
     "hookimpl",
+    "proven",
+    "read_records",
 ]

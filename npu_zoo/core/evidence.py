@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from npu_zoo.core.features import EvidenceLevel, FeatureRow
 
@@ -59,6 +59,25 @@ def code_digest(files: Iterable[Path]) -> str:
         _strip_docstrings(tree)
         digest.update(path.name.encode() + b"\0" + _dump(tree).encode() + b"\0")
     return digest.hexdigest()[:16]
+
+
+def read_records(file: Path) -> tuple[EvidenceRecord, ...]:
+    """The records in a JSON file, a list of objects; none where it does not exist.
+
+    Raises:
+        ValueError: it holds anything else.
+    """
+    if not file.exists():
+        return ()
+    return tuple(TypeAdapter(list[EvidenceRecord]).validate_json(file.read_bytes()))
+
+
+def proven(rows: Iterable[FeatureRow], records: Iterable[EvidenceRecord]) -> tuple[FeatureRow, ...]:
+    """Rows with the level that their records give them; whether a record is stale is for CI to see."""
+    levels: dict[str, EvidenceLevel] = {}
+    for record in records:
+        levels[record.row] = "measured" if "measured" in (record.level, levels.get(record.row)) else "simulated"
+    return tuple(row.model_copy(update={"evidence": levels.get(row_digest(row), row.evidence)}) for row in rows)
 
 
 def evidence_level(row: FeatureRow, records: Iterable[EvidenceRecord], code: str) -> tuple[EvidenceLevel, bool]:

@@ -259,6 +259,21 @@ class ModelConfig(BaseModel):
             listed = "\n  ".join(validation_lines(error))
             raise WeightsError(f"config.json holds values of the wrong form:\n  {listed}") from None
 
+    def to_hf(self) -> dict[str, Any]:
+        """A config.json that :meth:`from_hf` reads as this."""
+        own = self.model_dump(exclude={"architecture", "rope_scaling", "moe", "mla", "extra"}, exclude_none=True)
+        scaling = self.rope_scaling
+        rope = {"type": scaling.kind, "factor": scaling.factor, **scaling.parameters}
+        sections = [part.model_dump(exclude_none=True) for part in (self.moe, self.mla) if part]
+        return {
+            "architectures": [self.architecture],
+            **own,
+            "eos_token_id": list(self.eos_token_id),
+            "rope_scaling": None if scaling.kind == "none" and not scaling.parameters else rope,
+            **{key: value for section in sections for key, value in section.items()},
+            **self.extra,
+        }
+
     @property
     def context_length(self) -> int:
         """The longest sequence: ``max_position_embeddings``, which dynamic scaling alone counts before scaling."""

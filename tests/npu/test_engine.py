@@ -14,6 +14,8 @@ import pytest
 from npu_zoo import LLM, SamplingParams
 from npu_zoo.core.errors import HardwareError, UnsupportedError
 from npu_zoo.simulator import measure
+from npu_zoo.testing.agreement import SCORED
+from npu_zoo.testing.agreement import compare as agreement_of
 
 PRODUCT = os.environ.get("NPU_ZOO_SIMULATE", "")
 DUO = PRODUCT == "atlas_300i_duo"
@@ -27,7 +29,6 @@ TEXTS = [
     "import os\n\n\ndef main() -> None:\n    for name in os.listdir('.'):\n        print(name)\n",
     "class Stack:\n",
 ]
-SCORED = SamplingParams(temperature=0, max_tokens=8, logprobs=2, prompt_logprobs=0)
 
 _ENGINES: dict[Any, LLM] = {}
 
@@ -40,21 +41,9 @@ def engine(family: str, hardware: str, dtype: str, **options: Any) -> LLM:
     return _ENGINES[key]
 
 
-def prompt_scores(output: Any) -> list[float]:
-    return [next(iter(entry.values())).logprob for entry in output.prompt_logprobs or [] if entry]
-
-
 def compare(reference: list[Any], found: list[Any], bound: float) -> None:
-    for expected, output in zip(reference, found, strict=True):
-        pairs = zip(prompt_scores(expected), prompt_scores(output), strict=True)
-        worst = max((abs(a - b) for a, b in pairs), default=0.0)
-        assert worst < bound, worst
-        tokens, others = expected.outputs[0].token_ids, output.outputs[0].token_ids
-        for place, (token, other) in enumerate(zip(tokens, others, strict=False)):
-            if token != other:
-                best = sorted((e.logprob for e in expected.outputs[0].logprobs[place].values()), reverse=True)
-                assert best[0] - best[1] < bound, (place, tokens, others)
-                break
+    agreement = agreement_of(reference, found)
+    assert agreement.within(bound), agreement
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,63 +3,85 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from npu_zoo import LLM, SamplingParams
+from npu_zoo import LLM
+from npu_zoo.core.config import EngineArgs
+from npu_zoo.core.errors import UnsupportedError
+from npu_zoo.core.features import split_of
+from npu_zoo.core.model_config import ModelConfig
+from npu_zoo.dispatch import resolve
+from npu_zoo.planning import Split
 from npu_zoo.registry import get_registry
-from npu_zoo.testing.checkpoints import write_checkpoint
+from npu_zoo.simulator import RuleBroken
+from npu_zoo.testing.agreement import agree
+from npu_zoo.testing.door import unchecked_config
+from npu_zoo.testing.shapes import rank_shape, write_random_model
 
 PRODUCT = os.environ.get("NPU_ZOO_SIMULATE", "")
-DUO = PRODUCT == "atlas_300i_duo"
 BOUND = {"float16": 0.02, "bfloat16": 0.15}
+"""Natural-log probability; twice and more what was seen."""
+
 PROMPTS = [list(range(3, 3 + length)) for length in (40, 7, 1)]
-PARAMS = SamplingParams(temperature=0, max_tokens=6, logprobs=2, prompt_logprobs=0)
 
 
 def shares() -> list[Any]:
-    """(family, heads, key-value heads, dtype) of a rank in every row of this product whose sizes divide; MLA apart."""
-    found = set()
+    """A rank's share of every row of this product, once for each family, heads, experts and dtype that differ."""
+    found: dict[tuple[Any, ...], Any] = {}
     for family in get_registry().families.values():
         for variant in family.variants:
-            config = variant.config
-            if config is None or config.mla or config.moe or config.head_dim not in (64, 128):
-                continue
-            for row in family.matrix.of_size(variant.size):
-                if PRODUCT not in row.hardware:
+            for row in family.matrix.of_size(variant.size) if variant.config else ():
+                if PRODUCT not in row.hardware or "none" not in row.quantization:
                     continue
-                for world in row.world_size:
-                    heads, kv_heads = config.num_attention_heads // world, config.num_key_value_heads // world
-                    if heads * world == config.num_attention_heads and kv_heads * world == config.num_key_value_heads:
-                        found |= {(family.name, heads, kv_heads, dtype) for dtype in row.dtype}
-    return sorted(found)
-
-
-def scores(output: Any) -> list[float]:
-    return [next(iter(entry.values())).logprob for entry in output.prompt_logprobs or [] if entry]
+                assert variant.config
+                for split in {s for w in row.world_size for layout in row.parallelism if (s := split_of(layout, w))}:
+                    if variant.config.num_attention_heads % split[0]:
+                        continue
+                    config = rank_shape(variant.config, Split(*split))
+                    for dtype in row.dtype:
+                        heads = f"{config.num_attention_heads}-{config.num_key_value_heads}x{config.head_dim}"
+                        name = f"{family.name}-{heads}-{dtype}"
+                        found[name] = pytest.param(family.name, config, dtype, id=name)
+    return [found[name] for name in sorted(found)]
 
 
 def test_there_are_rows_to_run() -> None:
-    assert PRODUCT == "atlas_800t_a2" or len(shares()) > 3
+    assert PRODUCT != "atlas_800i_a2" or len(shares()) > 20
+    assert shares()
 
 
-@pytest.mark.parametrize(("family", "heads", "kv_heads", "dtype"), shares())
-def test_a_ranks_share_of_the_heads(family: str, heads: int, kv_heads: int, dtype: str, tmp_path: Path) -> None:
-    weights = write_checkpoint(
-        tmp_path / "weights", tokenizer=False, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=128,
-        hidden_size=32 * heads, intermediate_size=192, initializer_range=(32 * heads) ** -0.5,
-    )  # fmt: skip
+def engines(family: str, weights: Path, dtype: str, **options: Any) -> tuple[LLM, LLM]:
     shared: dict[str, Any] = {
         "model": f"{family}:custom", "weights": str(weights), "dtype": dtype, "skip_tokenizer_init": True,
-        "max_model_len": 128, "kv_cache_memory": "32MiB", "allow_experimental": True,
+        "max_model_len": 128, "kv_cache_memory": "32MiB", "allow_experimental": True, **options,
     }  # fmt: skip
-    reference = LLM(hardware="cpu", **shared)
-    llm = LLM(hardware=PRODUCT, strict_kernels=True, **shared)
-    expected, found = reference.generate(PROMPTS, PARAMS), llm.generate(PROMPTS, PARAMS)
-    for one, other in zip(expected, found, strict=True):
-        pairs = list(zip(scores(one), scores(other), strict=True))
-        assert max((abs(a - b) for a, b in pairs), default=0.0) < BOUND[dtype]
+    return LLM(hardware="cpu", **shared), LLM(hardware=PRODUCT, strict_kernels=True, **shared)
+
+
+@pytest.mark.parametrize(("family", "config", "dtype"), shares())
+def test_a_ranks_share_of_the_heads(family: str, config: ModelConfig, dtype: str, tmp_path: Path) -> None:
+    weights = write_random_model(tmp_path / "weights", get_registry().families[family], config)
+    reference, llm = engines(family, weights, dtype)
+    found = agree(reference, llm, PROMPTS)
+    assert found.within(BOUND[dtype]), found
     llm.shutdown()
     reference.shutdown()
+
+
+@pytest.mark.chip("ascend310p")
+@pytest.mark.parametrize(
+    ("family", "dtype", "broken"),
+    [("deepseek_v3", "float16", "on ascend310p"), ("wizardcoder", "bfloat16", "torch.bfloat16 on ascend310p")],
+)
+def test_what_the_matrix_refuses_the_simulator_refuses_too(family: str, dtype: str, broken: str) -> None:
+    asked: dict[str, Any] = {"model": f"{family}:demo", "dtype": dtype, "max_model_len": 64}
+    with pytest.raises(UnsupportedError, match=PRODUCT):
+        resolve(EngineArgs(hardware=PRODUCT, **asked))
+    checked = resolve(EngineArgs(hardware="atlas_800i_a2", **asked))
+    config = unchecked_config(checked, hardware=PRODUCT, chip="ascend310p", kv_cache_memory=1 << 20)
+    with pytest.raises(RuleBroken, match=re.escape(broken)):
+        LLM.from_config(config).generate([[3, 4, 5]])

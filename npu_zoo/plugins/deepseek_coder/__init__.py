@@ -6,6 +6,8 @@ Hyperparameters are those of the checkpoints' config.json; matrix rows are the R
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from npu_zoo.api import (
     Attention,
     Denial,
@@ -17,6 +19,8 @@ from npu_zoo.api import (
     RopeScaling,
     VariantSpec,
     hookimpl,
+    proven,
+    read_records,
 )
 
 MINDIE = "DeepSeek-Coder README of the MindIE ATB model zoo"
@@ -257,6 +261,8 @@ _ATB = {
     "ATB_CONTEXT_WORKSPACE_SIZE": "0",
 }
 
+RECORDS = read_records(Path(__file__).parent / "evidence.json")
+
 FAMILY = FamilySpec(
     name="deepseek_coder",
     title="DeepSeek-Coder",
@@ -266,7 +272,8 @@ FAMILY = FamilySpec(
     default_variant="demo",
     prompt=PromptFormat(chat_template=CHAT_TEMPLATE, adds_bos=True),
     fim=FimFormat(begin="<｜fim▁begin｜>", hole="<｜fim▁hole｜>", end="<｜fim▁end｜>"),
-    rows=ROWS,
+    rows=proven(ROWS, RECORDS),
+    records=RECORDS,
     denials=DENIALS,
     environment=dict.fromkeys(_ASCEND, _ATB),
     documentation="https://github.com/deepseek-ai/DeepSeek-Coder",

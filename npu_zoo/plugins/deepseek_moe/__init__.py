@@ -6,7 +6,19 @@ Hyperparameters are those of the checkpoints' config.json. Matrix rows are the R
 
 from __future__ import annotations
 
-from npu_zoo.api import Denial, FamilySpec, FeatureRow, ModelConfig, MoEConfig, VariantSpec, hookimpl
+from pathlib import Path
+
+from npu_zoo.api import (
+    Denial,
+    FamilySpec,
+    FeatureRow,
+    ModelConfig,
+    MoEConfig,
+    VariantSpec,
+    hookimpl,
+    proven,
+    read_records,
+)
 from npu_zoo.plugins.deepseek_moe.prompts import PROMPT
 
 MINDIE = "DeepSeek-MoE README of the MindIE ATB model zoo"
@@ -141,25 +153,6 @@ ROWS = (
         source="zoo",
         status="experimental",
     ),
-    FeatureRow(
-        sizes=("demo",),
-        hardware=("atlas_300i_duo",),
-        dtype=("float16",),
-        world_size=(1,),
-        attention=("paged",),
-        source="zoo",
-        status="experimental",
-        note="the chip's operators for experts take float16",
-    ),
-    FeatureRow(
-        sizes=("custom",),
-        hardware=("atlas_300i_duo",),
-        dtype=("float16",),
-        world_size=(1, 2, 4),
-        attention=("paged",),
-        source="zoo",
-        status="experimental",
-    ),
 )
 
 _A2 = ("atlas_800i_a2",)
@@ -180,6 +173,8 @@ DENIALS = (
     Denial(sizes=("16b",), hardware=_A2, axis="serving", values=("tgi",), source=MINDIE),
 )
 
+RECORDS = read_records(Path(__file__).parent / "evidence.json")
+
 FAMILY = FamilySpec(
     name="deepseek_moe",
     title="DeepSeek-MoE",
@@ -188,7 +183,8 @@ FAMILY = FamilySpec(
     variants=VARIANTS,
     default_variant="demo",
     prompt=PROMPT,
-    rows=ROWS,
+    rows=proven(ROWS, RECORDS),
+    records=RECORDS,
     denials=DENIALS,
     documentation="https://github.com/deepseek-ai/DeepSeek-MoE",
 )

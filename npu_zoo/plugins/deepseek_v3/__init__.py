@@ -6,6 +6,8 @@ it states no world size but the eight-way layout of its int4 weights, so the oth
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from npu_zoo.api import (
     Denial,
     FamilySpec,
@@ -18,6 +20,8 @@ from npu_zoo.api import (
     RopeScaling,
     VariantSpec,
     hookimpl,
+    proven,
+    read_records,
 )
 from npu_zoo.plugins.deepseek_v3.prompts import PROMPT, R1_PROMPT, REASONING, V2_PROMPT
 
@@ -268,6 +272,8 @@ DENIALS = (
     ),
 )
 
+RECORDS = read_records(Path(__file__).parent / "evidence.json")
+
 FAMILY = FamilySpec(
     name="deepseek_v3",
     title="DeepSeek-V3",
@@ -283,7 +289,8 @@ FAMILY = FamilySpec(
         "copy tokenizer.json, tokenizer_config.json, generation_config.json and config.json there, the last one "
         "without its quantization_config)"
     },
-    rows=ROWS,
+    rows=proven(ROWS, RECORDS),
+    records=RECORDS,
     denials=DENIALS,
     documentation="https://github.com/deepseek-ai/DeepSeek-V3",
 )

@@ -6,7 +6,19 @@ which speaks of 34B alone. The siblings of its shape come along as experimental 
 
 from __future__ import annotations
 
-from npu_zoo.api import Denial, FamilySpec, FeatureRow, ModelConfig, RopeScaling, VariantSpec, hookimpl
+from pathlib import Path
+
+from npu_zoo.api import (
+    Denial,
+    FamilySpec,
+    FeatureRow,
+    ModelConfig,
+    RopeScaling,
+    VariantSpec,
+    hookimpl,
+    proven,
+    read_records,
+)
 from npu_zoo.plugins.wizardcoder.prompts import PROMPT
 
 MINDIE = "WizardCoder README of the MindIE ATB model zoo"
@@ -201,6 +213,8 @@ DENIALS = (
     Denial(sizes=("34b",), hardware=_ASCEND, axis="serving", values=("mindie_service", "tgi"), source=MINDIE),
 )
 
+RECORDS = read_records(Path(__file__).parent / "evidence.json")
+
 FAMILY = FamilySpec(
     name="wizardcoder",
     title="WizardCoder",
@@ -209,7 +223,8 @@ FAMILY = FamilySpec(
     variants=VARIANTS,
     default_variant="demo",
     prompt=PROMPT,
-    rows=ROWS,
+    rows=proven(ROWS, RECORDS),
+    records=RECORDS,
     denials=DENIALS,
     documentation="https://github.com/nlpxucan/WizardLM",
 )
