@@ -128,6 +128,8 @@ class KernelSpec(_Spec):
         implementation: a callable with the operation's signature.
         priority: the highest that is available wins; the plain reference has 0.
         requires: modules that must be importable, such as ``torch_npu``.
+        operators: the operators of torch_npu that it calls, named as torch_npu has them, such as ``npu_rms_norm``;
+            `npu-zoo doctor` looks them up in the installed one.
     """
 
     name: Name
@@ -137,6 +139,7 @@ class KernelSpec(_Spec):
     implementation: CodeRef
     priority: int = 10
     requires: tuple[str, ...] = ()
+    operators: tuple[str, ...] = ()
     description: str = ""
 
 
@@ -150,6 +153,7 @@ class AttentionBackendSpec(_Spec):
         block_sizes: the block sizes that it takes, its own choice first; empty where any will do.
         head_dims: the head sizes (of latents, the sizes ``kv_lora_rank``) that it takes; empty where any will do.
         prefix_caching: whether sequences can share what it stores.
+        operators: the operators of torch_npu that it calls; see :class:`KernelSpec`.
         reads: patterns of the environment variables that it reads, such as ``ATB_*``.
     """
 
@@ -164,6 +168,7 @@ class AttentionBackendSpec(_Spec):
     prefix_caching: bool = True
     priority: int = 10
     requires: tuple[str, ...] = ()
+    operators: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     description: str = ""
 

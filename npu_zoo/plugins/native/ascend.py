@@ -10,7 +10,14 @@ _TORCH_NPU = ("TASK_QUEUE_ENABLE",)
 _HALVES: tuple[DType, ...] = ("bfloat16", "float16")
 
 
-def _ascend(operation: str, description: str, chip: str, dtypes: tuple[DType, ...], attribute: str = "") -> KernelSpec:
+def _ascend(
+    operation: str,
+    chip: str,
+    dtypes: tuple[DType, ...],
+    operators: tuple[str, ...],
+    attribute: str = "",
+    description: str = "",
+) -> KernelSpec:
     return KernelSpec(
         name=f"{chip}_{operation}",
         operation=operation,
@@ -18,37 +25,54 @@ def _ascend(operation: str, description: str, chip: str, dtypes: tuple[DType, ..
         dtypes=dtypes,
         implementation=f"npu_zoo.nn.kernels.ascend:{attribute or operation}",
         requires=("torch_npu",),
-        description=description,
+        operators=operators,
+        description=description or ", ".join(operators),
     )
 
 
 def _ascend_kernels() -> list[KernelSpec]:
     """What both chips share in the dtypes that each has, and what is one's own."""
-    shared = {
-        "rms_norm": "npu_rms_norm",
-        "add_rms_norm": "npu_add_rms_norm",
-        "rotary_embedding": "npu_apply_rotary_pos_emb",
-        "silu_and_mul": "npu_swiglu",
+    shared: dict[str, tuple[str, ...]] = {
+        "rms_norm": ("npu_rms_norm",),
+        "add_rms_norm": ("npu_add_rms_norm",),
+        "rotary_embedding": ("npu_apply_rotary_pos_emb",),
+        "silu_and_mul": ("npu_swiglu",),
     }
-    own = {
-        "interleaved_rotary_embedding": "npu_interleave_rope",
-        "head_linear": "npu_transpose_batchmatmul",
-        "route_tokens": "npu_moe_gating_top_k",
-        "experts": "npu_moe_init_routing_v2, npu_grouped_matmul, npu_moe_token_unpermute",
+    own: dict[str, tuple[str, ...]] = {
+        "interleaved_rotary_embedding": ("npu_interleave_rope",),
+        "head_linear": ("npu_transpose_batchmatmul",),
+        "route_tokens": ("npu_moe_gating_top_k",),
+        "experts": ("npu_moe_init_routing_v2", "npu_grouped_matmul", "npu_moe_token_unpermute"),
     }
     return [
-        *(_ascend(operation, text, "ascend910b", _HALVES) for operation, text in (shared | own).items()),
-        *(_ascend(operation, text, "ascend310p", ("float16",)) for operation, text in shared.items()),
-        _ascend("linear", "matmul with the weight in FRACTAL_NZ", "ascend310p", ("float16",), "FractalLinear"),
+        *(_ascend(operation, "ascend910b", _HALVES, operators) for operation, operators in (shared | own).items()),
+        *(_ascend(operation, "ascend310p", ("float16",), operators) for operation, operators in shared.items()),
         _ascend(
             "linear",
-            "matmul on the weight as it is, stacked ones by npu_grouped_matmul",
+            "ascend310p",
+            ("float16",),
+            ("npu_format_cast",),
+            "FractalLinear",
+            "matmul with the weight in FRACTAL_NZ",
+        ),
+        _ascend(
+            "linear",
             "ascend910b",
             _HALVES,
+            ("npu_grouped_matmul",),
             "PartsLinear",
+            "matmul on the weight as it is, stacked ones by npu_grouped_matmul",
         ),
     ]
 
+
+_FUSED = ("npu_scatter_pa_kv_cache", "npu_fused_infer_attention_score")
+_OF_ATB = (
+    "empty_with_format",
+    "_npu_reshape_and_cache",
+    "_npu_paged_attention",
+    "_npu_paged_attention_splitfuse_v2",
+)
 
 ASCEND_KERNELS = _ascend_kernels()
 
@@ -63,6 +87,7 @@ ASCEND_BACKENDS = [
         head_dims=(128, 64),
         block_sizes=(128, 64, 32, 16, 256, 512),
         requires=("torch_npu",),
+        operators=_FUSED,
         description="npu_fused_infer_attention_score over the paged cache, for prompts, chunks and decode",
     ),
     AttentionBackendSpec(
@@ -76,6 +101,7 @@ ASCEND_BACKENDS = [
         head_dims=(512,),
         block_sizes=(128, 64, 32, 16),
         requires=("torch_npu",),
+        operators=(*_FUSED, "npu_fused_infer_attention_score_v2"),
         description="fused attention over latents in blocks: absorbed for single tokens, expanded for prompts",
     ),
     AttentionBackendSpec(
@@ -88,6 +114,7 @@ ASCEND_BACKENDS = [
         head_dims=(128, 64),
         block_sizes=(128, 64),
         requires=("torch_npu",),
+        operators=_OF_ATB,
         description="_npu_paged_attention and _npu_paged_attention_splitfuse_v2 over a cache in FRACTAL_NZ",
     ),
     AttentionBackendSpec(
@@ -100,6 +127,7 @@ ASCEND_BACKENDS = [
         head_dims=(128, 64),
         prefix_caching=False,
         requires=("torch_npu",),
+        operators=_OF_ATB,
         description="the same operators over one contiguous stretch per sequence",
     ),
     AttentionBackendSpec(
@@ -112,6 +140,7 @@ ASCEND_BACKENDS = [
         head_dims=(128, 64),
         prefix_caching=False,
         requires=("torch_npu",),
+        operators=_FUSED,
         description="npu_fused_infer_attention_score over one contiguous stretch per sequence",
     ),
 ]
