@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast
 
+import typer
+
+from npu_zoo.cli.launches import launches_data, print_launches, simulate_launches
 from npu_zoo.cli.matrix import request_fields, row_fields
 from npu_zoo.cli.options import JsonFlag, request_options
 from npu_zoo.cli.output import note, print_fields, print_json, print_table
@@ -40,17 +43,27 @@ class Explanation:
 
 
 @request_options(engine=True)
-def explain(settings: Settings, as_json: JsonFlag = False) -> None:
+def explain(
+    settings: Settings,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Count what a decode step launches, on the simulated NPU.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
     """Explain what a request would run, and why.
 
     Shows the engine, the attention backend, a kernel per operation with what was passed over, and the matrix row.
-    Weights are not loaded. Where none are given, everything that does not depend on them is explained.
+    Weights are not loaded. Where none are given, everything that does not depend on them is explained. --simulate
+    needs torch_npu and a C compiler, and no NPU; it runs the demo, or a small random model with the request's heads.
     """
     found = explain_request(settings.args)
+    report = simulate_launches(settings.args) if simulate else None
     if as_json:
-        print_json(_data(found, settings.args))
+        print_json(_data(found, settings.args) | ({"simulated": launches_data(report)} if report else {}))
     else:
         _print(found, settings.args)
+    if report and not as_json:
+        print_launches(report)
     if found.obstacle is not None and not found.weights_missing:
         raise found.obstacle
 

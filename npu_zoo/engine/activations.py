@@ -17,6 +17,7 @@ from npu_zoo.engine.graph import graph_sizes
 from npu_zoo.engine.sampler import Sampler
 from npu_zoo.engine.sequence import Sequence
 from npu_zoo.nn.context import ForwardContext
+from npu_zoo.nn.kernels.table import TopKTopP
 from npu_zoo.nn.model import CausalLM
 
 _SEGMENT = 20 << 20
@@ -63,11 +64,17 @@ class Activations:
 
 
 def measure_activations(
-    model: CausalLM, attention: StepAttention, rows: list[SequenceSlice], config: EngineConfig, device: torch.device
+    model: CausalLM,
+    top_k_top_p: TopKTopP,
+    attention: StepAttention,
+    rows: list[SequenceSlice],
+    config: EngineConfig,
+    device: torch.device,
 ) -> Activations:
     """Run the largest step, then the most that sampling may be asked for.
 
     Args:
+        top_k_top_p: what sampling takes.
         attention: with a cache that the rows fit.
         device: one whose allocator counts, which a CPU's does not.
     """
@@ -76,7 +83,8 @@ def measure_activations(
     batch = config.max_num_seqs
     dtype: torch.dtype = getattr(torch, config.dtype)
     shape = (batch, config.model_config.vocab_size)
-    sampling = _peak(memory, device, lambda: _sample(torch.zeros(shape, dtype=dtype, device=device)))
+    sampler = Sampler(top_k_top_p)
+    sampling = _peak(memory, device, lambda: _sample(sampler, torch.zeros(shape, dtype=dtype, device=device)))
     tokens = sum(row.num_tokens for row in rows)
     graphs = _graphs(config, dtype.itemsize, step.allocated * batch // tokens)
     return Activations(max(step.allocated, sampling.allocated), max(step.reserved, sampling.reserved) + graphs)
@@ -112,7 +120,7 @@ def _run(model: CausalLM, attention: StepAttention, rows: list[SequenceSlice], d
         return model.compute_logits(hidden[: len(rows)])
 
 
-def _sample(logits: Tensor) -> None:
+def _sample(sampler: Sampler, logits: Tensor) -> None:
     with torch.inference_mode():
         sequences = [
             Sequence(
@@ -126,4 +134,4 @@ def _sample(logits: Tensor) -> None:
             )
             for number in range(len(logits))
         ]
-        Sampler().sample(logits, sequences, [()] * len(logits))
+        sampler.sample(logits, sequences, [()] * len(logits))

@@ -40,7 +40,7 @@ class NativeEngine(Engine):
             max_num_batched_tokens=config.max_num_batched_tokens,
             enable_chunked_prefill=config.enable_chunked_prefill,
         )
-        self.sampler = Sampler()
+        self.sampler = Sampler(self.runner.kernels.top_k_top_p)
         self.max_model_len = self.runner.cache.max_model_len
         self._stop_ids = frozenset(config.stop_token_ids) | frozenset(
             self.tokenizer.eos_token_ids if self.tokenizer else ()

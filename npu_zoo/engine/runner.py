@@ -58,6 +58,7 @@ class ModelRunner:
         self.config = config
         self.device = _device(config)
         self.dtype: torch.dtype = getattr(torch, config.dtype)
+        self.kernels = bind_kernels(config.kernels)
         self.model = self._load_model(progress)
         self.activations = self._measure_activations()
         free = max(0, free_memory(self.device) - (self.activations.reserved if self.activations else 0))
@@ -113,7 +114,7 @@ class ModelRunner:
 
     def _load_model(self, progress: Progress | None) -> CausalLM:
         config = self.config
-        context = BuildContext(bind_kernels(config.kernels), self.dtype, config.max_model_len)
+        context = BuildContext(self.kernels, self.dtype, config.max_model_len)
         model = build_on_meta(load_code(config.model_class), config.model_config, context)
         directory = Path(config.weights)
         spec = detect_format(directory, get_registry().weight_formats)
@@ -168,7 +169,8 @@ class ModelRunner:
         if config.attention == "paged":
             size = config.attention_choice.block_size or 1
         rows = largest_step(config, size)
-        return measure_activations(self.model, self._create_attention(slots_of(rows), size), rows, config, self.device)
+        attention = self._create_attention(slots_of(rows), size)
+        return measure_activations(self.model, self.kernels.top_k_top_p, attention, rows, config, self.device)
 
     def _create_attention(self, *slots: int) -> StepAttention:
         """The backend with a cache of ``num_slots`` slots of ``slot_size`` tokens."""

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.engine.sequence import Sequence
+from npu_zoo.nn.kernels import reference
+from npu_zoo.nn.kernels.table import TopKTopP
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,14 @@ class TokenLogprobs:
 
 
 class Sampler:
-    """Draws one token per row of logits."""
+    """Draws one token per row of logits.
+
+    Args:
+        top_k_top_p: the kernel that cuts what is not drawn from.
+    """
+
+    def __init__(self, top_k_top_p: TopKTopP = reference.top_k_top_p) -> None:
+        self._top_k_top_p = top_k_top_p
 
     def sample(self, logits: Tensor, sequences: Rows[Sequence], stop_ids: Rows[tuple[int, ...]]) -> SampledTokens:
         """Draw.
@@ -55,7 +64,7 @@ class Sampler:
         drawn = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
         if drawn:
             rows = torch.tensor(drawn, device=logits.device)
-            picked = _draw(shaped.index_select(0, rows).float(), [sequences[row] for row in drawn])
+            picked = _draw(shaped.index_select(0, rows).float(), [sequences[row] for row in drawn], self._top_k_top_p)
             chosen = chosen.index_copy(0, rows, picked)
         token_ids = chosen.tolist()
         return SampledTokens(token_ids, _logprobs(logits, token_ids, sequences))
@@ -97,11 +106,11 @@ def _penalise(row: Tensor, sequence: Sequence) -> None:
         row -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
 
 
-def _draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+def _draw(logits: Tensor, sequences: list[Sequence], top_k_top_p: TopKTopP) -> Tensor:
     """One id per row of [N, vocab_size] float32 logits, by inverting the cumulative distribution."""
     params = [sequence.params for sequence in sequences]
     temperatures = torch.tensor([p.temperature for p in params], device=logits.device)
-    logits = _truncate(logits / temperatures.unsqueeze(1).clamp_min(1e-5), params)
+    logits = _truncate(logits / temperatures.unsqueeze(1).clamp_min(1e-5), params, top_k_top_p)
     cumulative = torch.softmax(logits, -1, dtype=torch.float64).cumsum(-1)
     draws = torch.tensor([_uniform(s) for s in sequences], dtype=torch.float64, device=logits.device)
     # Scaling by the last sum keeps a draw near 1 inside the range whatever was rounded.
@@ -110,7 +119,7 @@ def _draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
     return picked.clamp_max(logits.shape[1] - 1)
 
 
-def _truncate(logits: Tensor, params: list[SamplingParams]) -> Tensor:
+def _truncate(logits: Tensor, params: list[SamplingParams], top_k_top_p: TopKTopP) -> Tensor:
     """min_p, then top_k, then top_p, in the order of vLLM; what is cut is at minus infinity."""
     if any(p.min_p > 0 for p in params):
         logprobs = torch.log_softmax(logits, -1)
@@ -119,18 +128,7 @@ def _truncate(logits: Tensor, params: list[SamplingParams]) -> Tensor:
     size = logits.shape[1]
     if not any(0 < p.top_k < size or p.top_p < 1.0 for p in params):
         return logits
-    ordered = logits.sort(-1, descending=True).values
-    kept = torch.tensor([p.top_k if 0 < p.top_k < size else size for p in params], device=logits.device)
-    ordered = ordered.masked_fill(torch.arange(size, device=logits.device) >= kept.unsqueeze(1), float("-inf"))
-    probabilities = torch.softmax(ordered, -1)
-    before = probabilities.cumsum(-1) - probabilities
-    # Rounded sums reach 1 before the last token; a row without top_p must lose none of them to another row's.
-    shares = [p.top_p if p.top_p < 1.0 else float("inf") for p in params]
-    nucleus = before < torch.tensor(shares, device=logits.device).unsqueeze(1)
-    nucleus &= ordered > float("-inf")
-    nucleus[:, 0] = True
-    smallest = ordered.masked_fill(~nucleus, float("inf")).amin(-1, keepdim=True)
-    return logits.masked_fill(logits < smallest, float("-inf"))
+    return top_k_top_p(logits, [p.top_k if 0 < p.top_k < size else 0 for p in params], [p.top_p for p in params])
 
 
 def _uniform(sequence: Sequence) -> float:

@@ -74,3 +74,30 @@ def test_a_model_runs_on_the_simulated_device_and_no_speed_is_printed() -> None:
     assert done.stdout.strip()
     assert "4 tokens on a simulated device, whose speed says nothing" in done.stderr
     assert "tokens/s" not in done.stderr
+
+
+def test_launches_are_explained_for_a_model_that_is_not_here() -> None:
+    duo = PRODUCT == "atlas_300i_duo"
+    model = "deepseek_coder:6.7b" if duo else "deepseek_coder:33b"
+    done = run("-m", "npu_zoo", "explain", "--model", model, "--hardware", PRODUCT, "--simulate", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["simulated"]
+    heads = "16 heads, 16 for" if duo else "14 heads, 2 for"
+    assert heads in found["shape"]
+    assert found["graph"]["replays"] == found["graph"]["copies_back"] == 1
+    assert found["eager"]["replays"] == 0
+    assert found["eager"]["launches"]["aclnnAddRmsNorm"] == 4
+
+
+def test_launches_of_the_demo_are_shown() -> None:
+    done = run("-m", "npu_zoo", "explain", "--model", "deepseek_coder", "--hardware", PRODUCT, "--simulate")
+    assert done.returncode == 0, done.stderr
+    assert "from a captured graph: 2 launches, 1 copy to the host" in " ".join(done.stdout.split())
+    assert re.search(r"^8 +aclnnAddRmsNorm +a norm with the addition", done.stdout, re.MULTILINE)
+
+
+def test_another_product_than_the_simulated_one_is_refused() -> None:
+    other = "atlas_300i_duo" if PRODUCT != "atlas_300i_duo" else "atlas_800i_a2"
+    done = run("-m", "npu_zoo", "explain", "--model", "wizardcoder", "--hardware", other, "--simulate")
+    assert done.returncode == 4
+    assert f"NPU_ZOO_SIMULATE={PRODUCT} is simulated, and {other} was asked for" in done.stderr

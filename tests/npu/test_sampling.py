@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch_npu
 
+from npu_zoo.nn.kernels import ascend, reference
+
 pytestmark = pytest.mark.chip("ascend910b")
 
 
@@ -51,3 +53,14 @@ def test_the_best_stays_and_so_do_ties_for_the_last_place() -> None:
     found = torch_npu.npu_top_k_top_p(logits.npu(), p=p.npu()).cpu() > float("-inf")
     assert found.sum(-1).tolist() == [1, 1]
     assert bool(found[0, 0])
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p"),
+    [([5, 50, 20, 1], [1.0, 0.5, 0.9, 0.3]), ([0, 0, 0, 0], [0.5, 1.0, 0.9, 0.01]), ([0, 7, 0, 1200], [0.9] * 4)],
+    ids=["both", "p alone", "what the operator does not take"],
+)
+def test_the_kernel_keeps_what_the_reference_keeps(top_k: list[int], top_p: list[float]) -> None:
+    logits = torch.randn(4, 1500, generator=torch.Generator().manual_seed(1)) * 3
+    found = ascend.top_k_top_p(logits.npu(), top_k, top_p).cpu()
+    assert torch.equal(found, reference.top_k_top_p(logits, top_k, top_p))

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 import torch_npu
 from torch import Tensor
 
+from npu_zoo.nn.kernels import reference
 from npu_zoo.nn.kernels.reference import Linear
 from npu_zoo.nn.kernels.table import LinearKernel
 from npu_zoo.nn.routing import Routing
 
 FRACTAL_NZ = 29
-_GATING_ROWS = 1024
-"""Rows that npu_moe_gating_top_k_softmax takes at once on 310P."""
+_MOST_KEPT = 1024
+"""The largest k that npu_top_k_top_p takes."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -182,3 +183,13 @@ def _grouped(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 
 experts = Experts()
+
+
+def top_k_top_p(logits: Tensor, top_k: Sequence[int], top_p: Sequence[float]) -> Tensor:
+    """See :func:`reference.top_k_top_p`; one launch, where every row has a k of at most 1024 or none has one."""
+    if any(top_k) and not all(0 < k <= _MOST_KEPT for k in top_k):
+        return reference.top_k_top_p(logits, top_k, top_p)
+    shares = torch.tensor(top_p, dtype=logits.dtype).to(logits.device)
+    kept = torch.tensor(top_k, dtype=torch.int32).to(logits.device) if any(top_k) else None
+    cut: Tensor = torch_npu.npu_top_k_top_p(logits, shares, kept)
+    return cut

@@ -160,3 +160,25 @@ def experts(
         output = linear.apply(silu_and_mul(linear.apply(x[tokens], gate_up[expert])), down[expert])
         total[tokens] += output.float() * weights[tokens, slots].unsqueeze(1)
     return total.to(x.dtype)
+
+
+def top_k_top_p(logits: Tensor, top_k: Sequence[int], top_p: Sequence[float]) -> Tensor:
+    """Float32 logits [N, vocab_size] with minus infinity where a row's ``top_k``, then its ``top_p`` cuts.
+
+    Args:
+        top_k: how many of the most likely tokens a row keeps; 0 keeps all.
+        top_p: the total probability that it keeps of those, the best always; 1 keeps all.
+    """
+    size = logits.shape[1]
+    ordered = logits.sort(-1, descending=True).values
+    kept = torch.tensor([k or size for k in top_k], device=logits.device)
+    ordered = ordered.masked_fill(torch.arange(size, device=logits.device) >= kept.unsqueeze(1), float("-inf"))
+    probabilities = torch.softmax(ordered, -1)
+    before = probabilities.cumsum(-1) - probabilities
+    # Rounded sums reach 1 before the last token; a row without top_p must lose none of them to another row's.
+    shares = [p if p < 1.0 else float("inf") for p in top_p]
+    nucleus = before < torch.tensor(shares, device=logits.device).unsqueeze(1)
+    nucleus &= ordered > float("-inf")
+    nucleus[:, 0] = True
+    smallest = ordered.masked_fill(~nucleus, float("inf")).amin(-1, keepdim=True)
+    return logits.masked_fill(logits < smallest, float("-inf"))

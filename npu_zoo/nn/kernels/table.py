@@ -72,6 +72,10 @@ def rotary_tables(kernel: object, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
     return (cos, sin) if tables is None else tables(cos, sin)
 
 
+TopKTopP = Callable[[Tensor, Sequence[int], Sequence[float]], Tensor]
+"""See :func:`npu_zoo.nn.kernels.reference.top_k_top_p`."""
+
+
 @dataclass(frozen=True)
 class Kernels:
     """One implementation per operation; signatures are those of :mod:`npu_zoo.nn.kernels.reference`.
@@ -88,6 +92,7 @@ class Kernels:
     linear: LinearKernel
     route_tokens: Callable[[Tensor, Tensor | None, Routing], tuple[Tensor, Tensor]]
     experts: ExpertsKernel
+    top_k_top_p: TopKTopP
     more: dict[str, Any]
 
 

@@ -44,6 +44,7 @@ def register_kernels() -> list[KernelSpec]:
         _reference("linear", "Linear"),
         _reference("route_tokens", "route_tokens"),
         _reference("experts", "experts"),
+        _reference("top_k_top_p", "top_k_top_p"),
         _cpu("rms_norm", "reference:rms_norm", "torch's own operators"),
         _cpu("add_rms_norm", "reference:add_rms_norm", "torch's own operators"),
         _cpu("rotary_embedding", "cpu:rotary_embedding", "torch's own operators, written in place"),
@@ -56,6 +57,7 @@ def register_kernels() -> list[KernelSpec]:
         _cpu("silu_and_mul", "cpu:silu_and_mul", "torch's own operators, written in place"),
         _cpu("route_tokens", "reference:route_tokens", "torch's own operators, in float32"),
         _cpu("experts", "cpu:experts", "tokens sorted by expert, a product per expert that was hit"),
+        _cpu("top_k_top_p", "reference:top_k_top_p", "torch's own operators"),
         _cpu("linear", "cpu:PackedLinear", "oneDNN, with the weight in its own layout", ("float32", "bfloat16")),
         KernelSpec(
             name="cpu_plain_linear",

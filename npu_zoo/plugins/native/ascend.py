@@ -42,11 +42,21 @@ def _ascend_kernels() -> list[KernelSpec]:
         "interleaved_rotary_embedding": ("npu_interleave_rope",),
         "head_linear": ("npu_transpose_batchmatmul",),
         "route_tokens": ("npu_moe_gating_top_k",),
+        "top_k_top_p": ("npu_top_k_top_p",),
         "experts": ("npu_moe_init_routing_v2", "npu_grouped_matmul", "npu_moe_token_unpermute"),
     }
     return [
         *(_ascend(operation, "ascend910b", _HALVES, operators) for operation, operators in (shared | own).items()),
         *(_ascend(operation, "ascend310p", ("float16",), operators) for operation, operators in shared.items()),
+        KernelSpec(
+            name="ascend310p_top_k_top_p",
+            operation="top_k_top_p",
+            chip="ascend310p",
+            dtypes=("float16",),
+            implementation="npu_zoo.nn.kernels.reference:top_k_top_p",
+            requires=("torch_npu",),
+            description="torch's own operators; the chip has none that does it at once",
+        ),
         _ascend(
             "linear",
             "ascend310p",
@@ -101,7 +111,7 @@ ASCEND_BACKENDS = [
         head_dims=(512,),
         block_sizes=(128, 64, 32, 16),
         requires=("torch_npu",),
-        operators=(*_FUSED, "npu_fused_infer_attention_score_v2"),
+        operators=(*_FUSED, "npu_fused_infer_attention_score_v2", "npu_kv_rmsnorm_rope_cache"),
         description="fused attention over latents in blocks: absorbed for single tokens, expanded for prompts",
     ),
     AttentionBackendSpec(
