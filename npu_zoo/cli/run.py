@@ -86,7 +86,8 @@ def run(
     with LoadingProgress() as loading:
         llm = LLM.from_config(config, progress=loading)
     with llm:
-        _tell_memory(llm.engine.explain(), config)
+        if config.device != "cpu":
+            _tell_memory(llm.engine.explain(), config)
         generate(llm, prompts, sampling_params, writer, chat=use_chat, timed=not _simulated(config))
 
 
