@@ -218,10 +218,9 @@ def _how_to_get_weights(request: Request) -> str:
     lines = [
         f"{request.model} needs weights: --weights DIR, a directory with config.json, *.safetensors and tokenizer.json"
     ]
-    if variant.huggingface:
-        lines.append(f"download them: hf download {variant.huggingface} --local-dir DIR")
-    if variant.modelscope:
-        lines.append(f"or: modelscope download --model {variant.modelscope} --local_dir DIR")
+    if variant.huggingface or variant.modelscope:
+        either = "; --source modelscope takes ModelScope" if variant.huggingface and variant.modelscope else ""
+        lines.append(f"download them: npu-zoo pull {request.model} --to DIR{either}")
     demo = next((v.name for v in family.variants if v.bundled), None)
     if demo:
         lines.append(f"--model {family.name}:{demo} runs without weights")
@@ -372,9 +371,10 @@ def _notes(args: EngineArgs, request: Request, row: FeatureRow, kernels: tuple[K
     if args.weights is not None and request.family.prompt and not has_chat_template(args.weights):
         notes.append(f"the checkpoint brings no chat template; chats take {request.family.title}'s own")
     if args.weights is None:
-        real = next((v for v in request.family.variants if v.huggingface), None)
-        how = f"; real weights: `hf download {real.huggingface} --local-dir DIR`, then --weights DIR" if real else ""
-        notes.append(f"no weights were given: this is the small demo checkpoint of {request.family.title}{how}")
+        family = request.family
+        real = next((v.name for v in family.variants if v.huggingface or v.modelscope), None)
+        how = f"; real weights: `npu-zoo pull {family.name}:{real} --to DIR`, then --weights DIR" if real else ""
+        notes.append(f"no weights were given: this is the small demo checkpoint of {family.title}{how}")
     elif args.model == request.family.name:
         notes.append(f"the weights are taken for {request.model}")
     if row.status == "experimental":

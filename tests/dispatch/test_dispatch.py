@@ -135,8 +135,8 @@ def test_missing_weights_name_where_to_get_them() -> None:
     with pytest.raises(WeightsError) as raised:
         resolve(EngineArgs(model="deepseek_coder:6.7b-base", hardware="cpu"))
     message = str(raised.value)
-    assert "hf download deepseek-ai/deepseek-coder-6.7b-base --local-dir DIR" in message
-    assert "modelscope download --model deepseek-ai/deepseek-coder-6.7b-base" in message
+    assert "npu-zoo pull deepseek_coder:6.7b-base --to DIR" in message
+    assert "--source modelscope" in message
     assert "--model deepseek_coder:demo runs without weights" in message
 
 
@@ -249,7 +249,10 @@ def test_experimental_rows_are_asked_for(weights: Weights) -> None:
 
 def test_notes_say_which_checkpoint_runs(weights: Weights) -> None:
     (demo,) = resolve(EngineArgs(model="deepseek_coder", hardware="cpu")).notes
-    assert "no weights were given: this is the small demo checkpoint of DeepSeek-Coder; real weights: `hf down" in demo
+    assert (
+        "no weights were given: this is the small demo checkpoint of DeepSeek-Coder; real weights: `npu-zoo pull"
+        in demo
+    )
     directory = weights()
     lacking = "the checkpoint brings no chat template; chats take DeepSeek-Coder's own"
     assert config_of(directory).notes == (lacking, "the weights are taken for deepseek_coder:custom")
