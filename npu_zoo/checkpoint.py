@@ -12,6 +12,8 @@ from npu_zoo.core.errors import WeightsError
 from npu_zoo.core.specs import WeightFormatSpec
 
 MAX_CONFIG_BYTES = 8 * 1024 * 1024
+_RANK = "rank_"
+"""How directories begin that hold the files of one rank each."""
 
 
 def detect_format(directory: str | Path, specs: Mapping[str, WeightFormatSpec]) -> WeightFormatSpec:
@@ -41,7 +43,10 @@ def _file_names(directory: Path) -> list[str]:
     if not directory.is_dir():
         raise WeightsError(f"{directory} is a file; name the directory that holds config.json and the weights")
     try:
-        return sorted(entry.name for entry in directory.iterdir() if entry.is_file())
+        entries = list(directory.iterdir())
+        ranks = (entry for entry in entries if entry.name.startswith(_RANK) and entry.is_dir())
+        files = [entry.name for entry in entries if entry.is_file()]
+        return sorted([*files, *(f"{rank.name}/{file.name}" for rank in ranks for file in rank.iterdir())])
     except OSError as error:
         raise WeightsError(f"cannot list {directory}: {error.strerror or error}") from error
 
@@ -52,13 +57,10 @@ def _matches(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
 
 
 def _must_convert(directory: Path, spec: WeightFormatSpec, files: list[str]) -> str:
-    out = f"{directory}-safetensors"
-    load = f"AutoModelForCausalLM.from_pretrained({str(directory)!r}, dtype='auto')"
-    return (
-        f"{directory} holds {_some(files)}: {spec.description or spec.name}, which no engine loads directly; "
-        "convert it to safetensors first, then copy the tokenizer's files beside the result:\n"
-        f'  python -c "from transformers import AutoModelForCausalLM; {load}.save_pretrained({out!r})"'
-    )
+    what = f"{directory} holds {_some(files)}: {spec.description or spec.name}, which no engine loads directly; "
+    if spec.source is None:
+        return what + f"see the plugin that registers {spec.name} for what converts it"
+    return what + f"convert it first: npu-zoo convert {directory} {directory}-safetensors --to hf-safetensors"
 
 
 def has_chat_template(directory: str | Path) -> bool:

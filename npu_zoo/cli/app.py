@@ -13,7 +13,7 @@ import typer
 from typer.models import CommandInfo, TyperInfo
 
 from npu_zoo import __version__
-from npu_zoo.cli import chat, config, doctor, explain, matrix, plan, plugins, pull, run
+from npu_zoo.cli import chat, config, convert, doctor, explain, matrix, plan, plugins, pull, run, weights
 from npu_zoo.cli.help import ZooCommand, ZooGroup
 from npu_zoo.core.errors import NpuZooError
 from npu_zoo.registry import get_registry
@@ -62,10 +62,12 @@ def build_app() -> typer.Typer:
     app.command("matrix", cls=ZooCommand)(matrix.show_matrix)
     app.command("check", cls=ZooCommand)(matrix.check)
     app.command("pull", cls=ZooCommand)(pull.pull)
+    app.command("convert", cls=ZooCommand)(convert.convert)
     app.command("explain", cls=ZooCommand)(explain.explain)
     app.command("plan", cls=ZooCommand)(plan.plan)
     app.command("doctor", cls=ZooCommand)(doctor.doctor)
     app.command("plugins", cls=ZooCommand)(plugins.plugins)
+    app.add_typer(weights.group, name="weights")
     app.add_typer(config.group, name="config")
     return app
 

@@ -190,12 +190,20 @@ class WeightFormatSpec(_Spec):
     Attributes:
         patterns: file name patterns that tell the format, such as ``*.safetensors``.
         loadable: whether an engine reads it directly; otherwise it must be converted first.
+        source: a function of a directory and config.json's content, whose result is a
+            :class:`npu_zoo.weights.tensors.Source`.
+        target: a function of :class:`npu_zoo.weights.tensors.TargetOptions`, whose result is a
+            :class:`npu_zoo.weights.tensors.Target`.
+        ranks: whether the target can have files of several ranks.
     """
 
     name: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*$")]
     patterns: tuple[str, ...] = Field(min_length=1)
     loader: CodeRef | None = None
     loadable: bool = True
+    source: CodeRef | None = None
+    target: CodeRef | None = None
+    ranks: bool = False
     description: str = ""
 
     @model_validator(mode="after")

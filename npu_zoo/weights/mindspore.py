@@ -346,6 +346,36 @@ class CheckpointWriter:
             WeightsError: the format has no such dtype, the name was added before, or data has not the shape's size.
             OSError: as the file raises it.
         """
+        kind, size = self._describe(name, dtype, shape)
+        self._closed = f"tensor {name} was not written to its end"
+        self._add(name, kind, shape, _Pieces(name, size, data))
+        self._closed = ""
+
+    def reserve(self, name: str, dtype: str, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+        """Append one tensor but for its bytes, which the caller writes into the file by itself.
+
+        Args:
+            name, dtype, shape: as for :meth:`add`.
+
+        Returns:
+            Where the bytes go: (offset in the file, length) pairs in order.
+
+        Raises:
+            WeightsError: as for :meth:`add`; or the file is to end with a checksum, which takes the bytes in order.
+            OSError: as the file raises it.
+        """
+        if self._checksum:
+            raise WeightsError("a checkpoint that ends with a checksum is written in order; leave the checksum out")
+        kind, size = self._describe(name, dtype, shape)
+        chunks = []
+        for head, length in _values(name, kind, shape, size):
+            self._write(head)
+            chunks.append((self._file.tell(), length))
+            self._file.seek(length, 1)
+        return tuple(chunks)
+
+    def _describe(self, name: str, dtype: str, shape: tuple[int, ...]) -> tuple[str, int]:
+        """A tensor's type in the file and its bytes; the name is taken then."""
         self._check_open()
         kind, itemsize = _tensor_type(name, dtype)
         if name in self._names:
@@ -354,10 +384,8 @@ class CheckpointWriter:
             raise WeightsError(f"{name[:80]!r} is no tensor name that a checkpoint can hold")
         if len(shape) > MAX_DIMS or any(not 0 <= size < 2**63 for size in shape):
             raise WeightsError(f"tensor {name}: shape {list(shape)} is no list of at most {MAX_DIMS} sizes")
-        self._closed = f"tensor {name} was not written to its end"
-        self._add(name, kind, shape, _Pieces(name, math.prod(shape) * itemsize, data))
-        self._closed = ""
         self._names.add(name)
+        return kind, math.prod(shape) * itemsize
 
     def finish(self) -> None:
         """Write what stands after the last tensor, and flush the file; nothing can be added after it.
@@ -373,20 +401,10 @@ class CheckpointWriter:
         self._file.flush()
 
     def _add(self, name: str, kind: str, shape: tuple[int, ...], pieces: _Pieces) -> None:
-        dims = b"".join(b"\x08" + _encode(size) for size in shape or (0,))
-        head = dims + _open_field(2, len(kind)) + kind.encode()
-        tag = name.encode()
-        while True:
-            length = min(pieces.left, MAX_CONTENT_BYTES)
-            head_of_tensor = head + _open_field(3, length)
-            tag_field = _open_field(1, len(tag)) + tag
-            head_of_value = tag_field + _open_field(2, len(head_of_tensor) + length)
-            size = len(head_of_value) + len(head_of_tensor) + length
-            self._write(_open_field(1, size) + head_of_value + head_of_tensor)
+        for head, length in _values(name, kind, shape, pieces.left):
+            self._write(head)
             for piece in pieces.take(length):
                 self._write(piece)
-            if not pieces.left:
-                break
         pieces.expect_end()
 
     def _write(self, piece: bytes | memoryview) -> None:
@@ -397,6 +415,22 @@ class CheckpointWriter:
     def _check_open(self) -> None:
         if self._closed:
             raise WeightsError(f"{self._closed}; nothing can be added to the checkpoint any more")
+
+
+def _values(name: str, kind: str, shape: tuple[int, ...], size: int) -> Iterator[tuple[bytes, int]]:
+    """What stands before each of a tensor's stretches of bytes, and how long that stretch is."""
+    dims = b"".join(b"\x08" + _encode(length) for length in shape or (0,))
+    head = dims + _open_field(2, len(kind)) + kind.encode()
+    tag = _open_field(1, len(name.encode())) + name.encode()
+    while True:
+        length = min(size, MAX_CONTENT_BYTES)
+        head_of_tensor = head + _open_field(3, length)
+        head_of_value = tag + _open_field(2, len(head_of_tensor) + length)
+        whole = len(head_of_value) + len(head_of_tensor) + length
+        yield _open_field(1, whole) + head_of_value + head_of_tensor, length
+        size -= length
+        if not size:
+            return
 
 
 _NO_BYTES = memoryview(b"")

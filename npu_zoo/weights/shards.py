@@ -35,7 +35,7 @@ def find_shards(directory: Path, names: ShardNames) -> tuple[list[Path], dict[st
     """
     weight_map = _read_index(directory, names)
     found = _list_files(directory, names) if weight_map is None else sorted(set(weight_map.values()))
-    return [_shard_path(directory, name) for name in found], weight_map
+    return [shard_path(directory, name) for name in found], weight_map
 
 
 def check_shards(
@@ -94,7 +94,7 @@ def _read_index(directory: Path, names: ShardNames) -> dict[str, str] | None:
     return weight_map
 
 
-def _shard_path(directory: Path, name: str) -> Path:
+def shard_path(directory: Path, name: str) -> Path:
     """The shard's path, where it exists and its target lies in the directory (or in the Hub cache around it)."""
     path = directory / name
     try:

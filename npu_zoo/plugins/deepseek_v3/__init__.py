@@ -283,12 +283,7 @@ FAMILY = FamilySpec(
     default_variant="demo",
     prompt=PROMPT,
     config_defaults={"DeepseekV3ForCausalLM": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}},
-    conversions={
-        "fp8": "python fp8_cast_bf16.py --input-fp8-hf-path {source} --output-bf16-hf-path {target}\n"
-        "  (in folder inference of https://github.com/deepseek-ai/DeepSeek-V3, on a CUDA GPU; it writes weights alone: "
-        "copy tokenizer.json, tokenizer_config.json, generation_config.json and config.json there, the last one "
-        "without its quantization_config)"
-    },
+    conversions={"fp8": "npu-zoo convert {source} {target} --to hf-safetensors"},
     rows=proven(ROWS, RECORDS),
     records=RECORDS,
     denials=DENIALS,

@@ -128,18 +128,41 @@ def register_engines() -> list[EngineSpec]:
 
 @hookimpl
 def register_weight_formats() -> list[WeightFormatSpec]:
-    """Hugging Face's formats; the pickled one is known, and refused with the command that converts it."""
+    """What is read and written; a directory is of the first format whose files it has."""
+    formats = "npu_zoo.weights.formats"
     return [
+        WeightFormatSpec(
+            name="ascend-mp",
+            patterns=("model*-mp*.safetensors",),
+            loader="npu_zoo.weights.loader:AscendMpLoader",
+            source=f"{formats}.ascend_mp:read_ascend_mp",
+            target=f"{formats}.ascend_mp:AscendMpTarget",
+            ranks=True,
+            description="a safetensors file model{i}-mp{N} for each of N ranks",
+        ),
         WeightFormatSpec(
             name="hf-safetensors",
             patterns=("*.safetensors",),
             loader="npu_zoo.weights.safetensors:SafetensorsLoader",
-            description="safetensors shards, with or without an index",
+            source=f"{formats}.hf:read_safetensors",
+            target=f"{formats}.hf:SafetensorsTarget",
+            description="Hugging Face's safetensors files",
         ),
         WeightFormatSpec(
             name="hf-bin",
-            patterns=("pytorch_model*.bin", "*.pt", "*.pth"),
-            loadable=False,
-            description="pickled torch checkpoints",
+            patterns=("pytorch_model*.bin",),
+            loader="npu_zoo.weights.loader:BinLoader",
+            source=f"{formats}.hf:read_bin",
+            target=f"{formats}.hf:BinTarget",
+            description="Hugging Face's pickled files; no code in them is executed",
+        ),
+        WeightFormatSpec(
+            name="mindspore-ckpt",
+            patterns=("*.ckpt", "rank_*/*.ckpt"),
+            loader="npu_zoo.weights.loader:MindSporeLoader",
+            source=f"{formats}.mindspore:read_mindspore",
+            target=f"{formats}.mindspore:MindSporeTarget",
+            ranks=True,
+            description="MindSpore's checkpoints, one file or a directory for each rank",
         ),
     ]

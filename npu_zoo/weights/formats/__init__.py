@@ -1,0 +1,1 @@
+"""Checkpoint formats as sources and targets of a conversion."""
