@@ -28,7 +28,7 @@ from npu_zoo.weights.tensors import LogicalTensor, Placement, Rows, Segments
 if TYPE_CHECKING:
     from torch import Tensor
 
-BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 2 << 20
 """Of the source, that are read at once where rows can be cut anywhere."""
 
 MEMORY = 1 << 30
@@ -223,7 +223,9 @@ class _Conversion:
         plan = self.plan
         tensor, result, placements = plan.source.tensors[name], plan.results[name], plan.placed[name]
         read = {piece: Digest() for piece in plan.source.pieces(name)}
-        written = {placement: Digest() for placement in placements}
+        written: dict[Placement, Digest | None] = {placement: Digest() for placement in placements}
+        if passes_through(tensor, result, tuple(read), placements):
+            written = {placements[0]: None}  # the bytes are those that were read, and need not be hashed again
         size = self._rows_at_once(name, tensor, placements)
         for start in range(0, tensor.num_rows, size):
             if self.stopped.is_set():
@@ -237,7 +239,7 @@ class _Conversion:
             UnitRecord(
                 name,
                 {(self._name_of(piece), piece.name): digest.hex() for piece, digest in read.items()},
-                {(p.file, p.name): digest.hex() for p, digest in written.items()},
+                {(p.file, p.name): (digest or next(iter(read.values()))).hex() for p, digest in written.items()},
             )
         )
 
@@ -252,16 +254,27 @@ class _Conversion:
         wanted = BLOCK_BYTES // max(1, tensor.row_values * 4)
         return max(multiple, wanted // multiple * multiple)
 
-    def _place(self, placement: Placement, rows: Rows, start: int, stop: int, digest: Digest) -> None:
+    def _place(self, placement: Placement, rows: Rows, start: int, stop: int, digest: Digest | None) -> None:
         first, last = max(start, placement.rows[0]), min(stop, placement.rows[1])
         if first >= last or (placement.takes == "none" and start):
             return
         encoded = placement.encode(_cut(rows, first - start, last - start))
         data = _bytes_of(encoded)
-        digest.update(data)
+        if digest is not None:
+            digest.update(data)
         skipped = (first - placement.rows[0]) * len(data) // (last - first) if placement.takes == "rows" else 0
         for offset, piece in _spread(self._segments[placement.file][placement.name], skipped, data):
             self._writer.write(placement.file, piece, offset)
+
+
+def passes_through(
+    tensor: LogicalTensor, result: LogicalTensor, pieces: tuple[Piece, ...], placements: tuple[Placement, ...]
+) -> bool:
+    """Whether a plain tensor is stored byte by byte as it was."""
+    if tensor != result or tensor.scheme is not None or len(pieces) != 1 or len(placements) != 1:
+        return False
+    (piece,), (placement,) = pieces, placements
+    return (piece.dtype, piece.shape) == (placement.dtype, placement.shape) and placement.takes == "rows"
 
 
 def change(rows: Rows, tensor: LogicalTensor, result: LogicalTensor) -> Rows:
