@@ -247,9 +247,9 @@ def _int8_bytes(head_dim: int, device: str) -> int:
 
 
 def _restored_bytes(config: ModelConfig, tp: int, itemsize: int, workload: Workload) -> int:
-    """A chunk's context, read back from int8: keys and values, and one of them in float32 with its codes meanwhile."""
+    """A chunk's context, read back from int8: keys and values, and one of them in float32 meanwhile."""
     context = max(workload.max_num_batched_tokens, workload.max_model_len)
-    return context * _kv_heads(config, tp) * config.head_dim * (2 * itemsize + _FLOAT32 + ITEMSIZE["int8"])
+    return context * _kv_heads(config, tp) * config.head_dim * (2 * itemsize + _FLOAT32)
 
 
 def _kv_heads(config: ModelConfig, tp: int) -> int:
