@@ -101,18 +101,18 @@ class Int8BlockCache(BlockCache):
     def read(self, layer: int, blocks: Blocks, num_tokens: int, workspace: Workspace) -> tuple[Tensor, Tensor]:
         """See :meth:`BlockCache.read`."""
         size, count = self.block_size, -(-num_tokens // self.block_size)
+        numbers = (torch.arange(blocks.start, blocks.stop) if isinstance(blocks, slice) else blocks)[:count]
         keys = workspace.buffer("key", self.num_kv_heads, self.head_dim, count, size)
         values = workspace.buffer("value", self.num_kv_heads, count, size, self.head_dim)
         step = max(1, _READ_TOKENS // size)
         for first in range(0, count, step):
-            part = _part(blocks, first, min(first + step, count))
-            scales = self.key_scales[layer][part].unsqueeze(2)  # [blocks, num_kv_heads, 1, block_size]
-            codes = self.keys[layer][part][..., :size].float().sub_(_SHIFT).mul_(scales)
-            keys[:, :, first : first + len(codes)] = codes.permute(1, 2, 0, 3)
-            rows = self.values[layer][part]
-            scales = rows[..., self.head_dim : self.head_dim + _TAIL // 2].contiguous().view(torch.float32)
-            codes = rows[..., : self.head_dim].float().sub_(_SHIFT).mul_(scales)
-            values[:, first : first + len(codes)] = codes.transpose(0, 1)
+            part = numbers[first : first + step]
+            rows = part * self.num_kv_heads + torch.arange(self.num_kv_heads).unsqueeze(1)  # [num_kv_heads, blocks]
+            features = (rows * self.head_dim).unsqueeze(1) + torch.arange(self.head_dim).unsqueeze(1)
+            scales = self.key_scales[layer][part].transpose(0, 1).unsqueeze(1)
+            keys[:, :, first : first + len(part)] = _restored(self.key_rows[layer], features).mul_(scales)
+            tokens = (rows * size).unsqueeze(2) + torch.arange(size)
+            values[:, first : first + len(part)] = _restored(self.value_rows[layer], tokens)
         return keys.flatten(2)[:, :, :num_tokens], values.flatten(1, 2)[:, :num_tokens]
 
     def scores(self, layer: int, query: Tensor, plan: DecodePlan) -> Tensor:
@@ -130,6 +130,7 @@ class _Int8(PagedAttention):
     """What both kinds share."""
 
     _cache_class = Int8BlockCache
+    _prefix_cost = 12  # restoring a prefix takes as long as so many rows take to sum over its bytes
 
     @staticmethod
     def bytes_per_token(num_kv_heads: int, head_dim: int, itemsize: int) -> int:
@@ -150,15 +151,13 @@ def _as_bytes(codes: Tensor) -> Tensor:
     return (codes + _SHIFT).to(torch.uint8)
 
 
-def _part(blocks: Blocks, first: int, last: int) -> Blocks:
-    if isinstance(blocks, slice):
-        return slice(blocks.start + first, blocks.start + last)
-    return blocks[first:last]
+def _restored(table: Tensor, rows: Tensor) -> Tensor:
+    """Rows of bytes in float32, each a sum of its own, which is the fastest way to restore them."""
+    return _weighted_sums(table, rows.flatten(), torch.arange(rows.numel()), None).view(*rows.shape, -1)
 
 
-def _weighted_sums(table: Tensor, rows: Tensor, bags: Tensor, weights: Tensor) -> Tensor:
+def _weighted_sums(table: Tensor, rows: Tensor, bags: Tensor, weights: Tensor | None) -> Tensor:
     """As :func:`~npu_zoo.nn.attention.cache.weighted_sums`, over rows of bytes that end in their scale and shift."""
-    sums: Tensor = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
-        table, rows, bags, per_sample_weights=weights.view(-1)
-    )
+    each = None if weights is None else weights.view(-1)
+    sums: Tensor = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(table, rows, bags, per_sample_weights=each)
     return sums

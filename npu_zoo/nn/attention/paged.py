@@ -70,6 +70,7 @@ class PagedAttention(AttentionBackend):
     """
 
     _cache_class: type[BlockCache] = BlockCache
+    _prefix_cost = 2
 
     def __init__(
         self, layout: CacheLayout, dtype: torch.dtype, device: torch.device, num_heads: int, scale: float
@@ -104,7 +105,7 @@ class PagedAttention(AttentionBackend):
         Raises:
             EngineError: a row's blocks do not cover its tokens.
         """
-        return self._prepare(rows, find_shared_prefixes(rows, self.cache.block_size))
+        return self._prepare(rows, find_shared_prefixes(rows, self.cache.block_size, self._prefix_cost))
 
     def _prepare(self, rows: list[SequenceSlice], shared: list[tuple[list[int], int]]) -> PagedMetadata:
         size = self.cache.block_size

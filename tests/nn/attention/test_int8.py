@@ -21,6 +21,9 @@ from .conftest import Driver
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+"""Of a code with its scale and shift, where a CPU does not multiply and add at once."""
+
 Heads = tuple[int, int, int]
 
 
@@ -82,14 +85,14 @@ def test_chunks_longer_than_what_is_restored_at_once(dtype: torch.dtype) -> None
 
 
 def test_a_prefix_that_many_share_is_attended_to_once() -> None:
-    driver = driver_of(24, 64, (4, 2, 16))
-    prefix = (3, 9, 17, 4, 0, 20, 8, 1)
+    driver = driver_of(64, 64, (4, 2, 16))
+    prefix = (33, 39, 17, 4, 0, 20, 8, 1)
     driver.step([("owner", SequenceSlice(0, 512, prefix))])
-    free = iter(range(10, 24))
-    rows = []
-    for name, length in enumerate((1, 3, 1, 9, 1)):
+    free = [number for number in range(64) if number not in prefix]
+    rows: list[tuple[object, SequenceSlice]] = []
+    for name, length in enumerate((1, 3, 1, 9, *[1] * 11)):
         driver.fork("owner", name, 512)
-        rows.append((name, SequenceSlice(512, length, (*prefix, next(n for n in free if n not in prefix)))))
+        rows.append((name, SequenceSlice(512, length, (*prefix, free.pop()))))
     assert driver.backend.prepare([row for _, row in rows]).shared  # type: ignore[attr-defined]
     driver.step(rows)
 
@@ -138,9 +141,10 @@ def test_codes_depend_on_their_token_alone(dtype: torch.dtype) -> None:
             at = torch.tensor(list(part))
             key, value = cache.write(0, x[0, at], x[1, at], at // 4, at % 4)
             torch.testing.assert_close(torch.stack((key, value)), restored(x[:, at]).to(dtype), rtol=0, atol=0)
-        keys, values = cache.read(0, slice(0, 3), 12, workspace)
-        torch.testing.assert_close(keys.permute(2, 0, 1), restored(x[0]).to(dtype), rtol=0, atol=0)
-        torch.testing.assert_close(values.transpose(0, 1), restored(x[1]).to(dtype), rtol=0, atol=0)
+        for blocks in (slice(0, 3), torch.arange(3)):
+            keys, values = cache.read(0, blocks, 12, workspace)
+            torch.testing.assert_close(keys.permute(2, 0, 1), restored(x[0]).to(dtype), rtol=ROUNDING[dtype], atol=0)
+            torch.testing.assert_close(values.transpose(0, 1), restored(x[1]).to(dtype), rtol=ROUNDING[dtype], atol=0)
         found.append(torch.cat([pool.flatten() for pool in (cache.keys, cache.values, cache.key_scales)]))
     assert all(torch.equal(found[0], other) for other in found[1:])
 
@@ -168,7 +172,7 @@ def test_a_hard_vector_harms_only_itself(value: float) -> None:
     beside = torch.ones(3, 2, dtype=torch.bool)
     beside[1, 0] = False
     for kept in (keys, values.transpose(0, 1)):
-        torch.testing.assert_close(kept[beside], restored(x[beside]), rtol=0, atol=0)
+        torch.testing.assert_close(kept[beside], restored(x[beside]), rtol=ROUNDING[torch.float32], atol=0)
         if math.isfinite(value):
             torch.testing.assert_close(kept[1, 0], x[1, 0], rtol=0.01, atol=1e-43)
         else:
