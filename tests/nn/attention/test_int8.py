@@ -153,7 +153,7 @@ HARD: dict[str, Any] = {
     "zeros": 0.0,
     "huge": 3e38,
     "the least number": 1e-45,
-    "below what a scale can hold": 1.3e-43,
+    "more than a scale can hold": 2.6e-43,
     "infinite": math.inf,
     "not a number": math.nan,
 }
