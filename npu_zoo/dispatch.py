@@ -76,7 +76,13 @@ def resolve(args: EngineArgs, registry: Registry | None = None) -> EngineConfig:
     _check_world_size(engine, request)
     chip = chip_of(request.hardware)
     attention = select_attention(
-        registry.attention_backends, request.attention, chip.name, request.dtype, config, args.block_size
+        registry.attention_backends,
+        request.attention,
+        chip.name,
+        request.dtype,
+        config,
+        args.block_size,
+        request.kv_cache_dtype,
     )
     kernels = select_kernels(registry.kernels, chip.name, request.dtype, config)
     _check_fallbacks(args, kernels)

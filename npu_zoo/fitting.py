@@ -80,6 +80,7 @@ def plan_request(args: EngineArgs, request: Request, config: ModelConfig, split:
         workload_of(args, config),
         quantization=request.quantization,
         kv_cache_dtype=request.kv_cache_dtype,
+        device=chip_of(request.hardware).device,
     )
 
 

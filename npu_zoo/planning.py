@@ -15,6 +15,9 @@ from npu_zoo.core.hardware import ITEMSIZE
 from npu_zoo.core.model_config import MLAConfig, ModelConfig, MoEConfig, padded_vocab_size
 
 _FLOAT32 = 4
+_CPU_ROW_TOKENS = 64
+"""Tokens of a row of int8 keys on a CPU, which has a scale and a shift of its own."""
+
 _SAMPLED_BYTES = 40
 """Bytes per token of the vocabulary and row that sampling with top_p keeps at once (float32 and float64 copies)."""
 
@@ -106,11 +109,13 @@ def plan_rank(
     *,
     quantization: str = "none",
     kv_cache_dtype: str = "auto",
+    device: str = "npu",
 ) -> RankPlan:
     """The plan of the rank that takes most memory.
 
     Args:
         dtype: the compute dtype.
+        device: ``cpu``, ``cuda`` or ``npu``; what an int8 cache keeps beside its codes differs.
     """
     itemsize = ITEMSIZE[dtype]
     stages = stage_layers(config.num_hidden_layers, split.pp)
@@ -118,11 +123,13 @@ def plan_rank(
         sum(matrix.stored(itemsize, quantization) for matrix in _stage_matrices(config, stages, number, split))
         for number in range(split.pp)
     )
-    cache_itemsize = itemsize if kv_cache_dtype == "auto" else ITEMSIZE[kv_cache_dtype]
+    per_token = _token_bytes(config, split.tp, itemsize, kv_cache_dtype, device)
+    reads_back = kv_cache_dtype == "int8" and device == "npu"
+    restored = _restored_bytes(config, split.tp, itemsize, workload) if reads_back else 0
     return RankPlan(
         weights=weights,
-        activations=_activations(config, itemsize, split, workload),
-        cache_per_token=max(map(len, stages)) * _cached_values(config, split.tp) * cache_itemsize,
+        activations=_activations(config, itemsize, split, workload, restored),
+        cache_per_token=max(map(len, stages)) * per_token,
     )
 
 
@@ -187,14 +194,14 @@ def _mlp_matrices(hidden: int, width: int) -> Iterator[_Matrix]:
     yield _Matrix(hidden, width)
 
 
-def _activations(config: ModelConfig, itemsize: int, split: Split, workload: Workload) -> int:
+def _activations(config: ModelConfig, itemsize: int, split: Split, workload: Workload, restored: int) -> int:
     """The peak of a step: the residual stream and what the largest stage of a layer, or the choice of tokens, adds."""
     tokens = workload.max_num_batched_tokens
     # The stream and a layer's input, each before and after a norm, and the rotation of the step and of all positions.
     rotated = config.mla.qk_rope_head_dim if config.mla else config.head_dim
     stream = (4 * tokens * config.hidden_size + 2 * rotated * (tokens + workload.max_model_len)) * itemsize
     stages = [
-        _attention_values(config, split.tp, tokens, workload.max_model_len) * itemsize,
+        _attention_values(config, split.tp, tokens, workload.max_model_len) * itemsize + restored,
         tokens * 3 * _ceil(config.intermediate_size, split.tp) * itemsize,
     ]
     if config.moe is not None:
@@ -221,9 +228,28 @@ def _moe_bytes(hidden: int, moe: MoEConfig, split: Split, tokens: int, itemsize:
     return routed + tokens * (hidden + moe.n_routed_experts) * _FLOAT32
 
 
-def _cached_values(config: ModelConfig, tp: int) -> int:
+def _token_bytes(config: ModelConfig, tp: int, itemsize: int, kv_cache_dtype: str, device: str) -> int:
+    """What a token takes in the cache of one layer."""
     mla: MLAConfig | None = config.mla
-    return mla.cache_dim if mla else 2 * _kv_heads(config, tp) * config.head_dim
+    if mla:
+        return mla.cache_dim * (itemsize if kv_cache_dtype == "auto" else ITEMSIZE[kv_cache_dtype])
+    per_head = 2 * config.head_dim * itemsize if kv_cache_dtype == "auto" else _int8_bytes(config.head_dim, device)
+    return _kv_heads(config, tp) * per_head
+
+
+def _int8_bytes(head_dim: int, device: str) -> int:
+    """Codes of a key and a value and their scales; on a CPU, where rows are summed, each row's shift too."""
+    scales = 2 * _FLOAT32
+    if device != "cpu":
+        return 2 * head_dim + scales
+    shift, key_rows = _FLOAT32, _ceil(head_dim * 2 * _FLOAT32, _CPU_ROW_TOKENS)
+    return 2 * head_dim + scales + shift + key_rows
+
+
+def _restored_bytes(config: ModelConfig, tp: int, itemsize: int, workload: Workload) -> int:
+    """A chunk's context, read back from int8: keys and values, and one of them in float32 meanwhile."""
+    context = max(workload.max_num_batched_tokens, workload.max_model_len)
+    return context * _kv_heads(config, tp) * config.head_dim * (2 * itemsize + _FLOAT32)
 
 
 def _kv_heads(config: ModelConfig, tp: int) -> int:

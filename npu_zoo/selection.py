@@ -70,13 +70,15 @@ def select_attention(
     dtype: DType,
     config: ModelConfig,
     block_size: int | None,
+    kv_cache_dtype: str = "auto",
 ) -> AttentionChoice:
     """The attention backend of a kind, for what the model keeps of a token.
 
     Raises:
-        HardwareError: none takes the chip, dtype, head size and block size; every obstacle is named.
+        HardwareError: none takes the chip, dtypes, head size and block size; every obstacle is named.
     """
-    candidates = sorted((b for b in backends.values() if b.kind == kind), key=lambda b: (-b.priority, b.name))
+    of_kind = [b for b in backends.values() if b.kind == kind and b.kv_cache_dtype == kv_cache_dtype]
+    candidates = sorted(of_kind, key=lambda b: (-b.priority, b.name))
     obstacles = {b.name: _backend_obstacle(b, chip, dtype, config, block_size) for b in candidates}
     if any(b.chip == chip for b in candidates):  # what runs anywhere would be a silent fallback there
         obstacles |= {
@@ -85,7 +87,8 @@ def select_attention(
     fit = [b for b in candidates if not obstacles[b.name]]
     if not fit:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in obstacles.items()) or "none is registered"
-        raise HardwareError(f"no {kind} attention backend for {chip} with {dtype}: {reasons}")
+        stored = dtype if kv_cache_dtype == "auto" else f"{dtype} and a cache of {kv_cache_dtype}"
+        raise HardwareError(f"no {kind} attention backend for {chip} with {stored}: {reasons}")
     best = fit[0]
     passed = [
         f"{b.name}: {obstacles[b.name] or _outranked(b.priority, best.priority)}" for b in candidates if b != best

@@ -94,9 +94,11 @@ def _without_weights(args: EngineArgs, verdict: Verdict, row: FeatureRow, obstac
     model_config = read_request(args, registry).config
     attention: AttentionChoice | str = "depends on the head size of the checkpoint; give --weights"
     if model_config:
-        kind = cast("Attention", request["attention"])
+        kind, stored = cast("Attention", request["attention"]), str(request["kv_cache_dtype"])
         attention = _or_reason(
-            lambda: select_attention(registry.attention_backends, kind, chip, dtype, model_config, args.block_size)
+            lambda: select_attention(
+                registry.attention_backends, kind, chip, dtype, model_config, args.block_size, stored
+            )
         )
     kernels = _or_reason(lambda: select_kernels(registry.kernels, chip, dtype))
     return Explanation(verdict, row, None, obstacle, attention, kernels)

@@ -104,7 +104,7 @@ def _print_rows(part: MatrixPart) -> None:
     if set(part.columns) & set(_USUAL):
         columns.append("further")
         for cells, row in zip(rows, part.rows, strict=True):
-            cells.append("\n".join(f"{axis}: {_cell(part, row, axis)}" for axis in _unusual(row)))
+            cells.append("\n".join(f"{axis.replace('_', ' ')} {_cell(part, row, axis)}" for axis in _unusual(row)))
     columns.append("status")
     for cells, row in zip(rows, part.rows, strict=True):
         proven = "" if row.evidence == "claimed" else f" {row.evidence}"

@@ -150,6 +150,7 @@ class AttentionBackendSpec(_Spec):
         kind: ``paged`` (blocks behind a block table) or ``flash`` (contiguous per sequence).
         cache: what it stores: keys and values by ``heads`` (AttentionBackend), or the ``latent`` that a model with
             latent attention expands (LatentAttentionBackend).
+        kv_cache_dtype: ``auto`` where it stores the compute dtype, else what it stores.
         block_sizes: the block sizes that it takes, its own choice first; empty where any will do.
         head_dims: the head sizes (of latents, the sizes ``kv_lora_rank``) that it takes; empty where any will do.
         prefix_caching: whether sequences can share what it stores.
@@ -160,6 +161,7 @@ class AttentionBackendSpec(_Spec):
     name: Name
     kind: Attention
     cache: Literal["heads", "latent"] = "heads"
+    kv_cache_dtype: Literal["auto", "int8"] = "auto"
     chip: str
     dtypes: tuple[DType, ...] = Field(min_length=1)
     implementation: CodeRef

@@ -381,6 +381,23 @@ def test_codes_in_pages_with_offsets(mode: int) -> None:
         torch.testing.assert_close(found[number, :, 0].cpu().double(), reference[0], atol=1e-2, rtol=1e-2)
 
 
+def test_codes_with_scales_by_token_and_head_in_pages() -> None:
+    query, lengths = draw(2, HEADS, 1, SIZE), [40, 140]
+    codes = [[torch.randint(-127, 128, (n, KV_HEADS, SIZE), dtype=torch.int8) for n in lengths] for _ in range(2)]
+    scales = [[torch.rand(n, KV_HEADS, 1) / 50 + 0.001 for n in lengths] for _ in range(2)]
+    (key, table), (value, _) = (dense.scattered(rows, BLOCK, 4) for rows in codes)
+    in_pages = [dense.scattered(rows, BLOCK, 4)[0][..., 0].transpose(1, 2).contiguous() for rows in scales]
+    found, _ = fused(
+        query, key.flatten(2), value.flatten(2), input_layout="BNSD", actual_seq_lengths_kv=lengths, block_table=table,
+        block_size=BLOCK, key_antiquant_scale=in_pages[0], value_antiquant_scale=in_pages[1], key_antiquant_mode=5,
+        value_antiquant_mode=5,
+    )  # fmt: skip
+    for number in range(2):
+        rows = [codes[kind][number].double() * scales[kind][number].double() for kind in (0, 1)]
+        reference = dense.dense_attention(query[number].transpose(0, 1), *rows, SCALE, causal=False)[0]
+        torch.testing.assert_close(found[number, :, 0].cpu().double(), reference[0], atol=1e-2, rtol=1e-2)
+
+
 @pytest.mark.parametrize("operator", ["fused", "incre"])
 def test_scales_of_keys_and_values_stacked(operator: str) -> None:
     query, codes = draw(1, HEADS, 1, SIZE), torch.randint(-127, 128, (2, 1, KV_HEADS, 30, SIZE), dtype=torch.int8)

@@ -186,3 +186,14 @@ def test_latents_of_eight_bits(mode: str) -> None:
         found = host[offset, 0] if mode == "PA" else host.reshape(-1, BLOCK, 32)[:, offset].flatten()
         assert (found.double() - expected[token, 0, 0]).abs().max() <= 1
         assert (found.double() == expected[token, 0, 0]).double().mean() > 0.99
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_updates_are_written_where_their_indices_point(depth: int) -> None:
+    cache, updates = torch.zeros(4, 3), torch.arange(1.0, 3 * 3 ** (2 - depth) + 1).view(3, *[3] * (2 - depth))
+    places = torch.tensor([[3, 1], [0, 2], [2, 0]], dtype=torch.int32)[:, :depth]
+    on_device = cache.npu()
+    torch_npu.npu_scatter_nd_update_(on_device, places.npu(), updates.npu())
+    for place, update in zip(places.tolist(), updates, strict=True):
+        cache[tuple(place)] = update
+    assert torch.equal(on_device.cpu(), cache)

@@ -71,6 +71,15 @@ def decode() -> Arguments:
     )  # fmt: skip
 
 
+def codes() -> Arguments:
+    """Two sequences of one token on a cache of int8, with scales per token and head in its blocks."""
+    scales = {f"{name}_antiquant_scale": t(4, 2, 128, dtype=FLOAT) for name in ("key", "value")}
+    return fia(
+        "BNSD", t(2, 8, 1, 64), t(4, 128, 128, dtype=I8), 8, 2, block_table=ints(0, 1, 2, 3).view(2, 2), block_size=128,
+        actual_seq_lengths_kv=[200, 10], key_antiquant_mode=5, value_antiquant_mode=5, **scales,
+    )  # fmt: skip
+
+
 def latent() -> Arguments:
     """Latent attention of one token of each of two sequences."""
     ropes = {"query_rope": t(2, 16, 1, 64), "key_rope": t(4, 1, 128, 64)}
@@ -183,6 +192,7 @@ BASES: dict[str, Base] = {
     ),
     "packed": Base("npu::npu_fused_infer_attention_score", packed, A2),
     "decode": Base("npu::npu_fused_infer_attention_score", decode, A2),
+    "codes": Base("npu::npu_fused_infer_attention_score", codes, A2),
     "prefill": Base(
         "npu::npu_fused_infer_attention_score", lambda: fia("BNSD", t(2, 8, 5, 64), t(2, 2, 5, 64), 8, 2), A2
     ),
@@ -510,6 +520,27 @@ ATTENTION_CASES = [
       key_antiquant_scale=lambda: t(128)),
     w("int8 keys without scales", "decode", f"{_FIA}.antiquant_missing", "key_antiquant_scale is not given",
       key=lambda: t(4, 128, 128, dtype=I8), value=lambda: t(4, 128, 128, dtype=I8)),
+    w("int8 keys in a packed layout", "packed", f"{_FIA}.int8_layout", "int8 keys in layout TND",
+      key=lambda: t(4, 16, 256, dtype=I8), value=lambda: t(4, 16, 256, dtype=I8),
+      key_antiquant_scale=lambda: t(4, 2, 16, dtype=FLOAT), value_antiquant_scale=lambda: t(4, 2, 16, dtype=FLOAT)),
+    w("int8 keys in pages for a prompt", "codes", f"{_FIA}.int8_layout", "in pages for 3 queries",
+      query=lambda: t(2, 8, 3, 64), key_antiquant_mode=just(1), value_antiquant_mode=just(1)),
+    w("int8 keys of 48", "codes", f"{_FIA}.int8_head_dim", "is 48", query=lambda: t(2, 8, 1, 48),
+      key=lambda: t(4, 128, 96, dtype=I8), value=lambda: t(4, 128, 96, dtype=I8)),
+    w("scales in mode 6", "codes", f"{_FIA}.scale_modes", "modes 6 and 6", key_antiquant_mode=just(6),
+      value_antiquant_mode=just(6)),
+    w("scales by head for a prompt", "codes", f"{_FIA}.scale_modes", "not in (0, 1)",
+      query=lambda: t(2, 8, 3, 64), block_table=just(None), key=lambda: t(2, 2, 5, 64, dtype=I8),
+      value=lambda: t(2, 2, 5, 64, dtype=I8), actual_seq_lengths_kv=just([5, 3])),
+    w("scales in pages by token first", "codes", f"{_FIA}.scales_in_pages", "(4, 128, 2)",
+      key_antiquant_scale=lambda: t(4, 128, 2, dtype=FLOAT)),
+    w("scales in pages of half the width", "codes", f"{_FIA}.scales_in_pages", "torch.float16",
+      value_antiquant_scale=lambda: t(4, 2, 128)),
+    w("scales in pages without pages", "codes", f"{_FIA}.scales_in_pages", "without block_table",
+      block_table=just(None), key=lambda: t(2, 2, 5, 64, dtype=I8), value=lambda: t(2, 2, 5, 64, dtype=I8),
+      actual_seq_lengths_kv=just([5, 3])),
+    w("scales in pages by token alone, with heads", "codes", f"{_FIA}.scales_in_pages", "in mode 4, not (4, 128)",
+      key_antiquant_mode=just(4), value_antiquant_mode=just(4)),
     w("not on the Duo", "packed", "npu_fused_infer_attention_score.product", "does not list this chip", DUO),
     w("not on the Duo", "latent", "npu_fused_infer_attention_score_v2.product", "does not list this chip", DUO),
     w("rope of queries alone", "latent", f"{_FIA}.ropes", "key_rope is not", key_rope=just(None)),

@@ -129,10 +129,25 @@ def test_quantized_weights_and_their_scales(quantization: str, per_value: float)
     assert found == plain - 2 * values + int(per_value * values) + 2 * channels
 
 
-def test_int8_halves_the_cache() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("device", "beside"), [("npu", 4 + 4), ("cpu", 4 + 8 + 16 * 8 // 64)])
+def test_an_int8_cache_counts_codes_and_scales(device: str, beside: int, dtype: str) -> None:
     config = config_of(LLAMA)
-    plain = plan_rank(config, "bfloat16", ALONE, WORKLOAD).cache_per_token
-    assert plan_rank(config, "bfloat16", ALONE, WORKLOAD, kv_cache_dtype="int8").cache_per_token * 2 == plain
+    found = plan_rank(config, dtype, ALONE, WORKLOAD, kv_cache_dtype="int8", device=device)
+    assert found.cache_per_token == 3 * 4 * (16 + 16 + beside)
+    halved = plan_rank(config, dtype, Split(2), WORKLOAD, kv_cache_dtype="int8", device=device)
+    assert halved.cache_per_token * 2 == found.cache_per_token
+
+
+def test_a_context_that_is_read_back_from_int8_takes_room_on_a_device() -> None:
+    """Room for the longest sequence, keys and values in the compute dtype, and one of both in float32."""
+    config, longest = config_of(LLAMA), Workload(1 << 16, 1, 16)
+    plain, int8 = (
+        plan_rank(config, "bfloat16", ALONE, longest, kv_cache_dtype=stored).activations for stored in ("auto", "int8")
+    )
+    assert 0.8 < (int8 - plain) / ((1 << 16) * 4 * 16 * (2 * 2 + 4)) <= 1
+    on_cpu = plan_rank(config, "bfloat16", ALONE, longest, kv_cache_dtype="int8", device="cpu")
+    assert on_cpu.activations == plain
 
 
 def test_tokens_and_batches() -> None:

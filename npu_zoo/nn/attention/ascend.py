@@ -127,8 +127,14 @@ class StaticRows:
 
     def fill(self, rows: list[SequenceSlice]) -> None:
         """Write a step's rows, without waiting for the device."""
-        pack_rows(rows, self.block_size, self._slots(self.staged).numpy(), self._table(self.staged).numpy())
+        self.stage(rows)
         self.on_device.copy_(self.staged, non_blocking=True)
+
+    def stage(self, rows: list[SequenceSlice]) -> NDArray[np.integer[Any]]:
+        """Write a step's rows on the host, and give their slots back."""
+        slots = self._slots(self.staged).numpy()
+        pack_rows(rows, self.block_size, slots, self._table(self.staged).numpy())
+        return slots
 
     def _slots(self, packed: Tensor) -> Tensor:
         return packed[: self.batch * self.slot_dtype.itemsize // _WORD].view(self.slot_dtype)
@@ -159,12 +165,16 @@ class FusedPagedAttention(AttentionBackend, GraphAttention):
         self, layout: CacheLayout, dtype: torch.dtype, device: torch.device, num_heads: int, scale: float
     ) -> None:
         self.layout, self.num_heads, self.scale, self.device = layout, num_heads, scale, device
-        self.block_size, blocks = self._blocks(layout)
-        self.spare_slot = blocks
-        shape = (2, layout.num_layers, blocks + 1, self.block_size, layout.num_kv_heads, layout.head_dim)
-        keys, values = allocate_zeros(shape, dtype, device)
-        self._caches = list(zip(keys, values, strict=True))
+        self.block_size, self.spare_slot = self._blocks(layout)
+        self._caches = self._allocate(dtype)
         self._mask = causal_mask(device)
+
+    def _allocate(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each layer, [blocks, block_size, num_kv_heads, head_dim], with the spare block."""
+        layout = self.layout
+        shape = (2, layout.num_layers, self.spare_slot + 1, self.block_size, layout.num_kv_heads, layout.head_dim)
+        keys, values = allocate_zeros(shape, dtype, self.device)
+        return list(zip(keys, values, strict=True))
 
     def _blocks(self, layout: CacheLayout) -> tuple[int, int]:
         """Tokens of a block, and the number of blocks."""
@@ -210,16 +220,29 @@ class FusedPagedAttention(AttentionBackend, GraphAttention):
         torch_npu.npu_scatter_pa_kv_cache(
             key.contiguous(), value.contiguous(), key_cache, value_cache, metadata.slots, cache_mode="Norm"
         )
+        caches = key_cache.flatten(2), value_cache.flatten(2)
+        return self._attend(query, *caches, metadata.block_table, metadata.query_ends, metadata.context_lens)
+
+    def _attend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        block_table: Tensor,
+        query_ends: list[int],
+        context_lens: list[int],
+    ) -> Tensor:
+        """Attend causally from [T, num_heads, head_dim] over blocks of [block_size, num_kv_heads * head_dim]."""
         attended: Tensor = torch_npu.npu_fused_infer_attention_score(
             query,
-            key_cache.flatten(2),
-            value_cache.flatten(2),
+            keys,
+            values,
             atten_mask=self._mask,
-            block_table=metadata.block_table,
+            block_table=block_table,
             input_layout="TND",
             block_size=self.block_size,
-            actual_seq_lengths=metadata.query_ends,
-            actual_seq_lengths_kv=metadata.context_lens,
+            actual_seq_lengths=query_ends,
+            actual_seq_lengths_kv=context_lens,
             num_heads=self.num_heads,
             num_key_value_heads=self.layout.num_kv_heads,
             scale=self.scale,

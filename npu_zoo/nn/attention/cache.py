@@ -5,14 +5,19 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from npu_zoo.core.errors import HardwareError
 from npu_zoo.nn.attention.workspace import Workspace
+
+if TYPE_CHECKING:
+    from npu_zoo.nn.attention.decode import DecodePlan
 
 Blocks = slice | Tensor
 """Block numbers as an index: a slice where they follow each other, so that reading them copies nothing."""
@@ -55,10 +60,27 @@ class BlockCache:
         """The number of the block that is always zero."""
         return self.num_blocks
 
-    def write(self, layer: int, key: Tensor, value: Tensor, blocks: Tensor, offsets: Tensor) -> None:
-        """Store keys and values, [T, num_kv_heads, head_dim], at places within blocks, [T] each."""
+    def open(self, blocks: NDArray[np.int64]) -> None:
+        """Make blocks ready for :meth:`write`, once a step for all layers."""
+
+    def write(self, layer: int, key: Tensor, value: Tensor, blocks: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values, [T, num_kv_heads, head_dim], at places within blocks, [T] each.
+
+        Returns:
+            Both as :meth:`read` would give them back.
+        """
         self._key_places[layer].index_put_((blocks, offsets), key)
         self._value_places[layer].index_put_((blocks, offsets), value)
+        return key, value
+
+    def scores(self, layer: int, query: Tensor, plan: DecodePlan) -> Tensor:
+        """The products [M, num_heads, block_size] of queries, [M, num_heads, head_dim], with the keys of M blocks."""
+        sums = weighted_sums(self.key_rows[layer], plan.key_rows, plan.key_bags, query)
+        return sums.view(len(query), -1, self.block_size)
+
+    def weighted_values(self, layer: int, probabilities: Tensor, plan: DecodePlan) -> Tensor:
+        """Sums [N * num_heads, head_dim] of values, weighted by probabilities in the order of the plan's rows."""
+        return weighted_sums(self.value_rows[layer], plan.value_rows, plan.value_bags, probabilities)
 
     def read(self, layer: int, blocks: Blocks, num_tokens: int, workspace: Workspace) -> tuple[Tensor, Tensor]:
         """The first tokens of a run of blocks, in the workspace's buffers ``key`` and ``value``.
@@ -75,6 +97,11 @@ class BlockCache:
     def index(self, blocks: Sequence[int] | NDArray[np.int64]) -> Blocks:
         """Block numbers in the form that :meth:`read` takes."""
         return index_blocks(blocks, self.device)
+
+
+def weighted_sums(table: Tensor, rows: Tensor, bags: Tensor, weights: Tensor) -> Tensor:
+    """A weighted sum of a table's rows for every bag of row numbers."""
+    return F.embedding_bag(rows, table, bags, mode="sum", per_sample_weights=weights.view(-1))
 
 
 def index_blocks(blocks: Sequence[int] | NDArray[np.int64], device: torch.device) -> Blocks:

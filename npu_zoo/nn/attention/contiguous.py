@@ -27,7 +27,7 @@ class ContiguousAttention(PagedAttention):
     def _allocate(self, layout: CacheLayout, dtype: torch.dtype, device: torch.device) -> BlockCache:
         tile = min(_TILE, layout.slot_size)
         self._tiles = -(-layout.slot_size // tile)
-        return BlockCache(
+        return self._cache_class(
             layout.num_layers,
             layout.num_slots * self._tiles,
             tile,

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -27,6 +26,7 @@ class DecodePlan:
     Attributes:
         tokens: [N], each row's token.
         owners: [M], the token that a block is read for.
+        blocks: [M], their numbers.
         key_rows: [M * num_heads * head_dim], rows of a layer's keys seen as [-1, block_size].
         key_bags: [M * num_heads], where a bag of key rows starts.
         value_rows: [num_heads * M * block_size], rows of a layer's values seen as [-1, head_dim].
@@ -37,6 +37,7 @@ class DecodePlan:
 
     tokens: Tensor
     owners: Tensor
+    blocks: Tensor
     key_rows: Tensor
     key_bags: Tensor
     value_rows: Tensor
@@ -74,6 +75,7 @@ def plan_decode(
     return DecodePlan(
         tokens=torch.from_numpy(tokens[order]).to(device),
         owners=torch.from_numpy(np.repeat(tokens[order], counts)).to(device),
+        blocks=blocks.to(device),
         key_rows=key_rows.to(device),
         key_bags=torch.arange(0, len(key_rows), cache.head_dim, dtype=key_rows.dtype, device=device),
         value_rows=value_rows.to(device),
@@ -94,19 +96,13 @@ def attend_decode(
         lse: [T, num_heads], filled with the log of the sum of exponential scores.
     """
     _, num_heads, head_dim = query.shape
-    weights = query.index_select(0, plan.owners)  # [M, num_heads, head_dim]
-    scores = _weighted_sums(cache.key_rows[layer], plan.key_rows, plan.key_bags, weights)
+    scores = cache.scores(layer, query.index_select(0, plan.owners), plan)
     scores.view(-1).index_fill_(0, plan.masked, -torch.inf)
-    scores = scores.view(-1, num_heads, cache.block_size)
     probabilities, sums = _softmax(scores, plan.groups, lse is not None)
-    result = _weighted_sums(cache.value_rows[layer], plan.value_rows, plan.value_bags, probabilities)
-    out.index_copy_(0, plan.tokens, result.view(-1, num_heads, head_dim))
+    result = cache.weighted_values(layer, probabilities, plan)
+    out.index_copy_(0, plan.tokens, result.view(-1, num_heads, head_dim).to(out.dtype))
     if lse is not None:
         lse.index_copy_(0, plan.tokens, torch.cat(sums))
-
-
-def _weighted_sums(table: Tensor, rows: Tensor, bags: Tensor, weights: Tensor) -> Tensor:
-    return F.embedding_bag(rows, table, bags, mode="sum", per_sample_weights=weights.view(-1))
 
 
 def _softmax(scores: Tensor, groups: tuple[tuple[int, int], ...], with_lse: bool) -> tuple[Tensor, list[Tensor]]:

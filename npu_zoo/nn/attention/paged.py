@@ -69,6 +69,9 @@ class PagedAttention(AttentionBackend):
         HardwareError: there is not enough memory.
     """
 
+    _cache_class: type[BlockCache] = BlockCache
+    _prefix_cost = 2
+
     def __init__(
         self, layout: CacheLayout, dtype: torch.dtype, device: torch.device, num_heads: int, scale: float
     ) -> None:
@@ -81,7 +84,7 @@ class PagedAttention(AttentionBackend):
         self._workspace = Workspace(dtype, device)
 
     def _allocate(self, layout: CacheLayout, dtype: torch.dtype, device: torch.device) -> BlockCache:
-        return BlockCache(
+        return self._cache_class(
             layout.num_layers,
             layout.num_slots,
             layout.slot_size,
@@ -102,7 +105,7 @@ class PagedAttention(AttentionBackend):
         Raises:
             EngineError: a row's blocks do not cover its tokens.
         """
-        return self._prepare(rows, find_shared_prefixes(rows, self.cache.block_size))
+        return self._prepare(rows, find_shared_prefixes(rows, self.cache.block_size, self._prefix_cost))
 
     def _prepare(self, rows: list[SequenceSlice], shared: list[tuple[list[int], int]]) -> PagedMetadata:
         size = self.cache.block_size
@@ -115,6 +118,7 @@ class PagedAttention(AttentionBackend):
             skipped[members] = count
         tables = block_tables(rows, counts)
         first_tokens = np.cumsum(lengths) - lengths
+        self.cache.open(tables)
         blocks, offsets = token_places(tables, counts, starts, lengths, first_tokens, size)
         own = [table[skip:] for table, skip in zip(split_tables(tables, counts), skipped, strict=True)]
         single = np.flatnonzero(lengths == 1)
@@ -169,7 +173,7 @@ class PagedAttention(AttentionBackend):
         """
         if not isinstance(metadata, PagedMetadata):
             raise EngineError(f"{type(self).__name__} takes what its prepare() made, not {type(metadata).__name__}")
-        self.cache.write(layer, key, value, metadata.blocks, metadata.offsets)
+        key, value = self.cache.write(layer, key, value, metadata.blocks, metadata.offsets)
         query = query * self.scale
         out = torch.empty_like(query)
         lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device) if metadata.shared else None

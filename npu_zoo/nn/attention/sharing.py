@@ -15,8 +15,11 @@ from npu_zoo.core.attention import SequenceSlice
 _MIN_SAVED_TOKENS = 1024
 
 
-def find_shared_prefixes(rows: Sequence[SequenceSlice], block_size: int) -> list[tuple[list[int], int]]:
+def find_shared_prefixes(rows: Sequence[SequenceSlice], block_size: int, cost: int = 2) -> list[tuple[list[int], int]]:
     """Groups of rows whose tables begin with the same blocks, all written before any of the group's new tokens.
+
+    Args:
+        cost: how many rows could read a prefix in the time in which it is gathered, attended to and merged.
 
     Returns:
         Row numbers and the number of shared blocks, for groups that are worth it.
@@ -27,9 +30,9 @@ def find_shared_prefixes(rows: Sequence[SequenceSlice], block_size: int) -> list
             by_first[row.slots[0]].append(number)
     groups = []
     for members in by_first.values():
-        if len(members) > 2:
+        if len(members) > cost:
             shared = _shared_blocks([rows[number] for number in members], block_size)
-            if shared * block_size * (len(members) - 2) >= _MIN_SAVED_TOKENS:
+            if shared * block_size * (len(members) - cost) >= _MIN_SAVED_TOKENS:
                 groups.append((members, shared))
     return groups
 

@@ -270,6 +270,14 @@ DENIALS = (
         source="zoo",
         reason="latents are kept in blocks only",
     ),
+    Denial(
+        sizes=_ALL,
+        hardware=("cpu", "cuda", *_A2),
+        axis="kv_cache_dtype",
+        values=("int8",),
+        source="zoo",
+        reason="rounding a latent rounds every head's keys and values at once, and the chip's operator restores none",
+    ),
 )
 
 RECORDS = read_records(Path(__file__).parent / "evidence.json")

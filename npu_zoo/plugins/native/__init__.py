@@ -107,6 +107,26 @@ def register_attention_backends() -> list[AttentionBackendSpec]:
             priority=0,
             description="one contiguous stretch of keys and values per sequence",
         ),
+        AttentionBackendSpec(
+            name="cpu_paged_int8",
+            kind="paged",
+            kv_cache_dtype="int8",
+            chip="cpu",
+            dtypes=_ALL,
+            implementation="npu_zoo.nn.attention.int8:Int8PagedAttention",
+            block_sizes=(64,),
+            description="int8 keys and values in blocks, with a scale per token and head, which decode reads in place",
+        ),
+        AttentionBackendSpec(
+            name="cpu_flash_int8",
+            kind="flash",
+            kv_cache_dtype="int8",
+            chip="cpu",
+            dtypes=_ALL,
+            implementation="npu_zoo.nn.attention.int8:Int8ContiguousAttention",
+            prefix_caching=False,
+            description="int8 keys and values in one contiguous stretch per sequence",
+        ),
         *ASCEND_BACKENDS,
     ]
 

@@ -77,6 +77,7 @@ def _ascend_kernels() -> list[KernelSpec]:
 
 
 _FUSED = ("npu_scatter_pa_kv_cache", "npu_fused_infer_attention_score")
+_OF_INT8 = ("npu_dynamic_quant", "npu_scatter_nd_update_")
 _OF_ATB = (
     "empty_with_format",
     "_npu_reshape_and_cache",
@@ -152,5 +153,33 @@ ASCEND_BACKENDS = [
         requires=("torch_npu",),
         operators=_FUSED,
         description="npu_fused_infer_attention_score over one contiguous stretch per sequence",
+    ),
+    AttentionBackendSpec(
+        name="ascend910b_paged_int8",
+        kind="paged",
+        kv_cache_dtype="int8",
+        chip="ascend910b",
+        dtypes=_HALVES,
+        implementation="npu_zoo.nn.attention.ascend_int8:FusedInt8PagedAttention",
+        reads=_TORCH_NPU,
+        head_dims=(128, 64),
+        block_sizes=(128, 64, 32, 256, 512),
+        requires=("torch_npu",),
+        operators=(*_FUSED, *_OF_INT8),
+        description="int8 keys and values in blocks, which decode reads as they are; prompts read them restored",
+    ),
+    AttentionBackendSpec(
+        name="ascend910b_flash_int8",
+        kind="flash",
+        kv_cache_dtype="int8",
+        chip="ascend910b",
+        dtypes=_HALVES,
+        implementation="npu_zoo.nn.attention.ascend_int8:FusedInt8ContiguousAttention",
+        reads=_TORCH_NPU,
+        head_dims=(128, 64),
+        prefix_caching=False,
+        requires=("torch_npu",),
+        operators=(*_FUSED, *_OF_INT8),
+        description="the same over one contiguous stretch per sequence",
     ),
 ]

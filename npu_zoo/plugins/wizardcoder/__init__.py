@@ -187,7 +187,28 @@ ROWS = (
         source="zoo",
         status="experimental",
     ),
+    FeatureRow(
+        sizes=_ALL,
+        hardware=("cpu",),
+        dtype=("float32", "bfloat16", "float16"),
+        world_size=(1,),
+        attention=("paged", "flash"),
+        kv_cache_dtype=("int8",),
+        source="zoo",
+        status="experimental",
+    ),
+    FeatureRow(
+        sizes=("demo", "custom"),
+        hardware=("atlas_800i_a2", "atlas_800t_a2"),
+        dtype=("float16", "bfloat16"),
+        world_size=(1,),
+        attention=("paged",),
+        kv_cache_dtype=("int8",),
+        source="zoo",
+        status="experimental",
+    ),
 )
+
 
 _ASCEND = ("atlas_800i_a2", "atlas_300i_duo")
 DENIALS = (

@@ -14,7 +14,8 @@ UNBOUNDED = 2147483647
 COMPRESSED = (2, 3, 4)
 """Sparse modes whose mask is one triangle for every length."""
 
-PER_CHANNEL, PER_TOKEN = 0, 1
+PER_CHANNEL, PER_TOKEN, PER_TOKEN_AND_HEAD_IN_PAGES = 0, 1, 5
+_PAGED_MODES = (PER_CHANNEL, PER_TOKEN, PER_TOKEN_AND_HEAD_IN_PAGES)
 Lengths = Sequence[int]
 Optional = torch.Tensor | None
 Result = tuple[torch.Tensor, Optional]
@@ -97,7 +98,7 @@ class Request:
         num_heads, num_key_value_heads: N and Nk, Nk being N where it is 0.
         query_lengths, key_lengths: as the operator takes them.
         key_scale, key_offset, value_scale, value_offset: of int8 keys and values.
-        key_mode, value_mode: 0 where the scales are per channel, 1 per token.
+        key_mode, value_mode: 0 where the scales are per channel, 1 per token, 5 per token and head in blocks.
         sink: [N].
     """
 
@@ -192,8 +193,8 @@ def _per_sequence(lengths: Lengths, batch: int) -> list[int]:
 
 def _keys_and_values(request: Request, number: int) -> tuple[torch.Tensor, torch.Tensor]:
     key, value = _rows(request, request.key, number), _rows(request, request.value, number)
-    key = _restored(key, request.key_scale, request.key_offset, request.key_mode, number)
-    value = _restored(value, request.value_scale, request.value_offset, request.value_mode, number)
+    key = _restored(request, key, request.key_scale, request.key_offset, request.key_mode, number)
+    value = _restored(request, value, request.value_scale, request.value_offset, request.value_mode, number)
     if request.key_rope is not None:
         key = torch.cat([key, _rows(request, request.key_rope, number)], -1)
     return key, value
@@ -211,16 +212,21 @@ def _rows(request: Request, tensor: torch.Tensor, number: int) -> torch.Tensor:
     return rows[number] if not lengths else rows[number, : _per_sequence(lengths, len(rows))[number]]
 
 
-def _restored(codes: torch.Tensor, scale: Optional, offset: Optional, mode: int, number: int) -> torch.Tensor:
+def _restored(
+    request: Request, codes: torch.Tensor, scale: Optional, offset: Optional, mode: int, number: int
+) -> torch.Tensor:
     if scale is None and codes.is_floating_point():
         return codes
-    if scale is None or codes.dtype is not torch.int8 or mode not in (PER_CHANNEL, PER_TOKEN):
+    modes = (PER_CHANNEL, PER_TOKEN) if request.block_table is None else _PAGED_MODES
+    if scale is None or codes.dtype is not torch.int8 or mode not in modes:
         scales = "no scales" if scale is None else f"scales of mode {mode}"
         raise NoSemantics(f"fused attention: keys or values of {codes.dtype} with {scales} have no golden semantics")
 
     def spread(values: torch.Tensor) -> torch.Tensor:
         if mode == PER_CHANNEL:
             return values.float().reshape(-1, *codes.shape[1:]) if values.numel() > 1 else values.float()
+        if mode == PER_TOKEN_AND_HEAD_IN_PAGES:  # [blocks, Nk, block_size], as a cache of one element a head
+            return _rows(request, values.float()[..., None], number)
         return values.float().reshape(-1, values.shape[-1])[number, : codes.shape[0], None, None]
 
     wide = codes.float() if offset is None else codes.float() + spread(offset)

@@ -88,6 +88,15 @@ def npu_scatter_pa_kv_cache(
     write_rows(value_cache, value, slot_mapping, nz=cache_mode == "PA_NZ")
 
 
+@golden("npu::npu_scatter_nd_update_")
+def npu_scatter_nd_update_(input: torch.Tensor, indices: torch.Tensor, updates: torch.Tensor) -> None:
+    """Write updates at indices, whose last dimension counts the leading ones of the input that it points into.
+
+    Source: op-plugin, torch_npu-npu_scatter_nd_update_.md.
+    """
+    input[tuple(indices.long().unbind(-1))] = updates
+
+
 @golden("npu::npu_kv_rmsnorm_rope_cache")
 def npu_kv_rmsnorm_rope_cache(
     kv: torch.Tensor,

@@ -417,6 +417,49 @@ def _key_value_shapes(call: Call) -> str | None:
     return None if key.shape == value.shape else f"key is {shape(call['key'])} and value is {shape(call['value'])}"
 
 
+def _scale_modes(call: Call) -> tuple[int, int]:
+    keys = _named(call, "key_antiquant_mode", "key_quant_mode")
+    return keys, _named(call, "value_antiquant_mode", "value_quant_mode")
+
+
+def _int8(call: Call) -> bool:
+    return bool(call["key"].dtype == INT8 and call["query"].dtype != INT8)
+
+
+def _int8_dim(call: Call) -> str | None:
+    dim = _shapes(call).dim
+    return f"the head dimension is {dim} with int8 keys, no multiple of 32" if dim and dim % 32 else None
+
+
+def _int8_layout(call: Call) -> str | None:
+    sizes = _shapes(call)
+    if sizes.packed:
+        return f"int8 keys in layout {sizes.layout}"
+    in_rows = sizes.paged and call["key"].dim() != 5
+    return f"int8 keys in pages for {sizes.length} queries" if in_rows and not sizes.decode else None
+
+
+def _scale_mode_range(call: Call) -> str | None:
+    allowed = (0, 1, 2, 3, 4, 5) if _shapes(call).decode else (0, 1)
+    modes = _scale_modes(call)
+    return None if all(mode in allowed for mode in modes) else f"modes {modes[0]} and {modes[1]}, not in {allowed}"
+
+
+def _scales_in_pages(call: Call) -> str | None:
+    mode = _scale_modes(call)[0]
+    if mode not in (4, 5):
+        return None
+    sizes, key, size = _shapes(call), call["key"], call["block_size"]
+    if not sizes.paged:
+        return f"mode {mode} without block_table"
+    wanted = (key.shape[0], size) if mode == 4 else (key.shape[0], sizes.kv_heads, size)
+    for name in ("key", "value"):
+        scale = _named(call, f"{name}_antiquant_scale", f"dequant_scale_{name}")
+        if scale is not None and (tuple(scale.shape) != wanted or scale.dtype != FLOAT32):
+            return f"the scales of {name} are {shape(scale)} {scale.dtype} in mode {mode}, not {wanted} torch.float32"
+    return None
+
+
 _ONLY_910B = on("ascend910b")
 
 _FUSED = [
@@ -601,6 +644,22 @@ _FUSED = [
         if (call["key_antiquant_mode"], call["value_antiquant_mode"]) == (0, 1)
         or call["key_antiquant_mode"] == call["value_antiquant_mode"]
         else f"modes {call['key_antiquant_mode']} and {call['value_antiquant_mode']}",
+    ),
+    Rule(
+        "fused_infer_attention.int8_head_dim", _FIA, "int8 keys with a head dimension that is not of 32 bytes",
+        _ONLY_910B, f"{_PAGE}, ranges of axes", where(_int8, _int8_dim),
+    ),
+    Rule(
+        "fused_infer_attention.int8_layout", _FIA, "int8 keys in a packed layout, or in pages for several queries",
+        _ONLY_910B, f"{_PAGE}, TND constraints, page attention constraints", where(_int8, _int8_layout),
+    ),
+    Rule(
+        "fused_infer_attention.scale_modes", _FIA, "a mode of scales outside 0 to 5, or 0 and 1 for several queries",
+        _ONLY_910B, f"{_PAGE}, key_antiquant_mode", where(_int8, _scale_mode_range),
+    ),
+    Rule(
+        "fused_infer_attention.scales_in_pages", _FIA, "scales in pages (modes 4 and 5) of another shape or dtype",
+        _ONLY_910B, f"{_PAGE_V2}, constraints of Q_S = 1, table of modes", where(_int8, _scales_in_pages),
     ),
     Rule(
         "fused_infer_attention.prefix", _V1, "a shared prefix in a block table", _ONLY_910B,
