@@ -1,10 +1,10 @@
 """Convert a synthetic checkpoint of some GB under a memory limit, beside a plain copy of its files.
 
-    python benchmarks/convert.py [--gigabytes 6] [--folder DIR] [--rounds 3] [--record benchmarks/records/convert.json]
+    python benchmarks/convert.py [--gigabytes 6] [--folder DIR] [--rounds 3] [--record benchmarks/convert.json]
 
-The limit is 2 GiB plus twice the largest tensor, set as RLIMIT_DATA, which counts all memory that is not a mapped file. Each
-round copies the files, then converts them; rates are of the source's bytes, ratios of the same round. The floor of a
-conversion is reading the source and writing the result; it hashes both as well, which a copy does not.
+The limit is 2 GiB plus twice the largest tensor, set as RLIMIT_DATA, which counts all memory that is not a mapped file.
+Each round copies the files, then converts them; rates are of the source's bytes, ratios of the same round. The floor of
+a conversion is reading the source and writing the result; it hashes both as well, which a copy does not.
 """
 
 from __future__ import annotations

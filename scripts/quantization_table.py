@@ -2,9 +2,9 @@
 
     python scripts/quantization_table.py        # some minutes; then `make docs` writes docs/quantization.md
 
-Perplexity is over the modules of Python's standard library that the demos were not trained on (``heldout_files`` of their
-cards), in stretches of a few hundred tokens. Speed is that of one sequence on this machine's CPU, in turns with the
-plain checkpoint, as the median of some rounds; models of this size say little about large ones.
+Perplexity is over the modules of Python's standard library that the demos were not trained on (``heldout_files`` of
+their cards), in stretches of a few hundred tokens. Speed is that of one sequence on this machine's CPU, in turns with
+the plain checkpoint, as the median of some rounds; models of this size say little about large ones.
 """
 
 from __future__ import annotations

@@ -246,13 +246,19 @@ def test_checkpoints_that_are_not_what_they_say(
         LLM("deepseek_coder:custom", weights=str(directory), hardware="cpu", dtype="float32", threads=1)
 
 
-def test_pickled_checkpoints_are_refused_with_the_way_out(checkpoint: Path, tmp_path: Path) -> None:
-    directory = tmp_path / "weights"
-    directory.mkdir()
-    shutil.copy(checkpoint / "config.json", directory)
-    torch.save({}, directory / "pytorch_model.bin")
-    with pytest.raises(WeightsError, match=r"pytorch_model.bin(.|\n)*python -c"):
+def test_code_in_a_pickled_checkpoint_is_not_executed(checkpoint: Path, tmp_path: Path) -> None:
+    directory, mark = tmp_path / "weights", tmp_path / "executed"
+    shutil.copytree(checkpoint, directory)
+    (directory / "model.safetensors").unlink()
+
+    class Touch:
+        def __reduce__(self) -> Any:
+            return Path.touch, (mark,)
+
+    torch.save({"model.norm.weight": Touch()}, directory / "pytorch_model.bin")
+    with pytest.raises(WeightsError, match=r"pytorch_model\.bin holds code .* it was not executed"):
         LLM("deepseek_coder:custom", weights=str(directory), hardware="cpu")
+    assert not mark.exists()
 
 
 def test_an_engine_takes_only_what_was_checked(checkpoint: Path) -> None:
