@@ -20,6 +20,7 @@ from npu_zoo.engine.runner import ModelRunner
 from npu_zoo.engine.sampler import Sampler, TokenLogprobs, top_logprobs
 from npu_zoo.engine.scheduler import ScheduledRow, Scheduler
 from npu_zoo.engine.sequence import Request, Sequence
+from npu_zoo.engine.step import step_rows
 from npu_zoo.engine.tokenizer import Tokenizer, checked_messages
 
 _REASONING_TAIL = 16  # tokens of a prompt in which a marker and white space behind it are looked for
@@ -98,8 +99,9 @@ class NativeEngine(Engine):
             if self.scheduler.has_work():
                 raise EngineError("the scheduler found nothing to run while requests wait")
             return []
-        logits, prompts = self.runner.execute(rows)
-        for row, hidden in prompts:
+        step = step_rows(rows)
+        logits, prompts = self.runner.execute(step)
+        for row, hidden in zip((r for r, s in zip(rows, step, strict=True) if s.wants_prompt), prompts, strict=True):
             self._add_prompt_logprobs(row, hidden)
         self.kv.settle()
         sampling = [row.sequence for row in rows if row.samples]

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from npu_zoo.checkpoint import detect_format
-from npu_zoo.core.attention import CacheLayout, GraphAttention, LatentLayout, SequenceSlice, StepAttention
+from npu_zoo.core.attention import CacheLayout, GraphAttention, LatentLayout, StepAttention
 from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.engine import Progress
 from npu_zoo.core.errors import HardwareError, WeightsError
 from npu_zoo.engine.activations import Activations, largest_step, measure_activations, slots_of
 from npu_zoo.engine.graph import DecodeGraphs
-from npu_zoo.engine.scheduler import ScheduledRow
+from npu_zoo.engine.step import StepRow
 from npu_zoo.nn.context import BuildContext, ForwardContext
 from npu_zoo.nn.kernels.table import bind_kernels
 from npu_zoo.nn.model import CausalLM, build_on_meta
@@ -66,24 +67,22 @@ class ModelRunner:
         self.attention = self._create_attention(self.cache.num_slots, self.cache.slot_size)
         self.graphs = self._create_graphs()
 
-    def execute(self, rows: list[ScheduledRow]) -> tuple[Tensor, list[tuple[ScheduledRow, Tensor]]]:
+    def execute(self, rows: Sequence[StepRow]) -> tuple[Tensor, list[Tensor]]:
         """Compute a step.
 
         Returns:
             [N, vocab_size] logits of the last token of each of the N rows that sample, in the order of the rows; and
-            the hidden states of every row whose prompt's log-probabilities are wanted.
+            the hidden states of every row whose prompt is asked for, in that order too.
         """
         with torch.inference_mode():
-            if self.graphs is not None and all(_decodes(row) for row in rows):
+            if self.graphs is not None and all(row.decodes for row in rows):
                 return self._replay(self.graphs, rows), []
             hidden = self._forward(rows)
-            ends = [end - 1 for end, row in zip(_ends(rows), rows, strict=True) if row.samples]
-            logits = self.compute_logits(hidden[torch.tensor(ends, device=self.device)]) if ends else hidden[:0]
-            starts = [end - row.num_tokens for end, row in zip(_ends(rows), rows, strict=True)]
+            ends = list(accumulate(row.num_tokens for row in rows))
+            last = [end - 1 for end, row in zip(ends, rows, strict=True) if row.samples]
+            logits = self.compute_logits(hidden[torch.tensor(last, device=self.device)]) if last else hidden[:0]
             prompts = [
-                (row, hidden[start : start + row.num_tokens])
-                for start, row in zip(starts, rows, strict=True)
-                if row.sequence.wants_prompt_logprobs and row.start < row.sequence.num_prompt_tokens
+                hidden[end - row.num_tokens : end] for end, row in zip(ends, rows, strict=True) if row.wants_prompt
             ]
             return logits, prompts
 
@@ -92,10 +91,9 @@ class ModelRunner:
         with torch.inference_mode():
             return self.model.compute_logits(hidden)
 
-    def _replay(self, graphs: DecodeGraphs, rows: list[ScheduledRow]) -> Tensor:
-        token_ids = [row.sequence.token_ids[row.start] for row in rows]
-        slices = [SequenceSlice(row.start, 1, row.sequence.slots) for row in rows]
-        return graphs.run(token_ids, [row.start for row in rows], slices)
+    def _replay(self, graphs: DecodeGraphs, rows: Sequence[StepRow]) -> Tensor:
+        token_ids = [row.token_ids[0] for row in rows]
+        return graphs.run(token_ids, [row.start for row in rows], [row.slice for row in rows])
 
     def _create_graphs(self) -> DecodeGraphs | None:
         attention, config = self.attention, self.config
@@ -103,13 +101,12 @@ class ModelRunner:
             return None
         return DecodeGraphs(self.model, attention, config.max_num_seqs, self.cache.max_model_len, self.device)
 
-    def _forward(self, rows: list[ScheduledRow]) -> Tensor:
-        tokens = chain.from_iterable(r.sequence.token_ids[r.start : r.start + r.num_tokens] for r in rows)
-        positions = chain.from_iterable(range(r.start, r.start + r.num_tokens) for r in rows)
-        slices = [SequenceSlice(row.start, row.num_tokens, row.sequence.slots) for row in rows]
-        context = ForwardContext(self.attention, self.attention.prepare(slices))
-        input_ids = torch.tensor(list(tokens), dtype=torch.long).to(self.device)
-        hidden: Tensor = self.model(input_ids, torch.tensor(list(positions), dtype=torch.long).to(self.device), context)
+    def _forward(self, rows: Sequence[StepRow]) -> Tensor:
+        tokens = list(chain.from_iterable(row.token_ids for row in rows))
+        positions = list(chain.from_iterable(range(row.start, row.start + row.num_tokens) for row in rows))
+        context = ForwardContext(self.attention, self.attention.prepare([row.slice for row in rows]))
+        input_ids, places = (torch.tensor(ids, dtype=torch.long).to(self.device) for ids in (tokens, positions))
+        hidden: Tensor = self.model(input_ids, places, context)
         return hidden
 
     def _load_model(self, progress: Progress | None) -> CausalLM:
@@ -253,17 +250,3 @@ def _npu(config: EngineConfig) -> torch.device:
     if not torch.get_device_module("npu").is_available():
         raise HardwareError(f"{config.hardware} was asked for, and torch_npu sees no device; --hardware cpu runs here")
     return torch.device("npu", 0)
-
-
-def _decodes(row: ScheduledRow) -> bool:
-    """Whether a row is one token that samples, and nothing of its prompt is asked for."""
-    wants_prompt = row.sequence.wants_prompt_logprobs and row.start < row.sequence.num_prompt_tokens
-    return row.num_tokens == 1 and bool(row.samples) and not wants_prompt
-
-
-def _ends(rows: list[ScheduledRow]) -> list[int]:
-    ends, total = [], 0
-    for row in rows:
-        total += row.num_tokens
-        ends.append(total)
-    return ends
