@@ -39,7 +39,7 @@ from npu_zoo.core.specs import (
     VariantSpec,
     WeightFormatSpec,
 )
-from npu_zoo.core.weights import WeightLoader
+from npu_zoo.core.weights import Shard, WeightLoader
 
 __all__ = [
     "Attention",
@@ -78,6 +78,7 @@ __all__ = [
     "RopeScaling",
     "SamplingParams",
     "SequenceSlice",
+    "Shard",
     "TokenizerError",
     "UnknownModelError",
     "UnsupportedError",

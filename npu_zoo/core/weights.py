@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of a checkpoint's tensor that one rank holds.
+
+    Attributes:
+        dim: the dimension that ranks share.
+        start, stop: this rank's part of it.
+        size: all of it.
+    """
+
+    dim: int
+    start: int
+    stop: int
+    size: int
+
+    def whole(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the checkpoint's tensor, from that of the part."""
+        return (*shape[: self.dim], self.size, *shape[self.dim + 1 :])
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The part as a view."""
+        return tensor.narrow(self.dim, self.start, self.stop - self.start)
 
 
 class WeightLoader(ABC):
@@ -26,8 +51,8 @@ class WeightLoader(ABC):
         """
 
     @abstractmethod
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor in file order, in the stored dtype.
+    def tensors(self, shards: Mapping[str, Shard] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor in file order, in the stored dtype, or the part of it that ``shards`` names.
 
         A tensor is valid until the next one is asked for: it may be a view of a mapped file. Consumers copy.
         """

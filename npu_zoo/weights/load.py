@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from npu_zoo.core.errors import EngineError, WeightsError
-from npu_zoo.core.weights import WeightLoader
+from npu_zoo.core.weights import Shard, WeightLoader
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,6 +92,7 @@ def compare_shapes(
     *,
     optional: Iterable[str] = (),
     ignored: Sequence[str] = (),
+    shards: Mapping[str, Shard] | None = None,
 ) -> ShapeComparison:
     """Compare what a model takes with what a checkpoint has; the destinations may be on the meta device.
 
@@ -100,12 +101,18 @@ def compare_shapes(
         shapes: a loader's :meth:`~npu_zoo.core.weights.WeightLoader.shapes`.
         optional: names in ``destinations`` that the checkpoint may lack.
         ignored: patterns (``*``, ``?``) of names that the checkpoint may have beyond them.
+        shards: of destinations that are parts, which part.
     """
+    whole = {name: shard.whole(tuple(destinations[name].shape)) for name, shard in (shards or {}).items()}
     optional = frozenset(optional)
     skip = re.compile("|".join(fnmatch.translate(pattern) for pattern in ignored) or r"(?!)")
     surplus = [name for name in shapes if name not in destinations]
     lacking = [name for name in destinations if name not in shapes]
-    common = [(name, shapes[name], tuple(view.shape)) for name, view in destinations.items() if name in shapes]
+    common = [
+        (name, shapes[name], whole.get(name, tuple(view.shape)))
+        for name, view in destinations.items()
+        if name in shapes
+    ]
     return ShapeComparison(
         missing=tuple(name for name in lacking if name not in optional),
         unexpected=tuple(name for name in surplus if not skip.match(name)),
@@ -121,6 +128,7 @@ def load_weights(
     *,
     optional: Iterable[str] = (),
     ignored: Sequence[str] = (),
+    shards: Mapping[str, Shard] | None = None,
     storage: Callable[[str], Tensor] | None = None,
     on_loaded: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -130,7 +138,7 @@ def load_weights(
     Args:
         destinations: the checkpoint's tensor names and the views they are copied into; a fused parameter gives its
             parts as views of its rows. Entries are removed as they are filled, so that their storage can be given up.
-        optional, ignored: as for :func:`compare_shapes`.
+        optional, ignored, shards: as for :func:`compare_shapes`.
         storage: asked, just before it is filled, for the storage of a destination that is on the meta device.
         on_loaded: called with each tensor's name once it is filled.
         progress: called after each tensor with the bytes done and the bytes in all.
@@ -142,11 +150,11 @@ def load_weights(
     """
     import torch
 
-    comparison = compare_shapes(destinations, loader.shapes(), optional=optional, ignored=ignored)
+    comparison = compare_shapes(destinations, loader.shapes(), optional=optional, ignored=ignored, shards=shards)
     comparison.require(loader.directory)
     total, done, count, started = loader.total_bytes(), 0, 0, time.monotonic()
     with torch.no_grad():
-        for name, tensor in loader.tensors():
+        for name, tensor in loader.tensors(shards):
             if name in destinations:
                 destination = destinations.pop(name)
                 if destination.is_meta and storage is not None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from npu_zoo.checkpoint import read_config
-from npu_zoo.core.weights import WeightLoader
+from npu_zoo.core.weights import Shard, WeightLoader
 from npu_zoo.weights.formats.ascend_mp import read_ascend_mp
 from npu_zoo.weights.formats.compressed import place_whole
 from npu_zoo.weights.formats.hf import read_bin
@@ -36,13 +36,19 @@ class SourceLoader(WeightLoader):
         """See :meth:`WeightLoader.total_bytes`."""
         return sum(p.num_bytes for tensor in self._source.tensors.values() for p in place_whole(tensor))
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """See :meth:`WeightLoader.tensors`."""
+    def tensors(self, shards: Mapping[str, Shard] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """See :meth:`WeightLoader.tensors`; of a plain tensor that is shared by rows only those rows are read."""
+        wanted = shards or {}
         with Reader() as reader:
             for name, tensor in self._source.tensors.items():
+                shard = wanted.get(name)
+                if shard is not None and shard.dim == 0 and self._source.row_multiple(name) == 1 and not tensor.scheme:
+                    yield name, self._source.read(name, shard.start, shard.stop, reader).values
+                    continue
                 rows = self._source.read(name, 0, tensor.num_rows, reader)
                 for placement in place_whole(tensor):
-                    yield placement.name, placement.encode(rows)
+                    part, encoded = wanted.get(placement.name), placement.encode(rows)
+                    yield placement.name, encoded if part is None else part.of(encoded)
 
     @functools.cached_property
     def _source(self) -> Source:

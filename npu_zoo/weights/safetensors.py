@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from npu_zoo.core.errors import WeightsError
-from npu_zoo.core.weights import WeightLoader
+from npu_zoo.core.weights import Shard, WeightLoader
 from npu_zoo.weights.header import TensorEntry, read_safetensors_header
 from npu_zoo.weights.mapping import map_file, view_tensor
 from npu_zoo.weights.shards import ShardNames, check_shards, find_shards
@@ -41,14 +41,16 @@ class SafetensorsLoader(WeightLoader):
         """The size of all tensors."""
         return sum(entry.stop - entry.start for entries in self._files.values() for entry in entries)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, shards: Mapping[str, Shard] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Every tensor in file order, in the stored dtype, as a read-only view of the mapped file.
 
         A tensor is valid until the next one is asked for; its pages are dropped from memory then. Writing into it
-        ends the process: consumers copy.
+        ends the process: consumers copy. Of a part only the pages that it lies in are read.
         """
         for path, entries in self._files.items():
-            yield from _map_tensors(path, entries)
+            for name, tensor in _map_tensors(path, entries):
+                shard = shards.get(name) if shards else None
+                yield name, tensor if shard is None else shard.of(tensor)
 
     @functools.cached_property
     def _files(self) -> dict[Path, tuple[TensorEntry, ...]]:

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from npu_zoo.core.errors import EngineError, WeightsError
+from npu_zoo.core.weights import Shard
 from npu_zoo.weights.load import compare_shapes, load_weights
 from npu_zoo.weights.safetensors import SafetensorsLoader
 
@@ -116,3 +117,22 @@ def test_a_filled_destination_is_given_up_when_its_loading_is_told(tmp_path: Pat
     )
     assert sorted(told) == [("a", False), ("b", False)]
     assert destinations == {}
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_rank_loads_its_part(tmp_path: Path, dim: int) -> None:
+    whole = torch.arange(24.0).view(4, 6)
+    checkpoint = loader(tmp_path, {"w": whole, "n": torch.ones(3)})
+    half = whole.shape[dim] // 2
+    for rank in range(2):
+        shard = Shard(dim, rank * half, (rank + 1) * half, whole.shape[dim])
+        part, norm = torch.zeros_like(whole.chunk(2, dim)[rank]), torch.zeros(3)
+        load_weights({"w": part, "n": norm}, checkpoint, shards={"w": shard})
+        assert torch.equal(part, whole.chunk(2, dim)[rank])
+        assert norm.all()
+
+
+def test_a_part_of_another_whole_is_misshapen(tmp_path: Path) -> None:
+    checkpoint = loader(tmp_path, {"w": torch.ones(4, 6)})
+    comparison = compare_shapes({"w": torch.zeros(2, 6)}, checkpoint.shapes(), shards={"w": Shard(0, 0, 2, 8)})
+    assert comparison.misshapen == (("w", (4, 6), (8, 6)),)

@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from npu_zoo import LLM, SamplingParams
-from npu_zoo.registry import get_registry
+from npu_zoo.checkpoint import detect_format
+from npu_zoo.core.weights import Shard
+from npu_zoo.registry import get_registry, load_code
 from npu_zoo.request import bundled_directory
 from npu_zoo.weights.convert import convert
 from npu_zoo.weights.plan import ConvertOptions, plan_conversion
+from npu_zoo.weights.safetensors import SafetensorsLoader
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=1)
 
@@ -42,3 +46,25 @@ def test_every_format_gives_the_same_text(family: str, to: str, ranks: int, tmp_
     assert source is not None
     convert(plan_conversion(source, ConvertOptions(to, tp=ranks)), tmp_path / "there")
     assert texts(family, tmp_path / "there") == texts(family, source)
+
+
+@pytest.mark.parametrize(("to", "ranks"), [("ascend-mp", 4), ("ascend-mp", 2), ("hf-bin", 1)])
+def test_parts_of_every_format(to: str, ranks: int, tmp_path: Path) -> None:
+    variant = get_registry().families["deepseek_moe"].variant("demo")
+    assert variant is not None
+    source = bundled_directory(variant)
+    assert source is not None
+    whole = {name: tensor.clone() for name, tensor in SafetensorsLoader(source).tensors()}
+    convert(plan_conversion(source, ConvertOptions(to, tp=ranks)), tmp_path / "there")
+    spec = detect_format(tmp_path / "there", get_registry().weight_formats)
+    loader = load_code(spec.loader or "")(tmp_path / "there")
+    rows, columns = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.o_proj.weight"
+    size = {name: whole[name].shape for name in (rows, columns)}
+    shards = {
+        rows: Shard(0, size[rows][0] // 4, size[rows][0] // 2, size[rows][0]),
+        columns: Shard(1, size[columns][1] // 2, size[columns][1], size[columns][1]),
+    }
+    found = dict(loader.tensors(shards))
+    assert found.keys() == whole.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(found[name], shards[name].of(tensor) if name in shards else tensor)
