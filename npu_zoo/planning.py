@@ -84,14 +84,15 @@ class _Matrix:
     kind: str = "linear"  # linear: may be quantized; plain: the compute dtype; float32
     count: int = 1
 
-    def stored(self, itemsize: int, quantization: str) -> int:
+    def stored(self, itemsize: int, quantization: str, group_size: int | None) -> int:
         values = self.rows * self.columns * self.count
         if self.kind == "float32":
             return values * _FLOAT32
         bits = WEIGHT_BITS.get(quantization) if self.kind == "linear" else None
         if bits is None:
             return values * itemsize
-        return values * bits // 8 + self.rows * self.count * itemsize  # and a scale per output channel
+        groups = _ceil(self.columns, group_size or self.columns)
+        return values * bits // 8 + self.rows * groups * self.count * itemsize  # codes and scales
 
 
 WEIGHT_BITS: dict[str, int] = {"w8a16": 8, "w8a8": 8, "w4a16": 4, "sparse": 8}
@@ -105,17 +106,22 @@ def plan_rank(
     workload: Workload,
     *,
     quantization: str = "none",
+    group_size: int | None = None,
     kv_cache_dtype: str = "auto",
 ) -> RankPlan:
     """The plan of the rank that takes most memory.
 
     Args:
         dtype: the compute dtype.
+        group_size: inputs that share a quantized weight's scale; None where there is one per output channel.
     """
     itemsize = ITEMSIZE[dtype]
     stages = stage_layers(config.num_hidden_layers, split.pp)
     weights = max(
-        sum(matrix.stored(itemsize, quantization) for matrix in _stage_matrices(config, stages, number, split))
+        sum(
+            matrix.stored(itemsize, quantization, group_size)
+            for matrix in _stage_matrices(config, stages, number, split)
+        )
         for number in range(split.pp)
     )
     cache_itemsize = itemsize if kv_cache_dtype == "auto" else ITEMSIZE[kv_cache_dtype]
