@@ -243,7 +243,7 @@ def _check_memory(args: EngineArgs, request: Request) -> None:
     if request.hardware != "cpu":
         require_fit(args, request, config)
         return
-    needed, stored = config.num_parameters * ITEMSIZE[request.dtype], request.dtype
+    needed, stored = config.num_parameters * ITEMSIZE[request.dtype], str(request.dtype)
     if request.quantization != "none":
         needed = plan_request(args, request, config, Split()).weights
         stored = f"{request.quantization} with {request.dtype}"

@@ -118,11 +118,8 @@ def plan_rank(
     itemsize = ITEMSIZE[dtype]
     stages = stage_layers(config.num_hidden_layers, split.pp)
     weights = max(
-        sum(
-            matrix.stored(itemsize, quantization, group_size)
-            for matrix in _stage_matrices(config, stages, number, split)
-        )
-        for number in range(split.pp)
+        sum(matrix.stored(itemsize, quantization, group_size) for matrix in matrices)
+        for matrices in (_stage_matrices(config, stages, number, split) for number in range(split.pp))
     )
     cache_itemsize = itemsize if kv_cache_dtype == "auto" else ITEMSIZE[kv_cache_dtype]
     return RankPlan(

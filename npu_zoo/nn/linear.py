@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from npu_zoo.core.errors import HardwareError, WeightsError
+from npu_zoo.core.quantization import QuantizationConfig
 from npu_zoo.nn.context import BuildContext
 from npu_zoo.nn.kernels.table import Product, Stored, apply_parts
-from npu_zoo.nn.quantization import Quantization, require_kernel, require_shapes, split_parts, stacked_shape
+from npu_zoo.nn.quantization import Quantization, require_shapes, split_parts, stacked_shape
 from npu_zoo.nn.staging import Staging
 
 
@@ -66,16 +67,33 @@ class Linear(nn.Module):
         rows, config = sum(self.parts.values()), quantization.config
         try:
             tensors = quantization.method.tensors(rows, self._in_features)
-            require_kernel(quantization.linear, rows, self._in_features, config.group_size)
-        except (WeightsError, HardwareError) as error:
-            layer = f"{'/'.join(self.parts)} of {rows} x {self._in_features} in {config.scheme}"
-            raise type(error)(f"{layer}: {error}") from None
+        except WeightsError as error:
+            raise WeightsError(f"{self._describe(config)}: {error}") from None
         device = self.weight.device
         del self.weight
         for name, (shape, dtype) in tensors.items():
             shape = stacked_shape(name, shape, len(self.parts))
             setattr(self, name, _parameter(torch.empty(shape, dtype=dtype, device=device)))
         self.quantization, self._product, self._tensors = quantization, quantization.linear, tuple(tensors)
+        self.require(quantization.linear)
+
+    def require(self, kernel: object) -> None:
+        """Ask a kernel whether it takes this layer's quantized weight.
+
+        Raises:
+            HardwareError: it does not; says what it takes.
+        """
+        check = getattr(kernel, "require", None)
+        if check is None or self.quantization is None:
+            return
+        config, rows = self.quantization.config, sum(self.parts.values())
+        try:
+            check(rows, self._in_features, None if config.group_size == self._in_features else config.group_size)
+        except HardwareError as error:
+            raise HardwareError(f"{self._describe(config)}: {error}") from None
+
+    def _describe(self, config: QuantizationConfig) -> str:
+        return f"{'/'.join(self.parts)} of {sum(self.parts.values())} x {self._in_features} in {config.scheme}"
 
     def checkpoint_views(self) -> dict[str, Tensor]:
         """What a loader fills: views of each part's tensors, by names such as ``q_proj.weight``."""

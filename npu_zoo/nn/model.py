@@ -13,6 +13,7 @@ from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.nn.context import BuildContext, ForwardContext
 from npu_zoo.nn.embedding import Embedding
 from npu_zoo.nn.linear import Linear
+from npu_zoo.nn.moe import MoE
 from npu_zoo.nn.quantization import Quantization
 from npu_zoo.nn.staging import Staging
 
@@ -163,3 +164,6 @@ def _quantize(model: CausalLM, quantization: Quantization) -> None:
                 )
             if not plain:
                 module.quantize(quantization)
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.check_quantization()

@@ -63,17 +63,24 @@ class MoE(nn.Module):
         self._down = [expert.down_proj for expert in experts]
         self._stacked: tuple[Stored, Stored] | None = None
 
-    def finish_loading(self) -> None:
-        """Stack the experts' weights where the kernel takes them so, once; the experts then hold none.
+    def check_quantization(self) -> None:
+        """Called once the linear layers know how they are quantized.
 
         Raises:
-            WeightsError: only some of the experts are quantized.
+            WeightsError: only some of the experts are.
+            HardwareError: the kernel does not take them.
         """
-        if len({layer.quantization for layer in (*self._gate_up, *self._down)}) > 1:
+        quantized = [layer.quantization for layer in (*self._gate_up, *self._down)]
+        if quantized.count(quantized[0]) < len(quantized):
             raise WeightsError(
                 "config.json's quantization_config ignores some of a layer's experts; they are multiplied together "
                 "here, so the checkpoint must quantize all of them or none"
             )
+        for layer in (self._gate_up[0], self._down[0]):
+            layer.require(self._experts_kernel)
+
+    def finish_loading(self) -> None:
+        """Stack the experts' weights where the kernel takes them so, once; the experts then hold none."""
         stack = getattr(self._experts_kernel, "stack", None)
         if stack is None or self._stacked is not None:
             return

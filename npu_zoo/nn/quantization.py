@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -143,14 +143,3 @@ def require_shapes(stated: Tensor, rows: Mapping[str, int], in_features: int) ->
     for (part, due), found in zip(rows.items(), stated.tolist(), strict=True):
         if found != [due, in_features]:
             raise WeightsError(f"{part}.{_SHAPE} says {found}, and this model has {[due, in_features]} there")
-
-
-def require_kernel(kernel: Any, rows: int, in_features: int, group_size: int | None) -> None:
-    """Ask a kernel whether it takes a weight's shape.
-
-    Raises:
-        HardwareError: it does not; says what it takes.
-    """
-    require = getattr(kernel, "require", None)
-    if require is not None:
-        require(rows, in_features, None if group_size in (None, in_features) else group_size)

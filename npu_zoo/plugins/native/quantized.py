@@ -16,8 +16,8 @@ _OWN_ON_CPU: dict[str, tuple[str, tuple[DType, ...], str]] = {
 
 
 def _kernel(operation: str, chip: str, implementation: str, description: str, **more: object) -> KernelSpec:
-    name = {"any": "reference", "ascend910b": "ascend910b", "ascend310p": "ascend310p"}.get(chip, chip)
-    values = {"name": f"{name}_{operation}", "dtypes": _ALL, "description": description} | more
+    owner = "reference" if chip == "any" else chip
+    values = {"name": f"{owner}_{operation}", "dtypes": _ALL, "description": description} | more
     return KernelSpec(operation=operation, chip=chip, implementation=f"npu_zoo.nn.kernels.{implementation}", **values)  # type: ignore[arg-type]
 
 
@@ -55,7 +55,7 @@ def _ascend_kernels() -> list[KernelSpec]:
     operators: dict[str, tuple[str, ...]] = {
         "linear_w8a16": ("npu_weight_quant_batchmatmul", "npu_grouped_matmul"),
         "linear_w4a16": ("npu_convert_weight_to_int4pack", "npu_weight_quant_batchmatmul"),
-        "linear_w8a8": ("npu_dynamic_quant", "npu_quant_matmul", "npu_grouped_matmul"),
+        "linear_w8a8": ("npu_dynamic_quant", "npu_quant_matmul"),
         "experts_w8a16": (rows, "npu_grouped_matmul", combine),
         "experts_w4a16": (rows, "npu_convert_weight_to_int4pack", "npu_grouped_matmul", combine),
         "experts_w8a8": (rows, "npu_dynamic_quant", "npu_grouped_matmul", combine),
