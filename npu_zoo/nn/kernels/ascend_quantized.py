@@ -84,8 +84,11 @@ class _WeightOnlyLinear:
         return product
 
     def apply_parts(self, x: Tensor, packed: AscendCodes, rows: tuple[int, ...]) -> tuple[Tensor, ...]:
-        """[T, in] to [T, rows] of each part, each contiguous: a launch for each of them."""
-        return tuple(self.apply(x, part) for part in _split(packed, rows))
+        """[T, in] to [T, rows] of each part, each contiguous: a product, and a copy of each part of it.
+
+        Parts of the weight would not do: torch_npu takes a slice of packed int4 codes for one that is not transposed.
+        """
+        return tuple(part.contiguous() for part in torch.split(self.apply(x, packed), list(rows), -1))
 
 
 def _split(packed: AscendCodes, rows: tuple[int, ...]) -> list[AscendCodes]:
@@ -101,7 +104,7 @@ class WeightOnlyInt8Linear(_WeightOnlyLinear):
     """w8a16."""
 
     def apply_parts(self, x: Tensor, packed: AscendCodes, rows: tuple[int, ...]) -> tuple[Tensor, ...]:
-        """As the others do, in one launch where there is a scale per channel, which npu_grouped_matmul takes alone."""
+        """As the others do, but in one launch where npu_grouped_matmul takes the scales: those per channel."""
         if packed.group_size:
             return super().apply_parts(x, packed, rows)
         parts = _split(packed, rows)

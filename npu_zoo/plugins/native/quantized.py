@@ -80,8 +80,9 @@ def _ascend(
 QUANTIZED_KERNELS = (
     *(kernel for scheme in _REFERENCES for kernel in _reference_kernels(scheme)),
     *(kernel for scheme in _REFERENCES for kernel in _cpu_kernels(scheme)),
-    *_ascend_kernels(),
 )
+
+ASCEND_QUANTIZED = _ascend_kernels()
 
 
 def _method(name: str, weights: int, activations: int, attribute: str, description: str) -> QuantizationSpec:
