@@ -18,7 +18,10 @@ from npu_zoo.nn.kernels.quantized import QuantizedWeight
 from npu_zoo.nn.kernels.reference import StoredCodes, blocks_of
 
 # Up to so many rows reading the codes as they are is faster than dequantizing them first, as measured.
-_FEW_ROWS_INT8, _FEW_ROWS_INT4 = 12, 32
+_FEW_ROWS_INT8, _FEW_ROWS_INT4, _FEW_ROWS_HALVES = 12, 96, 32
+
+_BLOCK_VALUES = 1 << 21
+"""Int4 codes that are dequantized at once."""
 
 
 @dataclass(frozen=True)
@@ -34,20 +37,28 @@ _INT8_INPUTS = 32
 
 
 class WeightOnlyInt8Linear:
-    """w8a16 in bfloat16 with a scale per channel; other scales and odd widths are left to the reference."""
+    """w8a16 in bfloat16; shapes that torch's operators do not take are left to the reference.
+
+    Torch's int8 operator takes a scale per channel. Codes with scales by group are the int4 operator's, in two halves:
+    16 times the upper four bits, and the lower ones, of inputs that are given twice.
+    """
 
     @staticmethod
-    def pack(weight: QuantizedWeight) -> _Int8Codes | StoredCodes:
+    def pack(weight: QuantizedWeight) -> _Int8Codes | _Int4Codes | StoredCodes:
         """See :class:`QuantizedLinearKernel`."""
-        if not weight.per_channel or weight.codes.shape[1] % _INT8_INPUTS:
+        if not weight.per_channel:
+            return _pack_halves(weight) if _fits_int4(weight) else reference.store_codes(weight)
+        if weight.codes.shape[1] % _INT8_INPUTS:
             return reference.store_codes(weight)
         return _Int8Codes(weight.codes.clone(memory_format=torch.contiguous_format), weight.scale[:, 0].bfloat16())
 
     @staticmethod
-    def apply(x: Tensor, packed: _Int8Codes | StoredCodes) -> Tensor:
+    def apply(x: Tensor, packed: _Int8Codes | _Int4Codes | StoredCodes) -> Tensor:
         """[..., in] to [..., out]."""
         if isinstance(packed, StoredCodes):
             return reference.DequantizedLinear.apply(x, packed)
+        if isinstance(packed, _Int4Codes):
+            return _multiply_int4(x, packed, _FEW_ROWS_HALVES)
         rows = x.flatten(0, -2).contiguous()
         if len(rows) <= _FEW_ROWS_INT8:
             product = torch._weight_int8pack_mm(rows, packed.codes, packed.scale)
@@ -77,15 +88,17 @@ class _Int4Codes:
 
     Attributes:
         codes: [out, in / 2], uint8: by channels of a block, then inputs, then channels; output channels are padded.
-        scales: [in / group_size, out, 2], bfloat16: a scale, and a zero for the middle of the codes.
+        scales: [in / group_size, out, 2], bfloat16: a scale, and what the middle of the codes stands for.
         out_features: without the padding.
         group_size: one that the operator takes.
+        halves: whether they are the halves of int8 codes, the upper ones of all inputs first.
     """
 
     codes: Tensor
     scales: Tensor
     out_features: int
     group_size: int
+    halves: bool = False
 
 
 class WeightOnlyInt4Linear:
@@ -94,33 +107,66 @@ class WeightOnlyInt4Linear:
     @staticmethod
     def pack(weight: QuantizedWeight) -> _Int4Codes | StoredCodes:
         """See :class:`QuantizedLinearKernel`."""
-        group_size = next((size for size in _GROUP_SIZES if weight.group_size % size == 0), None)
-        channels = _channels_of_a_block()
-        if group_size is None or channels is None:
+        if not _fits_int4(weight):
             return reference.store_codes(weight)
-        out_features, in_features = weight.codes.shape
-        padding = (0, 0, 0, -out_features % channels)
-        codes = F.pad(weight.codes.int() + 8, padding, value=8)
-        repeats = in_features // group_size // weight.scale.shape[1]
-        scale = F.pad(weight.scale, padding).repeat_interleave(repeats, 1).t().bfloat16()
-        scales = torch.stack((scale, torch.zeros_like(scale)), -1)
-        return _Int4Codes(_to_operator_layout(codes), scales, out_features, group_size)
+        scale = _scales_of(weight)
+        return _pack_int4(weight.codes, torch.stack((scale, torch.zeros_like(scale)), -1))
 
     @staticmethod
     def apply(x: Tensor, packed: _Int4Codes | StoredCodes) -> Tensor:
         """[..., in] to [..., out]."""
         if isinstance(packed, StoredCodes):
             return reference.DequantizedLinear.apply(x, packed)
-        rows = x.flatten(0, -2).contiguous()
-        multiply = _int4_product if len(rows) <= _FEW_ROWS_INT4 else _int4_in_blocks
-        product = multiply(rows, packed)
-        return product[:, : packed.out_features].view(*x.shape[:-1], -1)
+        return _multiply_int4(x, packed, _FEW_ROWS_INT4)
 
 
-def _int4_product(rows: Tensor, packed: _Int4Codes) -> Tensor:
-    operator = torch.ops.aten._weight_int4pack_mm_for_cpu
-    product: Tensor = operator(rows, packed.codes, packed.group_size, packed.scales)
-    return product
+def _fits_int4(weight: QuantizedWeight) -> bool:
+    return _channels_of_a_block() is not None and weight.group_size % _GROUP_SIZES[-1] == 0
+
+
+def _scales_of(weight: QuantizedWeight) -> Tensor:
+    """[in / group_size, out], each scale as often as the operator's groups go into the weight's."""
+    size = next(size for size in _GROUP_SIZES if weight.group_size % size == 0)
+    return weight.scale.repeat_interleave(weight.group_size // size, 1).t().bfloat16()
+
+
+def _pack_int4(codes: Tensor, scales: Tensor, *, halves: bool = False) -> _Int4Codes:
+    """Int8 codes of 4 bits [out, in] and scales [in / group_size, out, 2] as the operator takes them."""
+    (out_features, in_features), channels = codes.shape, _channels_of_a_block() or 1
+    scales = F.pad(scales, (0, 0, 0, -out_features % channels))
+    packed = _packed_in_blocks(codes, channels)
+    return _Int4Codes(packed, scales, out_features, in_features // len(scales), halves)
+
+
+def _pack_halves(weight: QuantizedWeight) -> _Int4Codes:
+    """Int8 codes as ``16 * upper + lower + 8``, both halves from -8 to 7."""
+    scale, zero = _scales_of(weight), torch.zeros(())
+    halves = torch.cat((weight.codes >> 4, (weight.codes & 0xF) - 8), 1)
+    upper = torch.stack((16 * scale, zero.expand_as(scale)), -1)
+    lower = torch.stack((scale, 8 * scale), -1)
+    return _pack_int4(halves, torch.cat((upper, lower)).bfloat16(), halves=True)
+
+
+def _multiply_int4(x: Tensor, packed: _Int4Codes, few_rows: int) -> Tensor:
+    rows = x.flatten(0, -2).contiguous()
+    if len(rows) > few_rows:
+        product = _int4_in_blocks(rows, packed)
+    else:
+        given = torch.cat((rows, rows), 1) if packed.halves else rows
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu(given, packed.codes, packed.group_size, packed.scales)
+    return product[:, : packed.out_features].view(*x.shape[:-1], -1)
+
+
+def _packed_in_blocks(codes: Tensor, channels: int) -> Tensor:
+    """Int8 codes in the operator's layout; it takes four bytes a code, so they are brought there in blocks."""
+    out_features, in_features = codes.shape
+    blocks = -(-out_features // channels)
+    packed = torch.empty(blocks * channels, in_features // 2, dtype=torch.uint8)
+    for first, last in blocks_of(blocks, in_features * channels, least=1):
+        part = codes[first * channels : last * channels].int().add_(8)
+        part = F.pad(part, (0, 0, 0, (last - first) * channels - len(part)), value=8)
+        packed[first * channels : last * channels] = _to_operator_layout(part)
+    return packed
 
 
 def _to_operator_layout(codes: Tensor) -> Tensor:
@@ -145,27 +191,33 @@ def _channels_of_a_block() -> int | None:
 
 
 def _int4_in_blocks(rows: Tensor, packed: _Int4Codes) -> Tensor:
-    """The product in blocks of channels, each dequantized to [in, channels]."""
-    channels, (out_features, in_features) = _channels_of_a_block() or 0, (packed.scales.shape[1], rows.shape[1])
-    codes = packed.codes.view(-1, in_features, channels // 2)
-    blocks = blocks_of(len(codes), in_features * channels)
-    buffer = rows.new_empty(in_features, blocks[0][1], channels)
-    product = rows.new_empty(len(rows), out_features)
-    for start, stop in blocks:
-        block = buffer.view(-1)[: in_features * (stop - start) * channels].view(in_features, stop - start, channels)
-        _unpack_into(block, codes[start:stop])
-        first, last = start * channels, stop * channels
-        scale = packed.scales[:, None, first:last, 0]
-        weight = block.view(-1, packed.group_size, last - first).mul_(scale).flatten(0, 1)
-        product[:, first:last] = rows @ weight
+    """The product in blocks of channels, each dequantized to [channels, in]."""
+    channels, inputs = _channels_of_a_block() or 1, packed.codes.shape[1] * 2
+    codes = packed.codes.view(-1, inputs, channels // 2)
+    # Of halves the lower ones have the weight's own scales.
+    scales = packed.scales[-(rows.shape[1] // packed.group_size) :, :, 0].t().unsqueeze(-1)
+    product = rows.new_empty(len(rows), len(scales))
+    size = max(1, _BLOCK_VALUES // (inputs * channels))
+    unpacked = torch.empty(size, channels, inputs, dtype=torch.int8)
+    buffer = rows.new_empty(size * channels, rows.shape[1])
+    for part, first in zip(torch.split(codes, size), range(0, len(scales), size * channels), strict=True):
+        last = first + len(part) * channels
+        block = buffer[: last - first].copy_(_unpack(part, unpacked[: len(part)], halves=packed.halves))
+        block.view(len(block), -1, packed.group_size).mul_(scales[first:last])
+        product[:, first:last] = F.linear(rows, block)
     return product
 
 
-def _unpack_into(block: Tensor, codes: Tensor) -> None:
-    """Bytes [blocks, in, channels / 2] as codes from -8 to 7 [in, blocks, channels]."""
+def _unpack(codes: Tensor, unpacked: Tensor, *, halves: bool) -> Tensor:
+    """Bytes [blocks, in, channels / 2] as int8 codes [blocks * channels, in], by way of [blocks, channels, in]."""
     half = codes.shape[2]
-    block[:, :, :half] = ((codes & 0xF).view(torch.int8) - 8).transpose(0, 1)
-    block[:, :, half:] = ((codes >> 4).view(torch.int8) - 8).transpose(0, 1)
+    unpacked[:, :half] = (codes & 0xF).view(torch.int8).sub_(8).transpose(1, 2)
+    unpacked[:, half:] = (codes >> 4).view(torch.int8).sub_(8).transpose(1, 2)
+    rows = unpacked.flatten(0, 1)
+    if not halves:
+        return rows
+    upper, lower = rows.chunk(2, 1)
+    return upper.mul(16).add_(lower).add_(8)  # which wraps around and back
 
 
 @dataclass(frozen=True)

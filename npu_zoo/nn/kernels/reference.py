@@ -145,13 +145,13 @@ class DequantizedLinear:
         return torch.cat(outputs, -1)
 
 
-def blocks_of(out_features: int, in_features: int) -> list[tuple[int, int]]:
-    """Ranges of output channels whose dequantized weights stay in a core's cache."""
-    size = max(_LEAST_ROWS, _BLOCK_VALUES // in_features)
+def blocks_of(out_features: int, in_features: int, least: int = 64) -> list[tuple[int, int]]:
+    """Ranges of output channels whose dequantized weights stay in a core's cache; each has so many at least."""
+    size = max(least, _BLOCK_VALUES // in_features)
     return [(start, min(start + size, out_features)) for start in range(0, out_features, size)]
 
 
-_BLOCK_VALUES, _LEAST_ROWS = 1 << 20, 64
+_BLOCK_VALUES = 1 << 20
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
