@@ -23,12 +23,14 @@ from npu_zoo.core.config import (
     KernelChoice,
 )
 from npu_zoo.core.engine import Engine, Progress
-from npu_zoo.core.errors import ConfigError, HardwareError, UnsupportedError, UsageError, WeightsError
+from npu_zoo.core.errors import ConfigError, HardwareError, PluginError, UnsupportedError, UsageError, WeightsError
 from npu_zoo.core.features import Conflict, FeatureRow, Reason, Verdict
 from npu_zoo.core.hardware import ITEMSIZE, chip_of
 from npu_zoo.core.model_config import ModelConfig
-from npu_zoo.core.specs import EngineSpec
-from npu_zoo.fitting import require_fit
+from npu_zoo.core.quantization import CONFIG_KEY, QUANT_METHOD, QuantizationConfig
+from npu_zoo.core.specs import EngineSpec, QuantizationSpec
+from npu_zoo.fitting import plan_request, require_fit
+from npu_zoo.planning import Split
 from npu_zoo.platforms.ascend import ascend_devices, visible_devices
 from npu_zoo.platforms.detection import total_memory
 from npu_zoo.platforms.environment import apply_presets, near_misses, presets
@@ -61,6 +63,7 @@ def resolve(args: EngineArgs, registry: Registry | None = None) -> EngineConfig:
         WeightsError: weights are missing or contradict the variant; every difference is listed.
         UnsupportedError: the matrix refuses it; every failing axis is listed, with alternatives.
         HardwareError: the engine does not run there, or what it needs is not installed.
+        PluginError: an operation has no kernel, or no plugin knows the checkpoint's quantization.
     """
     registry = registry or get_registry()
     request = read_request(args, registry)
@@ -84,9 +87,10 @@ def resolve(args: EngineArgs, registry: Registry | None = None) -> EngineConfig:
         args.block_size,
         request.kv_cache_dtype,
     )
-    kernels = select_kernels(registry.kernels, chip.name, request.dtype, config)
+    method = _quantization_method(request, chip.name, registry)
+    kernels = select_kernels(registry.kernels, chip.name, request.dtype, config, request.quantization)
     _check_fallbacks(args, kernels)
-    return _engine_config(args, request, verdict.row, weights, config, engine, attention, kernels)
+    return _engine_config(args, request, verdict.row, weights, config, engine, attention, kernels, method)
 
 
 def create_engine(config: EngineConfig, progress: Progress | None = None) -> Engine:
@@ -165,11 +169,37 @@ def _weights(args: EngineArgs, request: Request, registry: Registry) -> tuple[Pa
         listed = "\n  ".join(differences)
         way_out = _owners_of(config.architecture, request, registry)
         raise WeightsError(f"{directory} is not {request.model}:\n  {listed}\n{way_out}")
-    quantized = config.extra.get("quantization_config")
-    if quantized:
-        raise WeightsError(_how_to_convert(request, directory, quantized))
+    _check_quantization(request, directory, config)
     detect_format(directory, registry.weight_formats)
     return directory, config
+
+
+def _check_quantization(request: Request, directory: Path, config: ModelConfig) -> None:
+    """Refuse a checkpoint that is quantized in a way that is not read, or in another one than was asked for."""
+    raw, stored = config.extra.get(CONFIG_KEY), request.quantization_config
+    if raw and stored is None:
+        raise WeightsError(_how_to_convert(request, directory, raw))
+    scheme = stored.scheme if stored else "none"
+    if request.quantization != scheme:
+        holds = f"is quantized in {scheme}" if stored else "is not quantized"
+        raise WeightsError(
+            f"--quantization {request.quantization} was asked for, and the checkpoint in {directory} {holds}; "
+            "leave --quantization unset to take it as it is, or name a checkpoint that is stored as asked"
+        )
+
+
+def _quantization_method(request: Request, chip: str, registry: Registry) -> QuantizationSpec | None:
+    """The registered method of the checkpoint's scheme; None where it is plain."""
+    if request.quantization_config is None:
+        return None
+    spec, names = registry.quantization_methods.get(request.quantization), ", ".join(registry.quantization_methods)
+    if spec is None:
+        raise PluginError(
+            f"no plugin registers the quantization method {request.quantization}; registered: {names or 'none'}"
+        )
+    if chip not in spec.chips and "any" not in spec.chips:
+        raise HardwareError(f"quantization {spec.name} is for {', '.join(spec.chips)}, not {chip}")
+    return spec
 
 
 def _differences(request: Request, config: ModelConfig) -> list[str]:
@@ -194,12 +224,21 @@ def _owners_of(architecture: str, request: Request, registry: Registry) -> str:
 def _how_to_convert(request: Request, directory: Path, quantized: Any) -> str:
     method = str(quantized.get("quant_method", "")) if isinstance(quantized, dict) else ""
     text = f"{directory} is quantized, which {request.model} does not load"
-    text += f" (quant_method {method}); " if method else "; "
+    why = f": {_why_unread(quantized)}" if method == QUANT_METHOD else ""
+    text += f" (quant_method {method}{why}); " if method else "; "
     command = request.family.conversions.get(method)
     if command is None:
         return text + "use an unquantized checkpoint"
     source, target = shlex.quote(str(directory)), shlex.quote(f"{directory}-bf16")
     return f"{text}convert it first:\n  {command.format(source=source, target=target)}\nthen --weights {target}"
+
+
+def _why_unread(quantized: Any) -> str:
+    try:
+        QuantizationConfig.from_hf(quantized)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _check_memory(args: EngineArgs, request: Request) -> None:
@@ -210,11 +249,14 @@ def _check_memory(args: EngineArgs, request: Request) -> None:
     if request.hardware != "cpu":
         require_fit(args, request, config)
         return
-    needed = config.num_parameters * ITEMSIZE[request.dtype]
+    needed, stored = config.num_parameters * ITEMSIZE[request.dtype], str(request.dtype)
+    if request.quantization != "none":
+        needed = plan_request(args, request, config, Split()).weights
+        stored = f"{request.quantization} with {request.dtype}"
     if needed > present:
         raise HardwareError(
             f"{request.model} takes {needed / 2**30:,.0f} GiB for its {config.num_parameters / 1e9:,.1f} billion "
-            f"parameters in {request.dtype}, and this machine has {present / 2**30:,.0f} GiB of memory; take a smaller "
+            f"parameters in {stored}, and this machine has {present / 2**30:,.0f} GiB of memory; take a smaller "
             f"variant (`npu-zoo list`), or hardware that `npu-zoo matrix {request.family.name}` names"
         )
 
@@ -304,6 +346,7 @@ def _engine_config(
     engine: EngineSpec,
     attention: AttentionChoice,
     kernels: tuple[KernelChoice, ...],
+    quantization: QuantizationSpec | None,
 ) -> EngineConfig:
     family, variant = request.family, request.variant
     max_model_len = args.max_model_len or config.max_position_embeddings
@@ -353,6 +396,8 @@ def _engine_config(
         reasoning=variant.reasoning,
         fim=family.fim,
         stop_token_ids=tuple(dict.fromkeys((*config.eos_token_id, *variant.stop_token_ids))),
+        quantization_config=request.quantization_config,
+        quantization_method=quantization.method if quantization else None,
         environment=presets(family.environment.get(request.hardware, {}), attention.reads),
         notes=tuple(_notes(args, request, row, kernels)),
         seal=_SEAL,

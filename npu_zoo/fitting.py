@@ -79,6 +79,7 @@ def plan_request(args: EngineArgs, request: Request, config: ModelConfig, split:
         split,
         workload_of(args, config),
         quantization=request.quantization,
+        group_size=request.quantization_config.group_size if request.quantization_config else None,
         kv_cache_dtype=request.kv_cache_dtype,
         device=chip_of(request.hardware).device,
     )

@@ -87,14 +87,15 @@ class _Matrix:
     kind: str = "linear"  # linear: may be quantized; plain: the compute dtype; float32
     count: int = 1
 
-    def stored(self, itemsize: int, quantization: str) -> int:
+    def stored(self, itemsize: int, quantization: str, group_size: int | None) -> int:
         values = self.rows * self.columns * self.count
         if self.kind == "float32":
             return values * _FLOAT32
         bits = WEIGHT_BITS.get(quantization) if self.kind == "linear" else None
         if bits is None:
             return values * itemsize
-        return values * bits // 8 + self.rows * self.count * itemsize  # and a scale per output channel
+        groups = _ceil(self.columns, group_size or self.columns)
+        return values * bits // 8 + self.rows * groups * self.count * itemsize  # codes and scales
 
 
 WEIGHT_BITS: dict[str, int] = {"w8a16": 8, "w8a8": 8, "w4a16": 4, "sparse": 8}
@@ -108,6 +109,7 @@ def plan_rank(
     workload: Workload,
     *,
     quantization: str = "none",
+    group_size: int | None = None,
     kv_cache_dtype: str = "auto",
     device: str = "npu",
 ) -> RankPlan:
@@ -116,12 +118,13 @@ def plan_rank(
     Args:
         dtype: the compute dtype.
         device: ``cpu``, ``cuda`` or ``npu``; what an int8 cache keeps beside its codes differs.
+        group_size: inputs that share a quantized weight's scale; None where there is one per output channel.
     """
     itemsize = ITEMSIZE[dtype]
     stages = stage_layers(config.num_hidden_layers, split.pp)
     weights = max(
-        sum(matrix.stored(itemsize, quantization) for matrix in _stage_matrices(config, stages, number, split))
-        for number in range(split.pp)
+        sum(matrix.stored(itemsize, quantization, group_size) for matrix in matrices)
+        for matrices in (_stage_matrices(config, stages, number, split) for number in range(split.pp))
     )
     per_token = _token_bytes(config, split.tp, itemsize, kv_cache_dtype, device)
     reads_back = kv_cache_dtype == "int8" and device == "npu"

@@ -16,6 +16,7 @@ from npu_zoo.core.errors import HardwareError, UsageError, WeightsError
 from npu_zoo.core.features import Attention, AxisValue, FeatureRow, layout_names, split_of
 from npu_zoo.core.hardware import DTYPE_ALIASES, DTYPES, PRODUCTS, DType
 from npu_zoo.core.model_config import ModelConfig
+from npu_zoo.core.quantization import CONFIG_KEY, QuantizationConfig
 from npu_zoo.core.specs import FamilySpec, VariantSpec
 from npu_zoo.platforms.detection import detect_products
 from npu_zoo.registry import Registry
@@ -28,6 +29,8 @@ class Request:
     Attributes:
         asked: the model as it was named, for messages.
         config: the checkpoint's hyperparameters, or else the variant's where it states them.
+        quantization_config: how the checkpoint is quantized; None where it is plain, or quantized in a way that is not
+            read, and where there is no checkpoint.
     """
 
     asked: str
@@ -45,6 +48,7 @@ class Request:
     serving: str
     long_sequence: bool
     config: ModelConfig | None
+    quantization_config: QuantizationConfig | None = None
 
     @property
     def model(self) -> str:
@@ -143,7 +147,9 @@ def _fill_in(args: EngineArgs, family: FamilySpec, variant: VariantSpec, config:
     rows = _rows_on(family, variant.size, hardware, experimental=bool(args.allow_experimental))
     dtype = _dtype(args.dtype, rows, config)
     rows = [row for row in rows if dtype in row.dtype] or rows
-    tp, pp, ep, world_size = _parallel_sizes(args, rows)
+    stored = _stored_quantization(config)
+    quantization = args.quantization or (stored.scheme if stored else "none")
+    tp, pp, ep, world_size = _parallel_sizes(args, rows, quantization)
     offered = [kind for row in rows for kind in row.attention]
     too_long = bool(config and args.max_model_len and args.max_model_len > config.context_length)
     model = args.model or family.name
@@ -158,12 +164,21 @@ def _fill_in(args: EngineArgs, family: FamilySpec, variant: VariantSpec, config:
         ep=ep,
         world_size=world_size,
         attention=args.attention or ("paged" if "paged" in offered or not offered else offered[0]),
-        quantization=args.quantization or "none",
+        quantization=quantization,
         kv_cache_dtype=args.kv_cache_dtype or "auto",
         serving=args.serving or "offline",
         long_sequence=too_long,
         config=config,
+        quantization_config=stored,
     )
+
+
+def _stored_quantization(config: ModelConfig | None) -> QuantizationConfig | None:
+    raw = config.extra.get(CONFIG_KEY) if config else None
+    try:
+        return QuantizationConfig.from_hf(raw) if raw else None
+    except ValueError:  # dispatch refuses it with the reason, once the matrix has been asked
+        return None
 
 
 def _detected(family: FamilySpec, variant: VariantSpec) -> str:
@@ -217,12 +232,12 @@ def _dtype(asked: str | None, rows: list[FeatureRow], config: ModelConfig | None
     return next((dtype for dtype in preferred if dtype in offered), preferred[0])
 
 
-def _parallel_sizes(args: EngineArgs, rows: list[FeatureRow]) -> tuple[int, int, int, int]:
+def _parallel_sizes(args: EngineArgs, rows: list[FeatureRow], quantization: str) -> tuple[int, int, int, int]:
     """tp, pp, ep and the world size; where none is asked for, the smallest world that the rows offer and its split."""
     tp, pp, ep = args.tensor_parallel_size, args.pipeline_parallel_size, args.expert_parallel_size
     world = args.world_size
     if (tp, pp, ep) == (None, None, None):
-        wanted = [row for row in rows if (args.quantization or "none") in row.quantization] or rows
+        wanted = [row for row in rows if quantization in row.quantization] or rows
         world = world or min((size for row in wanted for size in row.world_size), default=1)
         return (*(_offered_split(world, wanted) or _offered_split(world, rows) or (world, 1, 1)), world)
     pp = pp or 1

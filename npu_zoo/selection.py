@@ -15,6 +15,7 @@ from npu_zoo.core.errors import HardwareError, PluginError
 from npu_zoo.core.features import Attention
 from npu_zoo.core.hardware import DType
 from npu_zoo.core.model_config import ModelConfig
+from npu_zoo.core.quantization import scheme_of, scheme_operations
 from npu_zoo.core.specs import AttentionBackendSpec, KernelSpec
 
 _STORED = {"heads": "keys and values by head", "latent": "latents (MLA)"}
@@ -26,15 +27,21 @@ _OF_HEADS = ("rotary_embedding",)
 
 
 def select_kernels(
-    kernels: Mapping[str, KernelSpec], chip: str, dtype: DType, config: ModelConfig | None = None
+    kernels: Mapping[str, KernelSpec],
+    chip: str,
+    dtype: DType,
+    config: ModelConfig | None = None,
+    quantization: str = "none",
 ) -> tuple[KernelChoice, ...]:
     """The kernel of every registered operation for a chip and dtype; one that the model has no use for is no fallback.
+
+    Operations of quantized layers are left out but for those of the scheme ``quantization``.
 
     Raises:
         PluginError: an operation has no kernel that is available.
     """
-    unused = _unused(config) if config else ()
-    operations = sorted({spec.operation for spec in kernels.values()})
+    unused = _unused(config, quantization) if config else ()
+    operations = sorted({spec.operation for spec in kernels.values() if _concerns(spec.operation, quantization)})
     choices = [_select_kernel(operation, kernels.values(), chip, dtype) for operation in operations]
     return tuple(
         replace(choice, fallback=False, reason="this model does not use it") if choice.operation in unused else choice
@@ -42,9 +49,15 @@ def select_kernels(
     )
 
 
-def _unused(config: ModelConfig) -> tuple[str, ...]:
+def _concerns(operation: str, quantization: str) -> bool:
+    """Whether an operation is one of every run, or of this scheme's layers."""
+    return scheme_of(operation) in (None, quantization)
+
+
+def _unused(config: ModelConfig, quantization: str) -> tuple[str, ...]:
     """Operations of kinds of layers that a model does not have."""
-    return (_OF_HEADS if config.mla else _OF_LATENTS) + (() if config.moe else _OF_EXPERTS)
+    of_experts = (*_OF_EXPERTS, scheme_operations(quantization)[1])
+    return (_OF_HEADS if config.mla else _OF_LATENTS) + (() if config.moe else of_experts)
 
 
 def _select_kernel(operation: str, kernels: Iterable[KernelSpec], chip: str, dtype: DType) -> KernelChoice:

@@ -11,6 +11,7 @@ from npu_zoo.core.errors import ConfigError
 from npu_zoo.core.features import Attention, FeatureRow
 from npu_zoo.core.hardware import DType
 from npu_zoo.core.model_config import FimFormat, ModelConfig, PromptFormat, ReasoningFormat
+from npu_zoo.core.quantization import QuantizationConfig
 
 DEFAULT_MAX_NUM_SEQS = 64
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
@@ -34,7 +35,7 @@ class EngineArgs(BaseModel):
     attention: Attention | None = Field(
         None, description="paged: blocks behind a block table; flash: contiguous per sequence."
     )
-    quantization: str | None = Field(None, description="none, w8a8, w8a16, w4a16 …")
+    quantization: str | None = Field(None, description="none, w8a8, w8a16, w4a16 …; the checkpoint's own when unset.")
     kv_cache_dtype: str | None = Field(None, description="auto (the compute dtype) or int8.")
     serving: str | None = Field(None, description="offline, openai, mindie_service or tgi.")
     engine: str | None = Field(None, description="Engine that runs the model; native when unset.")
@@ -106,6 +107,8 @@ class EngineConfig:
         reasoning: what stands around the model's reasoning; None where it has no markers.
         stop_token_ids: every id that ends a text.
         environment: variables that the vendor presets and the chosen backend reads, for those that the user left unset.
+        quantization_config: how the checkpoint's linear layers are quantized; None where they are plain.
+        quantization_method: the code reference of what reads them then.
         notes: what the user should know, such as that the demo checkpoint runs.
     """
 
@@ -152,6 +155,8 @@ class EngineConfig:
     reasoning: ReasoningFormat | None
     fim: FimFormat | None
     stop_token_ids: tuple[int, ...]
+    quantization_config: QuantizationConfig | None = None
+    quantization_method: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     seal: object = field(default=None, repr=False, compare=False)

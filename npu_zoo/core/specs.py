@@ -216,11 +216,16 @@ class WeightFormatSpec(_Spec):
 
 
 class QuantizationSpec(_Spec):
-    """A quantization method: how a linear layer stores its weight and multiplies with it.
+    """A quantization method: how a checkpoint stores the weights of its linear layers.
+
+    What multiplies with them are the kernels of two operations that carry the method's name: ``linear_w8a16`` and
+    ``experts_w8a16`` for w8a16.
 
     Attributes:
+        name: the scheme, as ``--quantization`` and matrix rows name it.
         weight_bits, activation_bits: such as 8 and 16 for w8a16.
-        method: a class in the torch surface.
+        chips: those that it is for, or ``any``.
+        method: a subclass of :class:`npu_zoo.nn.quantization.WeightMethod`.
     """
 
     name: Name

@@ -22,6 +22,7 @@ from npu_zoo.engine.step import StepRow
 from npu_zoo.nn.context import BuildContext, ForwardContext
 from npu_zoo.nn.kernels.table import bind_kernels
 from npu_zoo.nn.model import CausalLM, build_on_meta
+from npu_zoo.nn.quantization import Quantization, bind_quantization
 from npu_zoo.nn.rotary import softmax_scale
 from npu_zoo.platforms.detection import available_memory
 from npu_zoo.registry import get_registry, load_code
@@ -111,7 +112,7 @@ class ModelRunner:
 
     def _load_model(self, progress: Progress | None) -> CausalLM:
         config = self.config
-        context = BuildContext(self.kernels, self.dtype, config.max_model_len)
+        context = BuildContext(self.kernels, self.dtype, config.max_model_len, self._quantization())
         model = build_on_meta(load_code(config.model_class), config.model_config, context)
         directory = Path(config.weights)
         spec = detect_format(directory, get_registry().weight_formats)
@@ -138,6 +139,10 @@ class ModelRunner:
         )
         model.finish_loading()
         return model.eval()
+
+    def _quantization(self) -> Quantization | None:
+        stored, method = self.config.quantization_config, self.config.quantization_method
+        return bind_quantization(stored, method, self.kernels) if stored and method else None
 
     def _check_memory(self, needed: int) -> None:
         free = free_memory(self.device)

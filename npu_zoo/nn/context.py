@@ -17,6 +17,7 @@ from npu_zoo.core.attention import (
 )
 from npu_zoo.core.errors import EngineError
 from npu_zoo.nn.kernels.table import Kernels
+from npu_zoo.nn.quantization import Quantization
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,13 @@ class BuildContext:
     Attributes:
         dtype: of weights and activations.
         max_model_len: positions that rotary tables must cover.
+        quantization: of the linear layers, which :func:`npu_zoo.nn.model.build_on_meta` gives them.
     """
 
     kernels: Kernels
     dtype: torch.dtype
     max_model_len: int
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True)

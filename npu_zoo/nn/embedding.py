@@ -36,6 +36,8 @@ class LMHead(Linear):
         name: the checkpoint's name of the matrix.
     """
 
+    quantizable = False
+
     def __init__(self, hidden_size: int, vocab_size: int, context: BuildContext, name: str = "lm_head") -> None:
         super().__init__(hidden_size, {name: vocab_size}, context, padded_vocab_size(vocab_size) - vocab_size)
         self._vocab_size = vocab_size

@@ -18,10 +18,14 @@ _LATENT_EPS = 1e-6  # of the norms inside, whatever rms_norm_eps is
 class UpProjection(Linear, LatentProjection):
     """``kv_b_proj``: every head's keys and values from the latents, kept as two stacks of matrices.
 
+    Never quantized, since both forms of the attention read it and no operator for quantized weights serves either.
+
     Attributes:
         keys: [num_heads, qk_nope_head_dim, kv_lora_rank], what a latent is multiplied with for a head's key.
         values: [num_heads, kv_lora_rank, v_head_dim], transposed, so that both forms of the attention read it in rows.
     """
+
+    quantizable = False
 
     def __init__(self, num_heads: int, mla: MLAConfig, context: BuildContext) -> None:
         rows = num_heads * (mla.qk_nope_head_dim + mla.v_head_dim)

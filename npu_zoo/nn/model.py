@@ -8,20 +8,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from npu_zoo.core.errors import EngineError
+from npu_zoo.core.errors import EngineError, WeightsError
 from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.nn.context import BuildContext, ForwardContext
 from npu_zoo.nn.embedding import Embedding
 from npu_zoo.nn.linear import Linear
+from npu_zoo.nn.moe import MoE
+from npu_zoo.nn.quantization import Quantization
 from npu_zoo.nn.staging import Staging
 
 
 @dataclass(frozen=True)
 class _Awaited:
-    """A part of a linear layer that is to be loaded; ``missing`` holds the names of all parts that are yet to come."""
+    """A tensor of a linear layer that is to be loaded; ``missing`` holds the names of all that are yet to come.
+
+    ``view`` is its name among the layer's own.
+    """
 
     linear: Linear
-    part: int
+    view: str
     missing: set[str]
 
 
@@ -55,7 +60,7 @@ class CausalLM(nn.Module, ABC):
         found: dict[str, Tensor] = {}
         for path, module in self.named_modules():
             if isinstance(module, Linear):
-                found.update(zip(_part_names(path, module), module.checkpoint_views(), strict=True))
+                found.update({_beside(path, name): view for name, view in module.checkpoint_views().items()})
             elif isinstance(module, Embedding):
                 found[f"{path}.weight"] = module.checkpoint_view()
             else:
@@ -89,7 +94,7 @@ class CausalLM(nn.Module, ABC):
         if awaited is None or self._staging is None:
             raise EngineError(f"there is no storage for {name}; call allocate() before loading")
         awaited.linear.stage(self._staging)
-        return awaited.linear.checkpoint_views()[awaited.part]
+        return awaited.linear.checkpoint_views()[awaited.view]
 
     def tensor_loaded(self, name: str) -> None:
         """Called with each of the checkpoint's tensors that is in; packs a layer once all of its parts are.
@@ -121,19 +126,44 @@ class CausalLM(nn.Module, ABC):
         found: dict[str, _Awaited] = {}
         for path, module in self.named_modules():
             if isinstance(module, Linear):
-                names = _part_names(path, module)
+                names = {_beside(path, view): view for view in module.checkpoint_views()}
                 missing = set(names)
-                found.update({name: _Awaited(module, part, missing) for part, name in enumerate(names)})
+                found.update({name: _Awaited(module, view, missing) for name, view in names.items()})
         return found
 
 
-def _part_names(path: str, linear: Linear) -> list[str]:
-    """The checkpoint's names of a linear layer's parts: they stand where the layer stands."""
-    parent = path.rpartition(".")[0]
-    return [f"{parent}.{part}.weight".lstrip(".") for part in linear.parts]
+def _beside(path: str, name: str) -> str:
+    """The checkpoint's name of something of a linear layer's parts: they stand where the layer stands."""
+    return f"{path.rpartition('.')[0]}.{name}".lstrip(".")
 
 
 def build_on_meta(model_class: type[CausalLM], config: ModelConfig, context: BuildContext) -> CausalLM:
-    """The model with its shapes and without storage."""
+    """The model with its shapes and without storage, its linear layers quantized where the context says so.
+
+    Raises:
+        WeightsError: the checkpoint's quantization does not fit the model.
+        HardwareError: a kernel does not take the shape of a quantized layer.
+    """
     with torch.device("meta"):
-        return model_class(config, context)
+        model = model_class(config, context)
+        if context.quantization is not None:
+            _quantize(model, context.quantization)
+    return model
+
+
+def _quantize(model: CausalLM, quantization: Quantization) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, Linear) and module.quantizable:
+            names = [_beside(path, part) for part in module.parts]
+            plain = [name for name in names if quantization.config.ignores(name)]
+            if plain and len(plain) < len(names):
+                rest = ", ".join(name for name in names if name not in plain)
+                raise WeightsError(
+                    f"config.json's quantization_config ignores {', '.join(plain)} and not {rest}; they are multiplied "
+                    "together here, so the checkpoint must quantize all of them or none"
+                )
+            if not plain:
+                module.quantize(quantization)
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.check_quantization()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from npu_zoo.core.errors import WeightsError
 from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.nn.context import BuildContext
+from npu_zoo.nn.kernels.table import ExpertsKernel, Product, Stored
 from npu_zoo.nn.linear import Linear
 from npu_zoo.nn.mlp import MLP
 from npu_zoo.nn.routing import Routing
@@ -60,17 +61,43 @@ class MoE(nn.Module):
         # Plain lists: going through the module tree costs more than a small product.
         self._gate_up = [expert.gate_up_proj for expert in experts]
         self._down = [expert.down_proj for expert in experts]
-        self._stacked: tuple[Tensor, Tensor] | None = None
+        self._stacked: tuple[Stored, Stored] | None = None
+
+    def check_quantization(self) -> None:
+        """Called once the linear layers know how they are quantized.
+
+        Raises:
+            WeightsError: only some of the experts are.
+            HardwareError: the kernel does not take them.
+        """
+        quantized = [layer.quantization for layer in (*self._gate_up, *self._down)]
+        if quantized.count(quantized[0]) < len(quantized):
+            raise WeightsError(
+                "config.json's quantization_config ignores some of a layer's experts; they are multiplied together "
+                "here, so the checkpoint must quantize all of them or none"
+            )
+        for layer in (self._gate_up[0], self._down[0]):
+            layer.require(self._experts_kernel)
 
     def finish_loading(self) -> None:
         """Stack the experts' weights where the kernel takes them so, once; the experts then hold none."""
-        stack = getattr(self._kernels.experts, "stack", None)
+        stack = getattr(self._experts_kernel, "stack", None)
         if stack is None or self._stacked is not None:
             return
         self._stacked = self._stack(stack, self._gate_up), self._stack(stack, self._down)
 
+    @property
+    def _experts_kernel(self) -> ExpertsKernel:
+        quantization = self._down[0].quantization
+        return self._kernels.experts if quantization is None else quantization.experts
+
+    @property
+    def _linear_kernel(self) -> Product:
+        quantization = self._down[0].quantization
+        return self._kernels.linear if quantization is None else quantization.linear
+
     @staticmethod
-    def _stack(stack: Callable[[list[Tensor]], Tensor], layers: list[Linear]) -> Tensor:
+    def _stack(stack: Callable[[list[Stored]], Stored], layers: list[Linear]) -> Stored:
         stacked = stack([layer.stored for layer in layers])
         for layer in layers:
             layer.release()
@@ -80,13 +107,13 @@ class MoE(nn.Module):
         """[T, hidden_size] to [T, hidden_size]."""
         kernels = self._kernels
         weights, ids = kernels.route_tokens(self.gate(x), self.gate.e_score_correction_bias, self.routing)
-        gate_up: Sequence[Tensor] | Tensor
-        down: Sequence[Tensor] | Tensor
+        gate_up: Stored
+        down: Stored
         if self._stacked is None:
             gate_up, down = [layer.stored for layer in self._gate_up], [layer.stored for layer in self._down]
         else:
             gate_up, down = self._stacked
-        routed = kernels.experts(x, ids, weights, gate_up, down, kernels.linear, kernels.silu_and_mul)
+        routed = self._experts_kernel(x, ids, weights, gate_up, down, self._linear_kernel, kernels.silu_and_mul)
         return routed if self.shared_experts is None else routed + self.shared_experts(x)
 
 

@@ -336,6 +336,35 @@ EXPERIMENTAL = [
     ("deepseek_v3:v2-lite", request_of("cuda", "bfloat16", (1, 1, 1))),
 ]
 
+# The zoo's own: quantized checkpoints on a CPU in every size, on one A2 for what has no size, and int8 on a 300I Duo.
+# The sources say no to all of it but to V3's int8 and int4 weights, whose rows stand above.
+for _family, _size in (("wizardcoder", "34b"), ("deepseek_moe", "16b"), ("deepseek_v3", "671b")):
+    for _scheme in ("w8a16", "w4a16", "w8a8"):
+        _asked = {"quantization": _scheme}
+        EXPERIMENTAL += [
+            (f"{_family}:{name}", request_of("cpu", "bfloat16", (1, 1, 1), **_asked)) for name in (_size, "demo")
+        ]
+        EXPERIMENTAL.append((f"{_family}:custom", request_of("atlas_800t_a2", "float16", (1, 1, 1), **_asked)))
+EXPERIMENTAL.append(("wizardcoder:custom", request_of("atlas_300i_duo", "float16", (1, 1, 1), quantization="w8a8")))
+
+NOT_EVEN_EXPERIMENTAL = [
+    ("wizardcoder:34b", request_of("atlas_800i_a2", "float16", (4, 1, 1), quantization="w8a8")),
+    ("wizardcoder:custom", request_of("atlas_300i_duo", "float16", (1, 1, 1), quantization="w8a16")),
+    ("deepseek_moe:16b", request_of("atlas_800i_a2", "float16", (8, 1, 1), quantization="w8a16")),
+    ("deepseek_moe:custom", request_of("atlas_300i_duo", "float16", (1, 1, 1), quantization="w8a8")),
+    ("deepseek_v3:671b", request_of("atlas_800i_a2", "bfloat16", (16, 1, 16), quantization="w8a8")),
+    ("deepseek_v3:custom", request_of("cuda", "bfloat16", (1, 1, 1), quantization="w4a16")),
+]
+
+
+@pytest.mark.parametrize(("model", "request_"), NOT_EVEN_EXPERIMENTAL)
+def test_what_no_row_has_is_refused_with_the_flag_too(model: str, request_: dict[str, Any]) -> None:
+    verdict = check(model, request_, allow_experimental=True)
+    assert not verdict.supported
+    assert "quantization" in {reason.axis for reason in verdict.reasons} or "hardware" in {
+        r.axis for r in verdict.reasons
+    }
+
 
 @pytest.mark.parametrize(("model", "request_"), EXPERIMENTAL)
 def test_siblings_are_experimental(model: str, request_: dict[str, Any]) -> None:

@@ -88,7 +88,7 @@ def test_packing_keeps_the_values_and_drops_the_first_copy(own_layout: bool) -> 
     kernels = dataclasses.replace(reference_kernels(), **({"linear": Transposed} if own_layout else {}))
     layer = Linear(3, {"a": 2, "b": 1}, BuildContext(kernels, torch.float32, 8))
     weight = torch.arange(9.0).reshape(3, 3)
-    for view, part in zip(layer.checkpoint_views(), weight.split((2, 1)), strict=True):
+    for view, part in zip(layer.checkpoint_views().values(), weight.split((2, 1)), strict=True):
         view.copy_(part)
     x = torch.tensor([[1.0, 2.0, 3.0]])
     before = layer(x) if not own_layout else x @ weight.t()

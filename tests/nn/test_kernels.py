@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from npu_zoo.core.config import KernelChoice
 from npu_zoo.core.errors import PluginError
 from npu_zoo.core.model_config import ModelConfig, RopeScaling
+from npu_zoo.core.quantization import scheme_operations
 from npu_zoo.core.specs import KernelSpec
 from npu_zoo.nn.context import BuildContext
 from npu_zoo.nn.kernels import reference
@@ -23,8 +24,9 @@ from npu_zoo.registry import get_registry, load_code
 from npu_zoo.selection import is_importable
 
 TOLERANCE = {"float32": 1e-6, "bfloat16": 2e-2, "float16": 2e-3}
-ELSEWHERE = {"route_tokens", "experts", "top_k_top_p"}
-"""Operations whose kernels test_moe.py and the sampler's tests test."""
+QUANTIZED = {name for scheme in get_registry().quantization_methods for name in scheme_operations(scheme)}
+ELSEWHERE = {"route_tokens", "experts", "top_k_top_p"} | QUANTIZED
+"""Operations whose kernels test_moe.py, test_quantized.py and the sampler's tests test."""
 KERNELS = [
     (spec, dtype)
     for spec in get_registry().kernels.values()

@@ -261,10 +261,11 @@ def test_casts_by_their_own_operator(dtype: torch.dtype) -> None:
 
 @pytest.mark.chip("ascend910b")
 def test_one_expert_with_scales_by_group() -> None:
-    x, codes = torch.randn(M, K).half(), torch.randint(-127, 128, (1, K, N), dtype=torch.int8)
-    scale, offset = (torch.rand(1, 2, N) / 100).half(), torch.zeros(1, 2, N).half()
+    x, codes = torch.randn(M, K).half(), torch.randint(-8, 8, (1, K, N), dtype=torch.int32)
+    scale, offset = (torch.rand(1, 2, N) / 10).half(), torch.zeros(1, 2, N).half()
+    packed = torch_npu.npu_convert_weight_to_int4pack(codes[0].npu())[None]
     found = torch_npu.npu_grouped_matmul(
-        x=[x.npu()], weight=[codes.npu()], antiquant_scale=[scale.npu()], antiquant_offset=[offset.npu()],
+        x=[x.npu()], weight=[packed], antiquant_scale=[scale.npu()], antiquant_offset=[offset.npu()],
         split_item=3, group_type=0, group_list_type=1, group_list=torch.tensor([M]).npu(),
     )[0]  # fmt: skip
     weight = codes[0].double() * scale[0].double().repeat_interleave(K // 2, 0)

@@ -129,6 +129,17 @@ def test_quantized_weights_and_their_scales(quantization: str, per_value: float)
     assert found == plain - 2 * values + int(per_value * values) + 2 * channels
 
 
+def test_a_group_of_inputs_has_a_scale() -> None:
+    config = config_of(LLAMA)
+    by_channel, by_group = (
+        plan_rank(config, "bfloat16", ALONE, WORKLOAD, quantization="w4a16", group_size=size).weights
+        for size in (None, 32)
+    )
+    groups = 3 * (16 * 16 * 2 + 64 * 4 + 2 * 96 * 2 + 64 * 3)  # of 64, 128, 64 and 96 inputs
+    channels = 3 * (16 * 16 + 64 + 2 * 96 + 64)
+    assert by_group - by_channel == 2 * (groups - channels)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("device", "beside"), [("npu", 4 + 4), ("cpu", 4 + 8 + 16 * 8 // 64)])
 def test_an_int8_cache_counts_codes_and_scales(device: str, beside: int, dtype: str) -> None:

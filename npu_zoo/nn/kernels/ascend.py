@@ -15,7 +15,7 @@ from torch import Tensor
 
 from npu_zoo.nn.kernels import reference
 from npu_zoo.nn.kernels.reference import Linear
-from npu_zoo.nn.kernels.table import LinearKernel
+from npu_zoo.nn.kernels.table import Product
 from npu_zoo.nn.routing import Routing
 
 FRACTAL_NZ = 29
@@ -151,7 +151,7 @@ class Experts:
         weights: Tensor,
         gate_up: Sequence[Tensor] | Tensor,
         down: Sequence[Tensor] | Tensor,
-        linear: LinearKernel,
+        linear: Product,
         silu_and_mul: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """[T, hidden] to [T, hidden], the experts' weights stacked."""

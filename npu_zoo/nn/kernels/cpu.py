@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from npu_zoo.nn.kernels.table import LinearKernel
+from npu_zoo.nn.kernels.table import Product, Stored
 
 # oneDNN lays a weight out for an expected number of rows; of those measured, this one serves 1 to 64 rows best.
 _EXPECTED_ROWS = 32
@@ -91,9 +91,9 @@ def experts(
     x: Tensor,
     ids: Tensor,
     weights: Tensor,
-    gate_up: Sequence[Tensor] | Tensor,
-    down: Sequence[Tensor] | Tensor,
-    linear: LinearKernel,
+    gate_up: Sequence[Stored],
+    down: Sequence[Stored],
+    linear: Product,
     silu_and_mul: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """As the reference, with the tokens sorted by expert once instead of sought for each."""

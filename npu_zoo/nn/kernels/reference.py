@@ -6,12 +6,14 @@ A kernel has the signature of the function or class of the same name here.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from npu_zoo.nn.kernels.table import LinearKernel
+from npu_zoo.nn.kernels.quantized import QuantizedWeight, pack_nibbles, unpack_nibbles
+from npu_zoo.nn.kernels.table import Product, Stored
 from npu_zoo.nn.routing import BEST_OF_GROUP, Routing
 
 
@@ -100,6 +102,88 @@ class Linear:
         return F.linear(x, packed)
 
 
+@dataclass(frozen=True)
+class StoredCodes:
+    """A quantized weight in as many bits as it has; codes of 4 bits stand two to a byte.
+
+    Attributes:
+        codes: [out, in] int8, or [out, ceil(in / 2)] uint8.
+        scale: [out, groups], float32.
+        in_features: codes of a row.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    in_features: int
+
+    def block(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Some output channels' codes as int8 [rows, groups, group_size], and their scales [rows, groups, 1]."""
+        codes, scale = self.codes[start:stop], self.scale[start:stop]
+        if codes.dtype is torch.uint8:
+            codes = unpack_nibbles(codes, self.in_features)
+        return codes.reshape(len(codes), scale.shape[1], -1), scale.unsqueeze(-1)
+
+
+def store_codes(weight: QuantizedWeight) -> StoredCodes:
+    """A copy of a quantized weight in as many bits as it has."""
+    codes = pack_nibbles(weight.codes) if weight.bits == 4 else weight.codes.clone()
+    return StoredCodes(codes, weight.scale.clone(), weight.codes.shape[1])
+
+
+class DequantizedLinear:
+    """``x @ (codes * scale).T``, the weight dequantized block by block, so that no whole copy of it ever exists."""
+
+    pack = staticmethod(store_codes)
+
+    @staticmethod
+    def apply(x: Tensor, packed: StoredCodes) -> Tensor:
+        """[..., in] to [..., out]; the weight is rounded once, to the dtype of ``x``."""
+        outputs = []
+        for start, stop in blocks_of(len(packed.scale), packed.in_features):
+            codes, scale = packed.block(start, stop)
+            outputs.append(F.linear(x, (codes * scale).to(x.dtype).flatten(1)))
+        return torch.cat(outputs, -1)
+
+
+def blocks_of(out_features: int, in_features: int, least: int = 64) -> list[tuple[int, int]]:
+    """Ranges of output channels whose dequantized weights stay in a core's cache; each has so many at least."""
+    size = max(least, _BLOCK_VALUES // in_features)
+    return [(start, min(start + size, out_features)) for start in range(0, out_features, size)]
+
+
+_BLOCK_VALUES = 1 << 20
+
+
+def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Int8 codes of each row, as whole numbers in float32, and a float32 scale per row [..., 1]: ``max|x| / 127``."""
+    wide = x.float()
+    scale = wide.abs().amax(-1, keepdim=True) / 127
+    scale = torch.where(scale == 0, 1.0, scale)
+    return (wide / scale).round_(), scale
+
+
+class Int8Linear:
+    """w8a8: each token's activations become int8 codes too; sums of products of codes are exact, then scaled."""
+
+    pack = staticmethod(store_codes)
+
+    @staticmethod
+    def apply(x: Tensor, packed: StoredCodes) -> Tensor:
+        """[..., in] to [..., out]."""
+        tokens, token_scale = quantize_tokens(x)
+        parts = torch.split(tokens, _EXACT_INPUTS, -1)
+        outputs = []
+        for start, stop in blocks_of(len(packed.scale), packed.in_features):
+            weights = torch.split(packed.codes[start:stop], _EXACT_INPUTS, -1)
+            sums = sum(F.linear(part, weight.float()) for part, weight in zip(parts, weights, strict=True))
+            outputs.append(sums * packed.scale[start:stop, 0])
+        return (torch.cat(outputs, -1) * token_scale).to(x.dtype)
+
+
+_EXACT_INPUTS = 1024
+"""Products of int8 codes whose sum float32 holds exactly, since 1024 * 127 * 128 is below 2 ** 24."""
+
+
 def route_tokens(logits: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
     """Each token's experts, the best first, and their weights.
 
@@ -136,9 +220,9 @@ def experts(
     x: Tensor,
     ids: Tensor,
     weights: Tensor,
-    gate_up: Sequence[Tensor] | Tensor,
-    down: Sequence[Tensor] | Tensor,
-    linear: LinearKernel,
+    gate_up: Sequence[Stored],
+    down: Sequence[Stored],
+    linear: Product,
     silu_and_mul: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Each token's experts, SwiGLU feed-forwards all, added up by their weights in float32 and rounded once.

@@ -14,6 +14,9 @@ from npu_zoo.core.errors import PluginError
 from npu_zoo.nn.routing import Routing
 from npu_zoo.registry import load_code
 
+Stored = Any
+"""A weight as its kernel stores it: a tensor, or what a kernel of quantized weights makes of one."""
+
 
 class LinearKernel(Protocol):
     """A matrix product with a weight in the kernel's own layout; see :class:`npu_zoo.nn.kernels.reference.Linear`."""
@@ -28,12 +31,19 @@ class LinearKernel(Protocol):
         """[..., in] to [..., out]."""
 
 
-def apply_parts(kernel: LinearKernel, x: Tensor, packed: Tensor, rows: tuple[int, ...]) -> tuple[Tensor, ...]:
+class Product(Protocol):
+    """What multiplies with a stored weight: a kernel of plain or of quantized weights."""
+
+    def apply(self, x: Tensor, packed: Any) -> Tensor:
+        """[..., in] to [..., out]."""
+
+
+def apply_parts(kernel: Product, x: Tensor, packed: Stored, rows: tuple[int, ...]) -> tuple[Tensor, ...]:
     """[T, in] times a stacked weight, as one [T, rows] for each of its parts.
 
     A kernel whose operators want them apart, each contiguous, has ``apply_parts(x, packed, rows)``.
     """
-    own: Callable[[Tensor, Tensor, tuple[int, ...]], tuple[Tensor, ...]] | None = getattr(kernel, "apply_parts", None)
+    own: Callable[[Tensor, Stored, tuple[int, ...]], tuple[Tensor, ...]] | None = getattr(kernel, "apply_parts", None)
     return torch.split(kernel.apply(x, packed), list(rows), -1) if own is None else own(x, packed, rows)
 
 
@@ -45,14 +55,15 @@ class ExpertsKernel(Protocol):
         x: Tensor,
         ids: Tensor,
         weights: Tensor,
-        gate_up: Sequence[Tensor] | Tensor,
-        down: Sequence[Tensor] | Tensor,
-        linear: LinearKernel,
+        gate_up: Sequence[Stored] | Stored,
+        down: Sequence[Stored] | Stored,
+        linear: Product,
         silu_and_mul: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """[T, hidden] to [T, hidden].
 
-        A kernel that takes the experts' weights as one tensor has ``stack(weights)``, and is given what it made.
+        A kernel that takes the experts' weights as one has ``stack(weights)``, and is given what it made. With
+        quantized weights ``linear`` is their kernel, and the operation is ``experts_w8a16`` for w8a16 and so on.
         """
 
 

@@ -130,6 +130,8 @@ VARIANTS = (
 _SIZES = ("1.3b", "6.7b", "7b", "33b")
 _BOTH: tuple[Attention, ...] = ("paged", "flash")
 
+_QUANTIZED = ("w8a16", "w4a16", "w8a8")
+
 ROWS = (
     FeatureRow(
         sizes=("1.3b",),
@@ -235,6 +237,17 @@ ROWS = (
         status="experimental",
     ),
     FeatureRow(
+        sizes=(*_SIZES, "demo", "custom"),
+        hardware=("cpu",),
+        dtype=("float32", "bfloat16", "float16"),
+        world_size=(1,),
+        attention=_BOTH,
+        quantization=_QUANTIZED,
+        source="zoo",
+        status="experimental",
+        note="checkpoints in the layout of compressed-tensors",
+    ),
+    FeatureRow(
         sizes=("demo", "custom"),
         hardware=("atlas_800i_a2", "atlas_800t_a2"),
         dtype=("float16", "bfloat16"),
@@ -243,6 +256,28 @@ ROWS = (
         kv_cache_dtype=("int8",),
         source="zoo",
         status="experimental",
+    ),
+    FeatureRow(
+        sizes=("demo", "custom"),
+        hardware=("atlas_800i_a2", "atlas_800t_a2"),
+        dtype=("float16", "bfloat16"),
+        world_size=(1,),
+        attention=_BOTH,
+        quantization=_QUANTIZED,
+        source="zoo",
+        status="experimental",
+        note="checkpoints in the layout of compressed-tensors",
+    ),
+    FeatureRow(
+        sizes=("demo", "custom"),
+        hardware=("atlas_300i_duo",),
+        dtype=("float16",),
+        world_size=(1,),
+        attention=_BOTH,
+        quantization=("w8a8",),
+        source="zoo",
+        status="experimental",
+        note="int8 weights and activations, which the chip's operators take",
     ),
 )
 

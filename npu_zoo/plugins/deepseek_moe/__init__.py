@@ -77,6 +77,8 @@ VARIANTS = (
     VariantSpec(name="custom", size="custom", title="Any checkpoint of the architecture"),
 )
 
+_QUANTIZED = ("w8a16", "w4a16", "w8a8")
+
 ROWS = (
     FeatureRow(
         sizes=("16b",),
@@ -164,6 +166,17 @@ ROWS = (
         status="experimental",
     ),
     FeatureRow(
+        sizes=("16b", "demo", "custom"),
+        hardware=("cpu",),
+        dtype=("float32", "bfloat16", "float16"),
+        world_size=(1,),
+        attention=("paged", "flash"),
+        quantization=_QUANTIZED,
+        source="zoo",
+        status="experimental",
+        note="checkpoints in the layout of compressed-tensors",
+    ),
+    FeatureRow(
         sizes=("demo", "custom"),
         hardware=("atlas_800i_a2", "atlas_800t_a2"),
         dtype=("float16", "bfloat16"),
@@ -172,6 +185,17 @@ ROWS = (
         kv_cache_dtype=("int8",),
         source="zoo",
         status="experimental",
+    ),
+    FeatureRow(
+        sizes=("demo", "custom"),
+        hardware=("atlas_800i_a2", "atlas_800t_a2"),
+        dtype=("float16", "bfloat16"),
+        world_size=(1,),
+        attention=("paged",),
+        quantization=_QUANTIZED,
+        source="zoo",
+        status="experimental",
+        note="checkpoints in the layout of compressed-tensors",
     ),
 )
 

@@ -197,6 +197,8 @@ def _row_671b(world_size: int, quantization: str, note: str, derived: tuple[str,
     )
 
 
+_QUANTIZED = ("w8a16", "w4a16", "w8a8")
+
 ROWS = (
     _row_671b(32, "none", "bfloat16 weights: 1.34 TB on 64 GB cards", ("world_size",)),
     _row_671b(16, "w8a16", "int8 weights: 671 GB on 64 GB cards", ("world_size",)),
@@ -257,6 +259,28 @@ ROWS = (
         attention=("paged",),
         source="zoo",
         status="experimental",
+    ),
+    FeatureRow(
+        sizes=_ALL,
+        hardware=("cpu",),
+        dtype=("float32", "bfloat16", "float16"),
+        world_size=(1,),
+        attention=("paged",),
+        quantization=_QUANTIZED,
+        source="zoo",
+        status="experimental",
+        note="checkpoints in the layout of compressed-tensors",
+    ),
+    FeatureRow(
+        sizes=("demo", "custom"),
+        hardware=_A2,
+        dtype=("float16", "bfloat16"),
+        world_size=(1,),
+        attention=("paged",),
+        quantization=_QUANTIZED,
+        source="zoo",
+        status="experimental",
+        note="checkpoints in the layout of compressed-tensors",
     ),
 )
 

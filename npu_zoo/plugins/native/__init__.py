@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from npu_zoo.api import AttentionBackendSpec, DType, EngineSpec, KernelSpec, WeightFormatSpec, hookimpl
+from npu_zoo.api import (
+    AttentionBackendSpec,
+    DType,
+    EngineSpec,
+    KernelSpec,
+    QuantizationSpec,
+    WeightFormatSpec,
+    hookimpl,
+)
 from npu_zoo.plugins.native.ascend import ASCEND_BACKENDS, ASCEND_KERNELS
+from npu_zoo.plugins.native.quantized import QUANTIZATION_METHODS, QUANTIZED_KERNELS
 
 _ALL: tuple[DType, ...] = ("float32", "bfloat16", "float16")
 
@@ -68,8 +77,15 @@ def register_kernels() -> list[KernelSpec]:
             priority=5,
             description="torch's own operator, on the weight as it is",
         ),
+        *QUANTIZED_KERNELS,
         *ASCEND_KERNELS,
     ]
+
+
+@hookimpl
+def register_quantization_methods() -> list[QuantizationSpec]:
+    """Symmetric integers in the layout of compressed-tensors."""
+    return list(QUANTIZATION_METHODS)
 
 
 @hookimpl

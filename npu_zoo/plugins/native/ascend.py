@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from npu_zoo.api import AttentionBackendSpec, DType, KernelSpec
+from npu_zoo.plugins.native.quantized import ASCEND_QUANTIZED
 
 _TORCH_NPU = ("TASK_QUEUE_ENABLE",)
 """What torch_npu reads on both chips. It refuses INF_NAN_MODE_ENABLE=0 on 910B, so that is left to 310P."""
@@ -85,7 +86,7 @@ _OF_ATB = (
     "_npu_paged_attention_splitfuse_v2",
 )
 
-ASCEND_KERNELS = _ascend_kernels()
+ASCEND_KERNELS = [*_ascend_kernels(), *ASCEND_QUANTIZED]
 
 ASCEND_BACKENDS = [
     AttentionBackendSpec(

@@ -101,6 +101,8 @@ VARIANTS = (
 _SIBLINGS = ("13b", "7b", "33b-v1.1")
 _ALL = ("34b", *_SIBLINGS, "demo", "custom")
 
+_QUANTIZED = ("w8a16", "w4a16", "w8a8")
+
 ROWS = (
     FeatureRow(
         sizes=("34b",),
@@ -198,6 +200,17 @@ ROWS = (
         status="experimental",
     ),
     FeatureRow(
+        sizes=_ALL,
+        hardware=("cpu",),
+        dtype=("float32", "bfloat16", "float16"),
+        world_size=(1,),
+        attention=("paged", "flash"),
+        quantization=_QUANTIZED,
+        source="zoo",
+        status="experimental",
+        note="checkpoints in the layout of compressed-tensors",
+    ),
+    FeatureRow(
         sizes=("demo", "custom"),
         hardware=("atlas_800i_a2", "atlas_800t_a2"),
         dtype=("float16", "bfloat16"),
@@ -206,6 +219,28 @@ ROWS = (
         kv_cache_dtype=("int8",),
         source="zoo",
         status="experimental",
+    ),
+    FeatureRow(
+        sizes=("demo", "custom"),
+        hardware=("atlas_800i_a2", "atlas_800t_a2"),
+        dtype=("float16", "bfloat16"),
+        world_size=(1,),
+        attention=("paged",),
+        quantization=_QUANTIZED,
+        source="zoo",
+        status="experimental",
+        note="checkpoints in the layout of compressed-tensors",
+    ),
+    FeatureRow(
+        sizes=("demo", "custom"),
+        hardware=("atlas_300i_duo",),
+        dtype=("float16",),
+        world_size=(1,),
+        attention=("paged",),
+        quantization=("w8a8",),
+        source="zoo",
+        status="experimental",
+        note="int8 weights and activations, which the chip's operators take",
     ),
 )
 

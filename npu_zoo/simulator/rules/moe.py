@@ -167,6 +167,14 @@ def _weight_only(call: Call) -> bool:
     return bool(x and weight) and x[0].dtype in HALVES and weight[0].dtype in (INT8, INT32)
 
 
+def _scales_by_group(call: Call) -> str | None:
+    """A scale per channel has a dimension less than its weight: [E, N] for [E, K, N], [N] for [K, N]."""
+    for weight, scale in zip(tensors_of(call, "weight"), tensors_of(call, "antiquant_scale"), strict=False):
+        if weight.dtype == INT8 and scale.dim() >= weight.dim():
+            return f"antiquant_scale is {shape(scale)} for an int8 weight {shape(weight)}, not one per channel"
+    return None
+
+
 def _fully_quantised(call: Call) -> bool:
     x = tensors_of(call, "x")
     return bool(x) and x[0].dtype == INT8
@@ -578,6 +586,10 @@ _GROUPED = [
     Rule(
         "npu_grouped_matmul.antiquant_dtype", _MATMUL, "a scale of the weight of another dtype than x",
         on("ascend910b"), f"{_MATMUL_PAGE}, table 2", dtype_differs("x", "antiquant_scale", "antiquant_offset"),
+    ),
+    Rule(
+        "npu_grouped_matmul.antiquant_groups", _MATMUL, "an int8 weight with scales by group of inputs",
+        on("ascend910b"), f"{_MATMUL_PAGE}, table 2, note", where(_weight_only, _scales_by_group),
     ),
     Rule(
         "npu_grouped_matmul.scale", _MATMUL, "int8 without a scale", on("ascend910b"), f"{_MATMUL_PAGE}, table 2",
