@@ -13,7 +13,21 @@ import typer
 from typer.models import CommandInfo, TyperInfo
 
 from npu_zoo import __version__
-from npu_zoo.cli import chat, config, convert, doctor, explain, matrix, plan, plugins, pull, run, weights
+from npu_zoo.cli import (
+    chat,
+    config,
+    convert,
+    doctor,
+    explain,
+    matrix,
+    plan,
+    plugins,
+    ports,
+    pull,
+    ranktable,
+    run,
+    weights,
+)
 from npu_zoo.cli.help import ZooCommand, ZooGroup
 from npu_zoo.core.errors import NpuZooError
 from npu_zoo.registry import get_registry
@@ -66,7 +80,9 @@ def build_app() -> typer.Typer:
     app.command("explain", cls=ZooCommand)(explain.explain)
     app.command("plan", cls=ZooCommand)(plan.plan)
     app.command("doctor", cls=ZooCommand)(doctor.doctor)
+    app.command("ports", cls=ZooCommand)(ports.ports)
     app.command("plugins", cls=ZooCommand)(plugins.plugins)
+    app.add_typer(ranktable.group, name="ranktable")
     app.add_typer(weights.group, name="weights")
     app.add_typer(config.group, name="config")
     return app
