@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +31,7 @@ from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.core.quantization import CONFIG_KEY, QUANT_METHOD, QuantizationConfig
 from npu_zoo.core.specs import EngineSpec, QuantizationSpec
 from npu_zoo.fitting import plan_request, require_fit
+from npu_zoo.parallel.numa import apply, describe, plan_binding
 from npu_zoo.planning import Split
 from npu_zoo.platforms.ascend import ascend_devices, visible_devices
 from npu_zoo.platforms.detection import total_memory
@@ -105,6 +107,10 @@ def create_engine(config: EngineConfig, progress: Progress | None = None) -> Eng
         HardwareError, WeightsError: it cannot start.
     """
     apply_presets(config.environment, os.environ)
+    if config.bind != "none":
+        plan = plan_binding(config.bind, config.hardware, config.world_size, os.environ)
+        for fault in apply(plan.bindings[0]):
+            warnings.warn(fault, RuntimeWarning, stacklevel=2)
     return cast("Engine", load_code(config.engine_class)(config, progress))
 
 
@@ -387,6 +393,8 @@ def _engine_config(
         enable_chunked_prefill=chunked,
         seed=args.seed or 0,
         threads=args.threads,
+        binding=tuple(describe(plan_binding(args.bind or "none", request.hardware, request.world_size, os.environ))),
+        bind=args.bind or "none",
         enforce_eager=bool(args.enforce_eager),
         strict_kernels=bool(args.strict_kernels),
         skip_tokenizer_init=bool(args.skip_tokenizer_init),

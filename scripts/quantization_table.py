@@ -35,7 +35,7 @@ SCHEMES = {
     "w8a16": ("w8a16", None),
     "w8a8": ("w8a8", None),
     "w4a16": ("w4a16", None),
-    "w4a16, groups of 32": ("w4a16", 32),
+    "w4a16, groups of 16": ("w4a16", 16),
 }
 STRETCH = 512
 TOKENS = 20_000

@@ -38,6 +38,7 @@ DEFAULTS: dict[str, str] = {
     "enable_chunked_prefill": "true",
     "seed": "0",
     "threads": "torch's choice",
+    "bind": "none",
     "enforce_eager": "false; only NPUs have graphs",
     "strict_kernels": "false",
     "skip_tokenizer_init": "false",

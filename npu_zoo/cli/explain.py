@@ -126,6 +126,7 @@ def _print(found: Explanation, args: EngineArgs) -> None:
             f"max_model_len {config.max_model_len}, max_num_seqs {config.max_num_seqs}, "
             f"max_num_batched_tokens {config.max_num_batched_tokens}"
         )
+        fields["binding"] = "\n".join(config.binding)
     print_fields({**fields, **row_fields(found.row)})
     print()
     if isinstance(found.kernels, str):
@@ -178,6 +179,7 @@ def _data(found: Explanation, args: EngineArgs) -> dict[str, Any]:
         "kernels": kernels,
         "weights": config.weights if config else None,
         "obstacle": str(found.obstacle) if found.obstacle else None,
+        "binding": list(config.binding) if config else None,
         "limits": {name: getattr(config, name) for name in limits} if config else None,
         "row": found.row.model_dump(mode="json"),
         "notes": list(config.notes) if config else [],

@@ -41,6 +41,7 @@ _METAVARS = {
     "model": "FAMILY[:VARIANT]",
     "weights": "DIR",
     "attention": "paged|flash",
+    "bind": "auto|none|MAP",
     "kv_cache_memory": "SIZE",
     "kv_cache_fraction": "SHARE",
     "stop_token_ids": "ID,…",

@@ -52,6 +52,9 @@ class EngineArgs(BaseModel):
     enable_chunked_prefill: bool | None = Field(None, description="Split long prompts over several steps.")
     seed: int | None = Field(None, description="Seed of requests that bring none.")
     threads: int | None = Field(None, ge=1, description="CPU threads; torch's choice when unset.")
+    bind: str | None = Field(
+        None, description="CPUs and memory near a rank's device: auto, none, or nodes by device such as 0-3:0,4-7:1."
+    )
     enforce_eager: bool | None = Field(
         None, description="Launch every operator of a decode step by itself instead of a captured graph."
     )
@@ -106,6 +109,7 @@ class EngineConfig:
         prompt: the variant's or family's prompt format, for checkpoints that bring no chat template.
         reasoning: what stands around the model's reasoning; None where it has no markers.
         stop_token_ids: every id that ends a text.
+        binding: where each rank of this machine runs and has its memory, in words; what ``bind`` asks for.
         environment: variables that the vendor presets and the chosen backend reads, for those that the user left unset.
         quantization_config: how the checkpoint's linear layers are quantized; None where they are plain.
         quantization_method: the code reference of what reads them then.
@@ -146,6 +150,8 @@ class EngineConfig:
     enable_chunked_prefill: bool
     seed: int
     threads: int | None
+    binding: tuple[str, ...]
+    bind: str
     enforce_eager: bool
     strict_kernels: bool
     skip_tokenizer_init: bool

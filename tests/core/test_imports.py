@@ -34,7 +34,7 @@ OUTSIDE = {"plugins", "simulator"}
 PLUGIN_SURFACE = {"api", "nn"}
 HEAVY = {"torch", "torch_npu", "transformers", "accelerate"}
 TORCH_FREE = {"", "__main__", "api", "checkpoint", "cli", "core", "dispatch", "platforms", "plugins"}
-TORCH_FREE |= {"fitting", "planning", "registry", "request", "selection", "settings"}
+TORCH_FREE |= {"fitting", "parallel", "planning", "registry", "request", "selection", "settings"}
 
 
 @dataclass(frozen=True)
