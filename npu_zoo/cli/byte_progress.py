@@ -6,13 +6,9 @@ import sys
 import time
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
 
-from npu_zoo.cli.download_progress import size_text
+from npu_zoo.cli.download_progress import byte_bar, size_text
 from npu_zoo.cli.progress import SECONDS_BETWEEN_LINES
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 
 class ByteProgress(AbstractContextManager["ByteProgress"]):
@@ -27,7 +23,7 @@ class ByteProgress(AbstractContextManager["ByteProgress"]):
         self._start = self._last_line = time.monotonic()
         self._first: int | None = None
         self._state = (0, 0, 0, 0)
-        self._bar = _bar() if sys.stderr.isatty() else None
+        self._bar = byte_bar(None) if sys.stderr.isatty() else None
 
     def __enter__(self) -> ByteProgress:
         if self._bar:
@@ -64,21 +60,3 @@ class ByteProgress(AbstractContextManager["ByteProgress"]):
     def _rate(self) -> str:
         come = self._state[2] - (self._first or 0)
         return f"{size_text(come / max(time.monotonic() - self._start, 1e-9))}/s"
-
-
-def _bar() -> Progress:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), DownloadColumn()]
-    columns += [TransferSpeedColumn(), TimeRemainingColumn()]
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    bar.add_task("", total=None)
-    return bar

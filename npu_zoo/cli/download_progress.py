@@ -43,7 +43,7 @@ class PullProgress(AbstractContextManager["PullProgress"]):
         self._finished = 0
         self._lock = threading.Lock()
         self._start = self._last_line = time.monotonic()
-        self._bar = _bar(plan) if plan.missing and sys.stderr.isatty() else None
+        self._bar = byte_bar(plan.size, plan.resumed) if plan.missing and sys.stderr.isatty() else None
 
     def __enter__(self) -> PullProgress:
         if self._bar:
@@ -96,7 +96,8 @@ class PullProgress(AbstractContextManager["PullProgress"]):
         return f"{size_text(max(0, self._done - self._first) / seconds)}/s"
 
 
-def _bar(plan: DownloadPlan) -> Progress:
+def byte_bar(total: int | None, done: int = 0) -> Progress:
+    """A bar of bytes with their rate and the time that is left; its one task's description stands before it."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -110,5 +111,5 @@ def _bar(plan: DownloadPlan) -> Progress:
     columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), DownloadColumn()]
     columns += [TransferSpeedColumn(), TimeRemainingColumn()]
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    bar.add_task("", total=plan.size, completed=plan.resumed)
+    bar.add_task("", total=total, completed=done)
     return bar

@@ -29,6 +29,11 @@ def joined(values: Iterable[object]) -> str:
     return ", ".join(str(value).lower() if isinstance(value, bool) else str(value) for value in values)
 
 
+def count_text(values: int) -> str:
+    """A large number of values in words."""
+    return f"{values / 1e9:,.1f} billion" if values >= 1e9 else f"{values / 1e6:,.1f} million"
+
+
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Write an aligned table; where it is too wide for the terminal, cells wrap between words."""
     table = [list(columns), *(list(row) for row in rows)]

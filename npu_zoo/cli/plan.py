@@ -9,7 +9,7 @@ import typer
 
 from npu_zoo.cli.help import json_output
 from npu_zoo.cli.options import JsonFlag, request_options
-from npu_zoo.cli.output import note, print_fields, print_json, print_table
+from npu_zoo.cli.output import count_text, note, print_fields, print_json, print_table
 from npu_zoo.core.errors import HardwareError, UnsupportedError, WeightsError
 from npu_zoo.core.hardware import PRODUCTS
 from npu_zoo.core.model_config import ModelConfig
@@ -119,7 +119,7 @@ def _print(found: Plans) -> None:
         {
             "model": found.model,
             **{axis.replace("_", " "): str(found.axes[axis]) for axis in shown},
-            "parameters": _count(found.config.num_parameters),
+            "parameters": count_text(found.config.num_parameters),
             "a step": f"up to {workload.max_num_batched_tokens} tokens of {workload.max_num_seqs} sequences, "
             f"none longer than {workload.max_model_len:,}",
             "keys and values": f"{found.share:g} of what weights and activations leave",
@@ -144,10 +144,6 @@ def _row(found: Plans, split: Split, plan: RankPlan, size: int) -> list[str]:
     if not tokens:
         return [*fixed, "does not fit", *("" for _ in found.lengths)]
     return [*fixed, f"{tokens:,}", *(f"{plan.largest_batch(size, found.share, n):,}" for n in found.lengths)]
-
-
-def _count(parameters: int) -> str:
-    return f"{parameters / 1e9:,.1f} billion" if parameters >= 1e9 else f"{parameters / 1e6:,.1f} million"
 
 
 def _bytes(size: int) -> str:

@@ -12,7 +12,7 @@ from npu_zoo.cli.byte_progress import ByteProgress
 from npu_zoo.cli.download_progress import size_text
 from npu_zoo.cli.help import ZooCommand, ZooGroup, json_output
 from npu_zoo.cli.options import JsonFlag
-from npu_zoo.cli.output import print_fields, print_json, print_table
+from npu_zoo.cli.output import count_text, print_fields, print_json, print_table
 from npu_zoo.core.errors import HardwareError, WeightsError
 from npu_zoo.selection import is_importable
 
@@ -62,7 +62,7 @@ def inspect(directory: Directory, as_json: JsonFlag = False) -> None:
         "directory": str(directory),
         "format": found["format"],
         "architecture": found["architecture"] or "not named",
-        "size": f"{found['tensors']} tensors, {found['parameters'] / 1e9:,.3g} billion values, "
+        "size": f"{found['tensors']} tensors, {count_text(found['parameters'])} values, "
         f"{size_text(found['bytes'])} in {found['files']} files",
         "ranks": str(found["ranks"]),
         "quantization": scheme + (f", groups of {found['group_size']}" if found["group_size"] else ""),

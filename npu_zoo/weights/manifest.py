@@ -17,9 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 import npu_zoo
 from npu_zoo.core.errors import WeightsError
 from npu_zoo.weights.convert_journal import UnitRecord
-from npu_zoo.weights.formats.hf import bin_file_pieces
-from npu_zoo.weights.header import read_safetensors_header
-from npu_zoo.weights.mindspore import read_index
+from npu_zoo.weights.formats.files import file_pieces
 from npu_zoo.weights.plan import ConversionPlan
 from npu_zoo.weights.reading import Digest, Piece, Reader
 from npu_zoo.weights.shards import shard_path
@@ -202,22 +200,6 @@ def _pieces(directory: Path, file: str, size: int) -> tuple[dict[str, Piece], st
         return file_pieces(path), ""
     except WeightsError as error:
         return {}, str(error)
-
-
-def file_pieces(path: Path) -> dict[str, Piece]:
-    """The stored tensors of one file of any format.
-
-    Raises:
-        WeightsError: it is damaged.
-    """
-    if path.suffix == ".safetensors":
-        return {
-            e.name: Piece(path, e.name, e.dtype, e.shape, ((e.start, e.stop - e.start),))
-            for e in read_safetensors_header(path)
-        }
-    if path.suffix == ".ckpt":
-        return {t.name: Piece(path, t.name, t.dtype, t.shape, t.chunks) for t in read_index(path).values()}
-    return bin_file_pieces(path)
 
 
 def _digest(piece: Piece, reader: Reader) -> str:

@@ -9,11 +9,10 @@ from typing import Any
 
 from npu_zoo.core.errors import WeightsError
 from npu_zoo.weights.formats.compressed import quantization_of
+from npu_zoo.weights.formats.files import file_pieces
 from npu_zoo.weights.formats.hf import lay_out_safetensors
 from npu_zoo.weights.formats.names import ASCEND_MP
 from npu_zoo.weights.formats.ranked import RankedSource, TransposedTarget
-from npu_zoo.weights.header import read_safetensors_header
-from npu_zoo.weights.reading import Piece
 from npu_zoo.weights.tensors import Placement, Segments, TargetOptions
 
 _FILE = re.compile(r"model(\d+)-mp(\d+)\.safetensors")
@@ -32,7 +31,7 @@ def read_ascend_mp(directory: Path, config: Mapping[str, Any]) -> RankedSource:
     missing = [n for n in range(counts[0]) if not (directory / rank_file(n, counts[0])).is_file()]
     if missing:
         raise WeightsError(f"{directory}: {rank_file(missing[0], counts[0])} is missing")
-    ranks = [_pieces(directory / rank_file(number, counts[0])) for number in range(counts[0])]
+    ranks = [file_pieces(directory / rank_file(number, counts[0])) for number in range(counts[0])]
     scheme, _ = quantization_of(directory, config)
     return RankedSource(directory, ranks, ASCEND_MP, scheme)
 
@@ -40,13 +39,6 @@ def read_ascend_mp(directory: Path, config: Mapping[str, Any]) -> RankedSource:
 def rank_file(rank: int, count: int) -> str:
     """A rank's file name."""
     return f"model{rank}-mp{count}.safetensors"
-
-
-def _pieces(path: Path) -> dict[str, Piece]:
-    return {
-        entry.name: Piece(path, entry.name, entry.dtype, entry.shape, ((entry.start, entry.stop - entry.start),))
-        for entry in read_safetensors_header(path)
-    }
 
 
 class AscendMpTarget(TransposedTarget):

@@ -12,13 +12,13 @@ from typing import Any
 
 from npu_zoo.core.errors import WeightsError
 from npu_zoo.weights.formats.compressed import place_whole, quantization_of, stored_parts
-from npu_zoo.weights.header import read_safetensors_header
+from npu_zoo.weights.formats.files import file_pieces
 from npu_zoo.weights.quantize import Scheme, dequantize_blocks, unpack_rows
 from npu_zoo.weights.reading import ITEMSIZES, Piece, Reader
 from npu_zoo.weights.safetensors import INDEX_FILE, SINGLE_FILE
 from npu_zoo.weights.shards import ShardNames, check_shards, find_shards
 from npu_zoo.weights.tensors import Digests, LogicalTensor, Placement, Rows, Segments, Source, Target, TargetOptions
-from npu_zoo.weights.torch_bin import BinTensor, read_index, read_weight_map
+from npu_zoo.weights.torch_bin import read_weight_map
 
 _SAFETENSORS = ShardNames(single=SINGLE_FILE, index=INDEX_FILE, pattern="*.safetensors")
 _DTYPE_NAMES = {
@@ -36,13 +36,9 @@ def safetensors_pieces(directory: Path) -> dict[str, Piece]:
         WeightsError: a file is missing, damaged, or contradicts another; names file and tensor.
     """
     paths, weight_map = find_shards(directory, _SAFETENSORS)
-    headers = {path: read_safetensors_header(path) for path in paths}
-    check_shards(directory, _SAFETENSORS, weight_map, {path: [e.name for e in headers[path]] for path in paths})
-    return {
-        entry.name: Piece(path, entry.name, entry.dtype, entry.shape, ((entry.start, entry.stop - entry.start),))
-        for path, entries in headers.items()
-        for entry in entries
-    }
+    files = {path: file_pieces(path) for path in paths}
+    check_shards(directory, _SAFETENSORS, weight_map, files)
+    return {name: piece for pieces in files.values() for name, piece in pieces.items()}
 
 
 def bin_pieces(directory: Path) -> dict[str, Piece]:
@@ -52,33 +48,7 @@ def bin_pieces(directory: Path) -> dict[str, Piece]:
         WeightsError: a file is missing, damaged, asks for code, or holds a tensor whose rows are not in order.
     """
     files = sorted(set(read_weight_map(directory).values()))
-    return {name: piece for file in files for name, piece in bin_file_pieces(directory / file).items()}
-
-
-def bin_file_pieces(path: Path) -> dict[str, Piece]:
-    """The tensors of one pickled file.
-
-    Raises:
-        WeightsError: as for :func:`bin_pieces`.
-    """
-    return {tensor.name: _bin_piece(path, tensor) for tensor in read_index(path).values()}
-
-
-def _bin_piece(path: Path, tensor: BinTensor) -> Piece:
-    due, expected = 1, []
-    for size in reversed(tensor.shape):
-        expected.append(due)
-        due *= size
-    strides = zip(tensor.shape, tensor.strides, reversed(expected), strict=True)
-    if math.prod(tensor.shape) and any(size > 1 and stride != wanted for size, stride, wanted in strides):
-        raise WeightsError(
-            f"{path}: tensor {tensor.name} is stored as a view whose rows are not in order; save it anew with "
-            "torch.save({name: t.contiguous() for name, t in state.items()}, …)"
-        )
-    itemsize = ITEMSIZES[tensor.dtype]
-    start = tensor.offset + tensor.storage_offset * itemsize
-    size = math.prod(tensor.shape) * itemsize
-    return Piece(path, tensor.name, tensor.dtype, tensor.shape, ((start, size),))
+    return {name: piece for file in files for name, piece in file_pieces(directory / file).items()}
 
 
 class HfSource(Source):
@@ -245,7 +215,7 @@ class BinTarget(HfTarget):
             state = {p.name: torch.empty(p.shape, dtype=getattr(torch, p.dtype)) for p in placements}
         with skip_data(materialize_fake_tensors=True):
             torch.save(state, path)
-        return {name: _bin_piece(path, tensor).chunks for name, tensor in read_index(path).items()}
+        return {name: piece.chunks for name, piece in file_pieces(path).items()}
 
 
 def lay_out_safetensors(path: Path, placements: Iterable[Placement]) -> dict[str, Segments]:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from npu_zoo.core.errors import WeightsError
+from npu_zoo.weights.formats.files import file_pieces
 from npu_zoo.weights.formats.names import MINDSPORE
 from npu_zoo.weights.formats.ranked import RankedSource, RankedTarget
-from npu_zoo.weights.mindspore import CheckpointWriter, read_index
-from npu_zoo.weights.reading import Piece
+from npu_zoo.weights.mindspore import CheckpointWriter
 from npu_zoo.weights.tensors import Placement, Segments, TargetOptions
 
 _RANK = re.compile(r"rank_(\d+)")
@@ -28,7 +28,7 @@ def read_mindspore(directory: Path, config: Mapping[str, Any]) -> RankedSource:
         missing = next(n for n in range(max(numbered)) if n not in numbered)
         raise WeightsError(f"{directory}: rank_{missing} is missing")
     folders = [numbered[number] for number in sorted(numbered)] or [directory]
-    return RankedSource(directory, [_pieces(_only_file(folder)) for folder in folders], MINDSPORE)
+    return RankedSource(directory, [file_pieces(_only_file(folder)) for folder in folders], MINDSPORE)
 
 
 def _only_file(folder: Path) -> Path:
@@ -37,14 +37,6 @@ def _only_file(folder: Path) -> Path:
         names = ", ".join(path.name for path in found[:4]) or "none"
         raise WeightsError(f"{folder} holds {len(found)} .ckpt files ({names}); one is due")
     return found[0]
-
-
-def _pieces(path: Path) -> dict[str, Piece]:
-    return {
-        tensor.name: Piece(path, tensor.name, tensor.dtype, tensor.shape, tensor.chunks)
-        for tensor in read_index(path).values()
-        if tensor.dtype != "str"
-    }
 
 
 class MindSporeTarget(RankedTarget):
