@@ -1,0 +1,1 @@
+"""Process groups, ports, rank tables and binding of parallel runs."""
