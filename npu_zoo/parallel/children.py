@@ -105,7 +105,7 @@ class Child:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)
 
-    def signal(self, number: signal.Signals) -> None:
+    def send_signal(self, number: signal.Signals) -> None:
         """Send the process a signal; nothing where it has ended."""
         with self._changed:
             if self._pid is not None:

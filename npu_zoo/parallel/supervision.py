@@ -113,7 +113,7 @@ class Supervisor:
 
     def _signal(self, number: signal.Signals) -> None:
         for child in self.children:
-            child.signal(number)
+            child.send_signal(number)
 
     def _watch(self) -> None:
         tick = min(_LONGEST_TICK, self._hang_timeout / 4)

@@ -21,6 +21,7 @@ import pytest
 
 from npu_zoo.core.errors import EngineError, WorkerError
 from npu_zoo.parallel import children
+from npu_zoo.parallel.link import Heartbeat, Setup
 from npu_zoo.parallel.processes import WorkerGroup, exit_on_sigterm
 from npu_zoo.parallel.supervision import Supervisor
 
@@ -425,6 +426,7 @@ def test_a_copy_of_the_parent_by_fork_ends_nobody(tmp_path: Path) -> None:
 
 PARENT = """
 import os, sys, time
+from npu_zoo.parallel.link import Heartbeat, Setup
 from npu_zoo.parallel.processes import WorkerGroup, exit_on_sigterm
 import contextlib
 target, payload, gentle, timeout = sys.argv[1:]
@@ -458,10 +460,11 @@ def parent(
     assert wait_until(lambda: not any(alive(pid) for pid in pids))
 
 
-@pytest.mark.parametrize("target", ["obey", "ignore_everything"])
+@pytest.mark.parametrize("target", ["obey", "freeze", "forget_the_parent"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_no_worker_outlives_a_parent_that_is_killed(number: signal.Signals, target: str, tmp_path: Path) -> None:
     with parent(target, tmp_path, "plain") as (process, pids):
+        assert target != "freeze" or wait_until(lambda: all(state(pid)[0] == "T" for pid in pids))
         process.send_signal(number)
         assert process.wait(FAILURE_S) == -number
         assert wait_until(lambda: not any(alive(pid) for pid in pids), 3.0)
@@ -529,6 +532,24 @@ def test_what_comes_first_is_decided_by_time_and_cause() -> None:
     assert supervisor._first([raised, killed, earlier]).rank == 3
     late = children.Failure(4, 12.0, "was killed", sudden=True)
     assert supervisor._first([late, raised]).rank == 1
+
+
+def test_silence_from_before_a_standstill_of_the_parent_is_forgiven() -> None:
+    supervisor = Supervisor([], [], 30.0)
+    child = children.Child(Setup(1, "", b"", (), None, 1.0), {}, supervisor.changed)
+    supervisor.children.append(child)
+    now = time.monotonic()
+    child._heartbeat = Heartbeat("all_reduce", sent_at=now, last_beat=now - 100, position="")
+    child._heard_at = now - 50
+    assert supervisor._forgive_a_standstill(now - 0.5, 0.25) >= now
+    assert "no heartbeat for 50 s" in getattr(child.silence(now, 30.0), "what", "")
+    resumed = supervisor._forgive_a_standstill(now - 50, 0.25)
+    assert child.silence(resumed, 30.0) is None
+    child._hear(Heartbeat("all_reduce", sent_at=resumed + 29, last_beat=now - 100, position=""))
+    assert child.silence(resumed + 29, 30.0) is None
+    child._hear(Heartbeat("all_reduce", sent_at=resumed + 31, last_beat=now - 100, position=""))
+    assert "has not got on for 31 s" in getattr(child.silence(time.monotonic(), 30.0), "what", "")
+    supervisor.end(0)
 
 
 @pytest.mark.long
