@@ -137,16 +137,16 @@ class Child:
         return Failure(self.rank, since, what, silent=True)
 
     def _keep(self) -> None:
+        hearing = threading.Thread(target=self._converse, name=f"link to rank {self.rank}", daemon=True)
         try:
             process = self._spawn()
-        except Exception as error:  # OSError, or no memory for the fork
+            _start_or_kill(hearing, process)
+        except Exception as error:  # OSError, no memory for the fork, or no room for a thread
             self._close(error)
             return
         with self._changed:
             self._pid = process.pid
             self._changed.notify_all()
-        hearing = threading.Thread(target=self._converse, name=f"link to rank {self.rank}", daemon=True)
-        hearing.start()
         self._await_exit(process.pid)
         hearing.join()
         _end_descendants(process.pid)
@@ -248,6 +248,15 @@ def _end_descendants(leader: int) -> None:
     for member in members:
         with contextlib.suppress(ProcessLookupError):
             os.kill(member, signal.SIGKILL)
+
+
+def _start_or_kill(thread: threading.Thread, process: subprocess.Popen[bytes]) -> None:
+    try:
+        thread.start()
+    except RuntimeError:
+        process.kill()
+        process.wait()
+        raise
 
 
 def _read(stream: IO[bytes]) -> Message:

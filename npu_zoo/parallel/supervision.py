@@ -60,14 +60,17 @@ class Supervisor:
             try:
                 child = Child(setup, environ, self.changed)
             except OSError as error:
-                raise self._start_error(setup.rank, error) from error
+                raise self._start_error(f"the process of rank {setup.rank}", error) from error
             self.children.append(child)
             child.start()
         self.wait_for(lambda: all(child.pid or child.ended for child in self.children))
         for child in self.children:
             if child.start_error is not None:
-                raise self._start_error(child.rank, child.start_error) from child.start_error
-        threading.Thread(target=self._watch, name="ranks", daemon=True).start()
+                raise self._start_error(f"the process of rank {child.rank}", child.start_error) from child.start_error
+        try:
+            threading.Thread(target=self._watch, name="ranks", daemon=True).start()
+        except RuntimeError as error:
+            raise self._start_error("the thread that watches the ranks", error) from error
 
     def wait_for(self, condition: Callable[[], bool], timeout: float | None = None) -> bool:
         """Wait until a condition over the children holds, at most ``timeout`` seconds; returns whether it does."""
@@ -102,9 +105,9 @@ class Supervisor:
                 self._signal(signal.SIGKILL)
                 self._wait_for_ends(time.monotonic() + _SECONDS_TO_REAP)
 
-    def _start_error(self, rank: int, error: Exception) -> EngineError:
+    def _start_error(self, what: str, error: Exception) -> EngineError:
         return EngineError(
-            f"cannot start the process of rank {rank} on {self.host}: {error}; "
+            f"cannot start {what} on {self.host}: {error}; "
             "look at the limits (ulimit -u, ulimit -n) and at the memory that is free"
         )
 
@@ -122,14 +125,16 @@ class Supervisor:
             with self.changed:
                 self.changed.wait_for(self._has_news, tick)
                 last = self._forgive_a_standstill(last, tick)
-                if not self._failures():
-                    if self.ending:
-                        return
-                    continue
-                self.changed.wait_for(lambda: self.ending, SETTLE_S)
-                self.failure = self._first(self._failures())
-                self.changed.notify_all()
-                return
+                if self._failures():
+                    self.changed.wait_for(lambda: self.ending, SETTLE_S)
+                    self._settle(self._failures())  # anew, since a silent rank may have got on
+                if self.ending or self.failure:
+                    return
+
+    def _settle(self, failures: Sequence[Failure]) -> None:
+        if failures:
+            self.failure = self._first(failures)
+            self.changed.notify_all()
 
     def _has_news(self) -> bool:
         return self.ending or any(child.failure for child in self.children)

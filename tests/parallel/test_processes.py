@@ -362,10 +362,12 @@ def test_what_a_dead_worker_started_ends_with_it(tmp_path: Path) -> None:
 def test_a_death_is_seen_though_a_copy_of_the_worker_holds_the_link(tmp_path: Path) -> None:
     with WorkerGroup("stand_in_workers:leave_a_copy", [str(tmp_path)]) as group:
         group.wait_ready(START_S)
-        assert "was killed" in str(failure_of(group))
-    copy = int((tmp_path / "copy-1").read_text())
-    assert alive(copy)  # it left the session on purpose, and so is not the group's
-    os.kill(copy, signal.SIGKILL)
+        copy = int((tmp_path / "copy-1").read_text())
+        try:
+            assert "was killed" in str(failure_of(group))
+            assert alive(copy)  # it left the session on purpose, and so is not the group's
+        finally:
+            os.kill(copy, signal.SIGKILL)
 
 
 def test_shared_memory_of_a_killed_worker_is_removed(tmp_path: Path) -> None:
@@ -391,6 +393,29 @@ def test_a_process_that_cannot_be_started_leaves_nothing(monkeypatch: pytest.Mon
     with pytest.raises(EngineError, match=r"cannot start the process of rank 2 on .*temporarily unavailable.*ulimit"):
         WorkerGroup("stand_in_workers:ignore_everything", [""] * 3)
     assert begun
+
+
+@pytest.mark.parametrize(
+    ("thread", "what"),
+    [
+        ("rank 1", "the process of rank 1"),
+        ("link to rank 1", "the process of rank 1"),
+        ("ranks", "the thread that watches the ranks"),
+    ],
+)
+def test_a_thread_that_cannot_be_started_leaves_no_process(
+    thread: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def refuse(self: threading.Thread) -> None:
+        if self.name == thread:
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(EngineError, match=rf"cannot start {what} on .*can't start new thread"):
+        WorkerGroup("stand_in_workers:ignore_everything", [""] * 2)
 
 
 def test_a_missing_interpreter_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -426,7 +451,6 @@ def test_a_copy_of_the_parent_by_fork_ends_nobody(tmp_path: Path) -> None:
 
 PARENT = """
 import os, sys, time
-from npu_zoo.parallel.link import Heartbeat, Setup
 from npu_zoo.parallel.processes import WorkerGroup, exit_on_sigterm
 import contextlib
 target, payload, gentle, timeout = sys.argv[1:]
@@ -451,13 +475,16 @@ def parent(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
     ) as process:
         assert process.stdout is not None
+        pids: list[int] = []
         try:
-            pids = [int(word) for word in process.stdout.readline().split()]
+            pids += [int(word) for word in process.stdout.readline().split()]
             assert len(pids) == 3
             yield process, pids
         finally:
             process.kill()
-    assert wait_until(lambda: not any(alive(pid) for pid in pids))
+            for pid in filter(alive, pids):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("target", ["obey", "freeze", "forget_the_parent"])
@@ -518,6 +545,13 @@ def test_sigterm_s_meaning_is_given_back(monkeypatch: pytest.MonkeyPatch) -> Non
         signal.signal(signal.SIGTERM, before)
 
 
+def test_neither_side_needs_torch() -> None:
+    modules = ("processes", "worker", "arrivals", "environment")
+    program = f"import sys, {', '.join(f'npu_zoo.parallel.{name}' for name in modules)}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert {"torch", "torch_npu", "transformers", "pydantic"} & set(done.stdout.split()) == set()
+
+
 def test_unequal_counts_are_refused() -> None:
     with pytest.raises(ValueError, match="zip"):
         WorkerGroup("stand_in_workers:obey", ["", ""], environs=[{}])
@@ -550,6 +584,12 @@ def test_silence_from_before_a_standstill_of_the_parent_is_forgiven() -> None:
     child._hear(Heartbeat("all_reduce", sent_at=resumed + 31, last_beat=now - 100, position=""))
     assert "has not got on for 31 s" in getattr(child.silence(time.monotonic(), 30.0), "what", "")
     supervisor.end(0)
+
+
+def test_a_rank_that_gets_on_in_time_has_not_failed() -> None:
+    supervisor = Supervisor([], [], 30.0)
+    supervisor._settle([])
+    assert supervisor.failure is None
 
 
 @pytest.mark.long
