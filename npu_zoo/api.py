@@ -15,6 +15,7 @@ from npu_zoo.core.errors import (
     UnsupportedError,
     UsageError,
     WeightsError,
+    WorkerError,
 )
 from npu_zoo.core.evidence import EvidenceRecord, proven, read_records
 from npu_zoo.core.features import Attention, Conflict, Denial, FeatureMatrix, FeatureRow
@@ -87,6 +88,7 @@ __all__ = [
     "WeightFormatSpec",
     "WeightLoader",
     "WeightsError",
+    "WorkerError",
     "hookimpl",
     "proven",
     "read_records",

@@ -13,6 +13,7 @@ The tree, with the exit code that the command line ends with::
     │   └── TokenizerError      5   the checkpoint's tokenizer is missing or does not round-trip
     ├── PluginError             6   a plugin cannot be loaded or broke a contract
     └── EngineError             1   the engine cannot go on
+        └── WorkerError         1   a rank of a parallel run died, raised, hung or did not arrive
 
 A message says what was asked, what exists, and what to do.
 """
@@ -90,6 +91,20 @@ class PluginError(NpuZooError):
 
 class EngineError(NpuZooError):
     """The engine cannot go on."""
+
+
+class WorkerError(EngineError):
+    """A rank of a parallel run died, raised, hung or did not arrive.
+
+    Attributes:
+        rank: the first that failed; None where no single one is known.
+        host: where it ran; empty where it is not known.
+    """
+
+    def __init__(self, message: str, rank: int | None = None, host: str = "") -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.host = host
 
 
 def validation_lines(error: ValidationError, root: str = "") -> list[str]:

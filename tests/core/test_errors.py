@@ -24,6 +24,7 @@ EXIT_CODES = {
     "TokenizerError": 5,
     "PluginError": 6,
     "EngineError": 1,
+    "WorkerError": 1,
 }
 CLASSES: dict[str, type[errors.NpuZooError]] = {
     name: found
@@ -64,6 +65,11 @@ def refusal() -> Verdict:
 def test_an_error_travels_between_processes(name: str) -> None:
     copy = pickle.loads(pickle.dumps(CLASSES[name]("what, and what to do")))
     assert (type(copy), str(copy)) == (CLASSES[name], "what, and what to do")
+
+
+def test_a_worker_s_error_travels_with_its_rank() -> None:
+    copy = pickle.loads(pickle.dumps(errors.WorkerError("rank 3 died", rank=3, host="node7")))
+    assert (str(copy), copy.rank, copy.host) == ("rank 3 died", 3, "node7")
 
 
 def test_a_refusal_travels_with_its_verdict() -> None:
