@@ -107,10 +107,8 @@ def create_engine(config: EngineConfig, progress: Progress | None = None) -> Eng
         HardwareError, WeightsError: it cannot start.
     """
     apply_presets(config.environment, os.environ)
-    if config.bind != "none":
-        plan = plan_binding(config.bind, config.hardware, config.world_size, os.environ)
-        for fault in apply(plan.bindings[0]):
-            warnings.warn(fault, RuntimeWarning, stacklevel=2)
+    for fault in apply(config.rank_bindings[0]) if config.rank_bindings else ():
+        warnings.warn(fault, RuntimeWarning, stacklevel=2)
     return cast("Engine", load_code(config.engine_class)(config, progress))
 
 
@@ -329,9 +327,17 @@ def _engine(args: EngineArgs, request: Request, registry: Registry) -> EngineSpe
 
 
 def _check_world_size(engine: EngineSpec, request: Request) -> None:
-    if engine.max_world_size and request.world_size > engine.max_world_size:
+    asked = {"tp": request.tp, "pp": request.pp, "ep": request.ep}
+    lacking = [f"--{kind} {size}" for kind, size in asked.items() if size > 1 and kind not in engine.parallelism]
+    if lacking:
         raise HardwareError(
-            f"engine {engine.name} runs on at most {engine.max_world_size} device(s) in this version, "
+            f"engine {engine.name} shares a model by {', '.join(engine.parallelism)} alone in this version, and the "
+            f"request has {', '.join(lacking)}"
+        )
+    most = engine.max_world_size.get(chip_of(request.hardware).name)
+    if most and request.world_size > most:
+        raise HardwareError(
+            f"engine {engine.name} runs on at most {most} device(s) of {request.hardware} in this version, "
             f"and the request takes {request.world_size}"
         )
 
@@ -356,6 +362,7 @@ def _engine_config(
 ) -> EngineConfig:
     family, variant = request.family, request.variant
     max_model_len = args.max_model_len or config.max_position_embeddings
+    binding = plan_binding(args.bind or "none", request.hardware, request.world_size, os.environ)
     chunked = args.enable_chunked_prefill is not False
     caching = attention.prefix_caching if args.enable_prefix_caching is None else args.enable_prefix_caching
     return EngineConfig(
@@ -393,8 +400,8 @@ def _engine_config(
         enable_chunked_prefill=chunked,
         seed=args.seed or 0,
         threads=args.threads,
-        binding=tuple(describe(plan_binding(args.bind or "none", request.hardware, request.world_size, os.environ))),
-        bind=args.bind or "none",
+        binding=tuple(describe(binding)),
+        rank_bindings=binding.bindings if binding.bind != "none" else (),
         enforce_eager=bool(args.enforce_eager),
         strict_kernels=bool(args.strict_kernels),
         skip_tokenizer_init=bool(args.skip_tokenizer_init),

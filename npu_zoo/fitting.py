@@ -31,6 +31,11 @@ def device_memory(hardware: str) -> tuple[int, ...]:
     return tuple(size * GIB for size in PRODUCTS[hardware].memory_gib)
 
 
+def rank_memory(hardware: str, memory: int, split: Split) -> int:
+    """What one rank has of a device's memory: ranks on a CPU share the machine's."""
+    return memory // split.world_size if hardware == "cpu" else memory
+
+
 def _detected_products() -> tuple[str, ...]:
     try:
         return detect_ascend()

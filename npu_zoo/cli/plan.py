@@ -21,6 +21,7 @@ from npu_zoo.fitting import (
     device_memory,
     offered_splits,
     plan_request,
+    rank_memory,
     workload_of,
 )
 from npu_zoo.planning import RankPlan, Split
@@ -133,7 +134,8 @@ def _print(found: Plans) -> None:
 
 
 def _row(found: Plans, split: Split, plan: RankPlan, size: int) -> list[str]:
-    tokens = plan.cache_tokens(size, found.share)
+    room = rank_memory(found.hardware, size, split)
+    tokens = plan.cache_tokens(room, found.share)
     fixed = [
         split.describe(),
         f"{size / GIB:,.4g} GiB",
@@ -143,7 +145,7 @@ def _row(found: Plans, split: Split, plan: RankPlan, size: int) -> list[str]:
     ]
     if not tokens:
         return [*fixed, "does not fit", *("" for _ in found.lengths)]
-    return [*fixed, f"{tokens:,}", *(f"{plan.largest_batch(size, found.share, n):,}" for n in found.lengths)]
+    return [*fixed, f"{tokens:,}", *(f"{plan.largest_batch(room, found.share, n):,}" for n in found.lengths)]
 
 
 def _bytes(size: int) -> str:
@@ -167,8 +169,11 @@ def _data(found: Plans) -> dict[str, Any]:
                 "devices": [
                     {
                         "memory": size,
-                        "cache_tokens": plan.cache_tokens(size, found.share),
-                        "batch": {str(n): plan.largest_batch(size, found.share, n) for n in found.lengths},
+                        "cache_tokens": plan.cache_tokens(rank_memory(found.hardware, size, split), found.share),
+                        "batch": {
+                            str(n): plan.largest_batch(rank_memory(found.hardware, size, split), found.share, n)
+                            for n in found.lengths
+                        },
                     }
                     for size in found.memory
                 ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -109,7 +110,9 @@ class EngineConfig:
         prompt: the variant's or family's prompt format, for checkpoints that bring no chat template.
         reasoning: what stands around the model's reasoning; None where it has no markers.
         stop_token_ids: every id that ends a text.
-        binding: where each rank of this machine runs and has its memory, in words; what ``bind`` asks for.
+        binding: where each rank of this machine runs and has its memory, in words.
+        rank_bindings: the same as :class:`npu_zoo.parallel.numa.RankBinding`, one for each rank; none where nothing is
+            to be bound.
         environment: variables that the vendor presets and the chosen backend reads, for those that the user left unset.
         quantization_config: how the checkpoint's linear layers are quantized; None where they are plain.
         quantization_method: the code reference of what reads them then.
@@ -151,7 +154,7 @@ class EngineConfig:
     seed: int
     threads: int | None
     binding: tuple[str, ...]
-    bind: str
+    rank_bindings: tuple[Any, ...]
     enforce_eager: bool
     strict_kernels: bool
     skip_tokenizer_init: bool

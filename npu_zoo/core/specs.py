@@ -176,12 +176,20 @@ class AttentionBackendSpec(_Spec):
 
 
 class EngineSpec(_Spec):
-    """An engine: a class that implements :class:`npu_zoo.core.engine.Engine`; its constructor takes an EngineConfig."""
+    """An engine: a class that implements :class:`npu_zoo.core.engine.Engine`; its constructor takes an EngineConfig.
+
+    Attributes:
+        chips: those that it runs on, or ``any``.
+        max_world_size: by chip, the most devices of one run; no limit on a chip that is not named.
+        parallelism: the ways in which it shares a model among ranks.
+        requires: modules that must be importable.
+    """
 
     name: Name
     implementation: CodeRef
     chips: tuple[str, ...] = Field(min_length=1)
-    max_world_size: int | None = None
+    max_world_size: dict[str, int] = Field(default_factory=dict)
+    parallelism: tuple[Literal["tp", "pp", "ep"], ...] = ("tp", "pp", "ep")
     requires: tuple[str, ...] = ()
     description: str = ""
 

@@ -16,6 +16,7 @@ from npu_zoo.core.errors import EngineError, PromptError, UsageError
 from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.engine.block_manager import BlockManager, KVManager, SlotManager
 from npu_zoo.engine.detokenizer import IncrementalDetokenizer
+from npu_zoo.engine.executor import create_runner
 from npu_zoo.engine.runner import ModelRunner
 from npu_zoo.engine.sampler import Sampler, TokenLogprobs, top_logprobs
 from npu_zoo.engine.scheduler import ScheduledRow, Scheduler
@@ -33,7 +34,7 @@ class NativeEngine(Engine):
     def __init__(self, config: EngineConfig, progress: Progress | None = None) -> None:
         self.config = config
         self.tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config)
-        self.runner = ModelRunner(config, progress)
+        self.runner = create_runner(config, progress)
         self.kv = create_kv_manager(config, self.runner)
         self.scheduler = Scheduler(
             self.kv,
@@ -145,7 +146,9 @@ class NativeEngine(Engine):
         for request_id in list(self._requests):
             self.abort_request(request_id)
         self._shut_down = True
-        self.__dict__.pop("runner", None)
+        runner = self.__dict__.pop("runner", None)
+        if runner is not None:
+            runner.shutdown()
 
     def _sample(self, logits: Tensor, sequences: list[Sequence]) -> list[RequestOutput]:
         """Draw the next token of each sequence, and report the requests that they belong to."""

@@ -16,6 +16,7 @@ from npu_zoo.core.attention import CacheLayout, GraphAttention, LatentLayout, St
 from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.engine import Progress
 from npu_zoo.core.errors import HardwareError, WeightsError
+from npu_zoo.core.parallel import SINGLE, Communicator
 from npu_zoo.engine.activations import Activations, largest_step, measure_activations, slots_of
 from npu_zoo.engine.graph import DecodeGraphs
 from npu_zoo.engine.step import StepRow
@@ -56,15 +57,15 @@ class CachePlan:
 class ModelRunner:
     """One rank's model with its cache."""
 
-    def __init__(self, config: EngineConfig, progress: Progress | None = None) -> None:
-        self.config = config
+    def __init__(self, config: EngineConfig, progress: Progress | None = None, tp: Communicator = SINGLE) -> None:
+        self.config, self._tp = config, tp
         self.device = _device(config)
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self.kernels = bind_kernels(config.kernels)
         self.model = self._load_model(progress)
         self.activations = self._measure_activations()
         free = max(0, free_memory(self.device) - (self.activations.reserved if self.activations else 0))
-        self.cache = plan_cache(config, self._bytes_per_token(), free)
+        self.cache = plan_cache(config, self._bytes_per_token(), self._tp.minimum(free // self._sharing))
         self.attention = self._create_attention(self.cache.num_slots, self.cache.slot_size)
         self.graphs = self._create_graphs()
 
@@ -81,7 +82,7 @@ class ModelRunner:
             hidden = self._forward(rows)
             ends = list(accumulate(row.num_tokens for row in rows))
             last = [end - 1 for end, row in zip(ends, rows, strict=True) if row.samples]
-            logits = self.compute_logits(hidden[torch.tensor(last, device=self.device)]) if last else hidden[:0]
+            logits = self._logits(hidden[torch.tensor(last, device=self.device)]) if last else hidden[:0]
             prompts = [
                 hidden[end - row.num_tokens : end] for end, row in zip(ends, rows, strict=True) if row.wants_prompt
             ]
@@ -90,7 +91,18 @@ class ModelRunner:
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """[N, hidden_size] to [N, vocab_size]."""
         with torch.inference_mode():
-            return self.model.compute_logits(hidden)
+            return self._logits(hidden)
+
+    def shutdown(self) -> None:
+        """Nothing runs beside this process."""
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.model.compute_logits(hidden)
+
+    @property
+    def _sharing(self) -> int:
+        """Ranks that share one device's memory and processors: all of a CPU's."""
+        return self._tp.size if self.device.type == "cpu" else 1
 
     def _replay(self, graphs: DecodeGraphs, rows: Sequence[StepRow]) -> Tensor:
         token_ids = [row.token_ids[0] for row in rows]
@@ -112,7 +124,7 @@ class ModelRunner:
 
     def _load_model(self, progress: Progress | None) -> CausalLM:
         config = self.config
-        context = BuildContext(self.kernels, self.dtype, config.max_model_len, self._quantization())
+        context = BuildContext(self.kernels, self.dtype, config.max_model_len, self._quantization(), self._tp)
         model = build_on_meta(load_code(config.model_class), config.model_config, context)
         directory = Path(config.weights)
         spec = detect_format(directory, get_registry().weight_formats)
@@ -121,18 +133,21 @@ class ModelRunner:
         loader = load_code(spec.loader)(directory)
         optional, ignored = model.optional_tensors(), model.ignored_tensors
         due = model.checkpoint_tensors()
-        comparison = compare_shapes(due, loader.shapes(), optional=optional, ignored=ignored)
+        shards = model.shards()
+        comparison = compare_shapes(due, loader.shapes(), optional=optional, ignored=ignored, shards=shards)
         comparison.require(directory)
         self.parameter_bytes = sum(t.nbytes for name, t in due.items() if name not in comparison.absent)
         self._check_memory(self.parameter_bytes)
         if self.device.type == "cpu":
-            torch.set_num_threads(config.threads or default_threads(self.parameter_bytes))
+            threads = config.threads or default_threads(self.parameter_bytes * self._sharing) // self._sharing
+            torch.set_num_threads(max(1, threads))
         model.allocate(self.device)
         load_weights(
             model.checkpoint_tensors(),
             loader,
             optional=optional,
             ignored=ignored,
+            shards=shards,
             storage=model.storage_of,
             on_loaded=model.tensor_loaded,
             progress=functools.partial(progress, "loading weights") if progress else None,

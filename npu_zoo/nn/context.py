@@ -16,6 +16,7 @@ from npu_zoo.core.attention import (
     StepAttention,
 )
 from npu_zoo.core.errors import EngineError
+from npu_zoo.core.parallel import SINGLE, Communicator
 from npu_zoo.nn.kernels.table import Kernels
 from npu_zoo.nn.quantization import Quantization
 
@@ -27,6 +28,7 @@ class BuildContext:
     Attributes:
         dtype: of weights and activations.
         max_model_len: positions that rotary tables must cover.
+        tp: the ranks that share every layer.
         quantization: of the linear layers, which :func:`npu_zoo.nn.model.build_on_meta` gives them.
     """
 
@@ -34,6 +36,7 @@ class BuildContext:
     dtype: torch.dtype
     max_model_len: int
     quantization: Quantization | None = None
+    tp: Communicator = SINGLE
 
 
 @dataclass(frozen=True)

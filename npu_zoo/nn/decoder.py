@@ -32,8 +32,10 @@ class LlamaAttention(nn.Module):
         self._head_dim = config.head_dim
         self._kernels = context.kernels
         rows = dict(zip(("q_proj", "k_proj", "v_proj"), (n * config.head_dim for n in heads), strict=True))
-        self.qkv_proj = Linear(config.hidden_size, rows, context)
-        self.o_proj = Linear(rows["q_proj"], {"o_proj": config.hidden_size}, context)
+        copies = max(1, context.tp.size // config.num_key_value_heads)
+        shared = {"k_proj": copies, "v_proj": copies}
+        self.qkv_proj = Linear(config.hidden_size, rows, context, split="rows", copies=shared)
+        self.o_proj = Linear(rows["q_proj"], {"o_proj": config.hidden_size}, context, split="columns")
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], context: ForwardContext) -> Tensor:
         """[T, hidden_size] to [T, hidden_size]; ``rotation`` holds the rows' cosines and sines."""

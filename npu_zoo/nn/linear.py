@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from npu_zoo.core.errors import HardwareError, WeightsError
 from npu_zoo.core.quantization import QuantizationConfig
+from npu_zoo.core.weights import Shard
 from npu_zoo.nn.context import BuildContext
 from npu_zoo.nn.kernels.table import Product, Stored, apply_parts
 from npu_zoo.nn.quantization import Quantization, require_shapes, split_parts, stacked_shape
@@ -30,6 +32,13 @@ class Linear(nn.Module):
         padding: rows of zeros after them, which no checkpoint has.
         halves: by part, ``(first, second)`` rows of each head: :meth:`by_parts` gives the heads' first rows and their
             second rows apart, each contiguous in the weight.
+        split: how ranks share the weight: each has some ``rows`` (of every part), and so some outputs; or some
+            ``columns``, takes some inputs, and adds its product to the others'. None: each has all of it.
+        copies: of a part that is split by rows, how many neighbouring ranks have the same rows.
+        reduce: whether products of columns are added up here; otherwise the caller does it.
+
+    Raises:
+        WeightsError: the ranks do not divide what they share.
     """
 
     quantizable = True
@@ -41,9 +50,17 @@ class Linear(nn.Module):
         context: BuildContext,
         padding: int = 0,
         halves: Mapping[str, tuple[int, int]] | None = None,
+        *,
+        split: Literal["rows", "columns"] | None = None,
+        copies: Mapping[str, int] | None = None,
+        reduce: bool = True,
     ) -> None:
         super().__init__()
-        self.parts = dict(parts)
+        self._tp, self._split, self._reduce = context.tp, split if context.tp.size > 1 else None, reduce
+        self._copies = dict(copies or {})
+        self._whole, self._whole_columns = dict(parts), in_features
+        self.parts = {name: self._share(name, rows) for name, rows in parts.items()}
+        in_features = self._share_of_columns(in_features)
         self.quantization: Quantization | None = None
         self._padding = padding
         self._halves = dict(halves or {})
@@ -51,7 +68,7 @@ class Linear(nn.Module):
         self._kernel = context.kernels.linear
         self._product: Product = self._kernel
         self._in_features, self._dtype = in_features, context.dtype
-        rows = sum(parts.values()) + padding
+        rows = sum(self.parts.values()) + padding
         self._tensors: tuple[str, ...] = ("weight",)
         self.weight = _parameter(torch.empty(rows, in_features, dtype=context.dtype))
         self._packed: Stored | None = None
@@ -104,6 +121,41 @@ class Linear(nn.Module):
             for part, view in zip(self.parts, split_parts(name, getattr(self, name), rows), strict=False)
         }
 
+    def shards(self) -> dict[str, Shard]:
+        """Of the views in :meth:`checkpoint_views` that are parts of the checkpoint's tensors, which part."""
+        if self._split is None:
+            return {}
+        cut = self._shard_of_rows if self._split == "rows" else self._shard_of_columns
+        found = {name: cut(name, view) for name, view in self.checkpoint_views().items()}
+        return {name: shard for name, shard in found.items() if shard is not None}
+
+    def _shard_of_rows(self, name: str, view: Tensor) -> Shard | None:
+        part, _, tensor = name.partition(".")
+        if tensor == "weight_shape" or self.parts[part] == self._whole[part]:
+            return None
+        index, rows = self._tp.rank // self._copies.get(part, 1), self.parts[part]
+        return Shard(0, index * rows, (index + 1) * rows, self._whole[part])
+
+    def _shard_of_columns(self, name: str, view: Tensor) -> Shard | None:
+        tensor = name.partition(".")[2]
+        if tensor == "weight_shape" or (tensor == "weight_scale" and self._has_channel_scales()):
+            return None
+        size = view.shape[1]
+        return Shard(1, self._tp.rank * size, (self._tp.rank + 1) * size, size * self._tp.size)
+
+    def _has_channel_scales(self) -> bool:
+        return self.quantization is None or self.quantization.config.group_size is None
+
+    def _share(self, part: str, rows: int) -> int:
+        if self._split != "rows":
+            return rows
+        return _divided(f"{part}'s rows", rows, self._tp.size // self._copies.get(part, 1))
+
+    def _share_of_columns(self, columns: int) -> int:
+        if self._split != "columns":
+            return columns
+        return _divided(f"{'/'.join(self._whole)}'s columns", columns, self._tp.size)
+
     @property
     def packs(self) -> bool:
         """Whether the kernel keeps the weight in a layout of its own, so that the plain one is only passing through."""
@@ -147,7 +199,7 @@ class Linear(nn.Module):
     def _pack_quantized(self, quantization: Quantization) -> Stored:
         tensors = {name: getattr(self, name).data for name in self._tensors}
         if "weight_shape" in tensors:
-            require_shapes(tensors["weight_shape"], self.parts, self._in_features)
+            require_shapes(tensors["weight_shape"], self._whole, self._whole_columns)
         return quantization.linear.pack(quantization.method.weight(tensors, self._in_features, self._dtype))
 
     def release(self) -> None:
@@ -166,7 +218,8 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., rows of all parts]."""
-        return self._product.apply(x, self.stored)
+        product = self._product.apply(x, self.stored)
+        return self._tp.all_reduce(product) if self._split == "columns" and self._reduce else product
 
     def by_parts(self, x: Tensor) -> tuple[Tensor, ...]:
         """[T, in_features] to [T, rows] of each part, or of each of its halves."""
@@ -176,6 +229,12 @@ class Linear(nn.Module):
         first, second = self._halves.get(part, (rows, 0))
         heads = rows // (first + second)
         return (heads * first, heads * second) if second else (rows,)
+
+
+def _divided(what: str, size: int, ranks: int) -> int:
+    if size % ranks:
+        raise WeightsError(f"{what}, {size}, cannot be shared by {ranks} ranks")
+    return size // ranks
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:

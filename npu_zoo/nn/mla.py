@@ -29,8 +29,8 @@ class UpProjection(Linear, LatentProjection):
 
     def __init__(self, num_heads: int, mla: MLAConfig, context: BuildContext) -> None:
         rows = num_heads * (mla.qk_nope_head_dim + mla.v_head_dim)
-        super().__init__(mla.kv_lora_rank, {"kv_b_proj": rows}, context)
-        self._shape = (num_heads, mla.qk_nope_head_dim, mla.v_head_dim)
+        super().__init__(mla.kv_lora_rank, {"kv_b_proj": rows}, context, split="rows")
+        self._shape = (num_heads // context.tp.size, mla.qk_nope_head_dim, mla.v_head_dim)
         self._head_linear = context.kernels.head_linear
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
@@ -46,7 +46,11 @@ class UpProjection(Linear, LatentProjection):
             return
         num_heads, nope, value = self._shape
         weight = self.weight.data.view(num_heads, nope + value, -1)
-        self.keys, self.values = weight[:, :nope].contiguous(), weight[:, nope:].transpose(1, 2).contiguous()
+        # Copies even of a single head, whose slice is contiguous as it is: the weight's buffer is given back.
+        self.keys, self.values = (
+            part.clone(memory_format=torch.contiguous_format)
+            for part in (weight[:, :nope], weight[:, nope:].transpose(1, 2))
+        )
         self._release()
 
     def expand(self, latent: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,19 +92,26 @@ class MultiHeadLatentAttention(nn.Module):
             raise WeightsError("config.json says rope_interleave false; this attention rotates interleaved pairs only")
         self._layer = layer
         self._mla = mla
-        self._num_heads = config.num_attention_heads
+        self._num_heads = config.num_attention_heads // context.tp.size
         self._kernels = context.kernels
         rows = config.num_attention_heads * mla.qk_head_dim
         latents = {"kv_a_proj_with_mqa": mla.cache_dim}
         halves = (mla.qk_nope_head_dim, mla.qk_rope_head_dim)
         first = {"q_a_proj": mla.q_lora_rank} if mla.q_lora_rank else {"q_proj": rows}
-        self.qkv_a_proj = Linear(config.hidden_size, first | latents, context, halves={"q_proj": halves})
+        everywhere = dict.fromkeys(("q_a_proj", *latents), context.tp.size)
+        self.qkv_a_proj = Linear(
+            config.hidden_size, first | latents, context, halves={"q_proj": halves}, split="rows", copies=everywhere
+        )
         if mla.q_lora_rank:
             self.q_a_layernorm = RMSNorm(mla.q_lora_rank, _LATENT_EPS, context)
-            self.q_b_proj = Linear(mla.q_lora_rank, {"q_b_proj": rows}, context, halves={"q_b_proj": halves})
+            self.q_b_proj = Linear(
+                mla.q_lora_rank, {"q_b_proj": rows}, context, halves={"q_b_proj": halves}, split="rows"
+            )
         self.kv_a_layernorm = RMSNorm(mla.kv_lora_rank, _LATENT_EPS, context)
         self.kv_b_proj = UpProjection(config.num_attention_heads, mla, context)
-        self.o_proj = Linear(config.num_attention_heads * mla.v_head_dim, {"o_proj": config.hidden_size}, context)
+        self.o_proj = Linear(
+            config.num_attention_heads * mla.v_head_dim, {"o_proj": config.hidden_size}, context, split="columns"
+        )
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], context: ForwardContext) -> Tensor:
         """[T, hidden_size] to [T, hidden_size]; ``rotation`` holds the rows' cosines and sines."""

@@ -12,18 +12,23 @@ from npu_zoo.nn.linear import Linear
 class MLP(nn.Module):
     """SwiGLU feed-forward (arXiv:2002.05202).
 
+    Args:
+        reduce: whether ranks' products are added up here; otherwise the caller does it.
+
     Raises:
         WeightsError: the activation is not silu.
     """
 
-    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str, context: BuildContext) -> None:
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, hidden_act: str, context: BuildContext, *, reduce: bool = True
+    ) -> None:
         super().__init__()
         if hidden_act != "silu":
             raise WeightsError(f"the checkpoint's activation is {hidden_act}; this decoder has silu")
         self._kernels = context.kernels
         rows = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
-        self.gate_up_proj = Linear(hidden_size, rows, context)
-        self.down_proj = Linear(intermediate_size, {"down_proj": hidden_size}, context)
+        self.gate_up_proj = Linear(hidden_size, rows, context, split="rows")
+        self.down_proj = Linear(intermediate_size, {"down_proj": hidden_size}, context, split="columns", reduce=reduce)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, hidden_size] to [T, hidden_size]."""

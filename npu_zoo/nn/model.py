@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from npu_zoo.core.errors import EngineError, WeightsError
 from npu_zoo.core.model_config import ModelConfig
+from npu_zoo.core.weights import Shard
 from npu_zoo.nn.context import BuildContext, ForwardContext
 from npu_zoo.nn.embedding import Embedding
 from npu_zoo.nn.linear import Linear
@@ -65,6 +66,16 @@ class CausalLM(nn.Module, ABC):
                 found[f"{path}.weight"] = module.checkpoint_view()
             else:
                 found.update({f"{path}.{n}": p.data for n, p in module.named_parameters(recurse=False)})
+        return found
+
+    def shards(self) -> dict[str, Shard]:
+        """Of the tensors in :meth:`checkpoint_tensors` of which this rank holds a part, which part."""
+        found: dict[str, Shard] = {}
+        for path, module in self.named_modules():
+            if isinstance(module, Linear):
+                found.update({_beside(path, name): shard for name, shard in module.shards().items()})
+            elif isinstance(module, Embedding) and module.shard.stop - module.shard.start < module.shard.size:
+                found[f"{path}.weight"] = module.shard
         return found
 
     def optional_tensors(self) -> frozenset[str]:

@@ -49,11 +49,12 @@ class MoE(nn.Module):
         if moe is None:
             raise WeightsError("config.json has no n_routed_experts; a layer of experts cannot be built from it")
         self.routing = Routing.from_config(moe)
-        self._kernels = context.kernels
+        self._kernels, self._tp = context.kernels, context.tp
         self.gate = Router(config.hidden_size, moe.n_routed_experts, self.routing.has_bias)
 
         def make_mlp(num_experts: int) -> MLP:
-            return MLP(config.hidden_size, num_experts * moe.moe_intermediate_size, config.hidden_act, context)
+            width = num_experts * moe.moe_intermediate_size
+            return MLP(config.hidden_size, width, config.hidden_act, context, reduce=False)
 
         experts = [make_mlp(1) for _ in range(moe.n_routed_experts)]
         self.experts = nn.ModuleList(experts)
@@ -114,7 +115,7 @@ class MoE(nn.Module):
         else:
             gate_up, down = self._stacked
         routed = self._experts_kernel(x, ids, weights, gate_up, down, self._linear_kernel, kernels.silu_and_mul)
-        return routed if self.shared_experts is None else routed + self.shared_experts(x)
+        return self._tp.all_reduce(routed if self.shared_experts is None else routed + self.shared_experts(x))
 
 
 def _float32(*shape: int) -> nn.Parameter:

@@ -120,7 +120,7 @@ def test_the_matrix_refuses_before_weights_are_missed() -> None:
 
 def test_all_failing_axes_are_named_at_once(weights: Weights) -> None:
     with pytest.raises(UnsupportedError) as raised:
-        config_of(weights(), quantization="w8a8", kv_cache_dtype="int8", serving="tgi", world_size=2)
+        config_of(weights(), quantization="w8a8", kv_cache_dtype="int8", serving="tgi", world_size=3)
     assert [r.axis for r in raised.value.verdict.reasons] == ["world_size", "quantization", "kv_cache_dtype", "serving"]
     assert raised.value.verdict.alternatives
     assert raised.value.exit_code == 3
@@ -187,16 +187,29 @@ def test_a_stage_without_a_layer_is_refused(registry: Registry, weights: Weights
 def test_a_head_for_each_rank_or_a_rank_for_each_head_is_no_cut(registry: Registry, weights: Weights) -> None:
     directory = weights(num_attention_heads=8, num_key_value_heads=2, head_dim=12)
     for tp in (2, 4):
-        assert isinstance(_refusal(registry, directory, tensor_parallel_size=tp), HardwareError)
+        asked = EngineArgs(
+            model="wide:small", weights=str(directory), hardware="cpu", dtype="fp16", tensor_parallel_size=tp
+        )
+        assert resolve(asked, registry).head_layout == (8 // tp, max(1, 2 // tp), 12)
 
 
-@pytest.mark.parametrize("asked", [{"world_size": 2}, {"pipeline_parallel_size": 2}, {"expert_parallel_size": 2}])
-def test_more_devices_than_the_engine_takes(registry: Registry, weights: Weights, asked: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("asked", "named"), [({"pipeline_parallel_size": 2}, "--pp 2"), ({"expert_parallel_size": 2}, "--ep 2")]
+)
+def test_ways_of_sharing_that_the_engine_has_not(
+    registry: Registry, weights: Weights, asked: dict[str, int], named: str
+) -> None:
     assert check(EngineArgs(model="wide:small", hardware="cpu", dtype="fp16", **asked), registry).supported
     refusal = _refusal(registry, weights(), **asked)
     assert isinstance(refusal, HardwareError)
     assert refusal.exit_code == 4
-    assert "engine native runs on at most 1 device(s) in this version, and the request takes 2" in str(refusal)
+    assert f"engine native shares a model by tp alone in this version, and the request has {named}" in str(refusal)
+
+
+def test_more_devices_than_the_engine_takes(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("npu_zoo.dispatch.is_importable", lambda module: True)
+    with pytest.raises(HardwareError, match=r"runs on at most 1 device\(s\) of atlas_800i_a2 in this version"):
+        config_of(weights(), hardware="atlas_800i_a2", dtype="float16", world_size=2, allow_experimental=True)
 
 
 def test_the_smallest_world_is_that_of_the_dtype(registry: Registry) -> None:

@@ -141,7 +141,7 @@ REFUSED: list[tuple[dict[str, Any], type[NpuZooError], str]] = [
     ({"model": "deepseek_coder:34b"}, UnknownModelError, "33b"),
     ({"dtype": "int4"}, UsageError, "unknown dtype 'int4'; known: float32"),
     ({"hardware": "atlas_900"}, UsageError, "unknown hardware 'atlas_900'; known: "),
-    ({"tensor_parallel_size": 2}, UnsupportedError, "world_size=2 is not supported by deepseek_coder:custom on cpu"),
+    ({"tensor_parallel_size": 3}, UnsupportedError, "world_size=3 is not supported by deepseek_coder:custom on cpu"),
     ({"quantization": "w8a8"}, UnsupportedError, "quantization=w8a8 is not supported"),
     ({"max_model_len": 513}, UnsupportedError, "long_sequence=true is not supported"),
     ({"attention": "flash", "enable_prefix_caching": True}, UnsupportedError, "per sequence and cannot be shared"),

@@ -179,7 +179,7 @@ ROWS = (
         sizes=(*_SIZES, "demo", "custom"),
         hardware=("cpu",),
         dtype=("float32", "bfloat16", "float16"),
-        world_size=(1,),
+        world_size=(1, 2, 4),
         attention=_BOTH,
         source="zoo",
     ),

@@ -115,7 +115,7 @@ ROWS = (
         sizes=("16b", "demo", "custom"),
         hardware=("cpu",),
         dtype=("float32", "bfloat16", "float16"),
-        world_size=(1,),
+        world_size=(1, 2, 4),
         attention=("paged", "flash"),
         source="zoo",
     ),

@@ -124,7 +124,7 @@ ROWS = (
         sizes=_ALL,
         hardware=("cpu",),
         dtype=("float32", "bfloat16", "float16"),
-        world_size=(1,),
+        world_size=(1, 2, 4),
         attention=("paged", "flash"),
         source="zoo",
     ),

@@ -1,0 +1,89 @@
+"""Ranks in processes of their own give what one rank gives, and one that fails ends them all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from npu_zoo import LLM, SamplingParams
+from npu_zoo.core.config import EngineArgs, EngineConfig
+from npu_zoo.core.errors import WorkerError
+from npu_zoo.dispatch import resolve
+from npu_zoo.testing.agreement import agree
+from npu_zoo.testing.door import unchecked_config
+
+PROMPTS = [list(range(5, 45)), [7, 8, 9], list(range(30, 47))]
+
+
+def config_of(family: str, size: int, **options: Any) -> EngineConfig:
+    asked = {"model": f"{family}:demo", "hardware": "cpu", "dtype": "float32", "max_model_len": 128, **options}
+    return unchecked_config(resolve(EngineArgs(**asked)), tensor_parallel_size=size, world_size=size)
+
+
+def workers(llm: LLM) -> dict[int, int]:
+    return dict(llm.engine.runner._workers.pids)  # type: ignore[attr-defined]
+
+
+def gone(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    return not status.exists() or "State:\tZ" in status.read_text()
+
+
+@pytest.mark.parametrize("family", ["deepseek_coder", "deepseek_moe", "deepseek_v3", "wizardcoder"])
+def test_two_ranks_are_one_model(family: str) -> None:
+    with LLM.from_config(config_of(family, 1)) as one, LLM.from_config(config_of(family, 2)) as two:
+        assert agree(one, two, PROMPTS).within(1e-3)
+        pids = workers(two)
+    assert all(gone(pid) for pid in pids.values())
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_num_batched_tokens": 16, "max_num_seqs": 4}, {"attention": "flash"}], ids=["chunks", "flash"]
+)
+def test_two_ranks_in_other_ways(options: dict[str, Any]) -> None:
+    one, two = config_of("deepseek_coder", 1, **options), config_of("deepseek_coder", 2, **options)
+    with LLM.from_config(one) as whole, LLM.from_config(two) as ranks:
+        assert agree(whole, ranks, PROMPTS).within(1e-3)
+        assert agree(whole, ranks, PROMPTS[:1]).within(1e-3)  # from the prefix cache, where there is one
+
+
+def test_draws_do_not_depend_on_the_ranks() -> None:
+    params = SamplingParams(temperature=0.9, top_p=0.9, n=2, seed=5, max_tokens=12, ignore_eos=True)
+    with LLM.from_config(config_of("deepseek_coder", 1)) as one, LLM.from_config(config_of("deepseek_coder", 2)) as two:
+        texts = [
+            [completion.token_ids for output in llm.generate(PROMPTS, params) for completion in output.outputs]
+            for llm in (one, two)
+        ]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_rank_that_dies_ends_the_run_with_its_name(how: signal.Signals) -> None:
+    llm = LLM.from_config(config_of("deepseek_coder", 2))
+    (pid,) = workers(llm).values()
+    os.kill(pid, how)
+    start = time.monotonic()
+    with pytest.raises(WorkerError, match="rank 1"):
+        llm.generate(PROMPTS, SamplingParams(max_tokens=50, ignore_eos=True))
+    assert time.monotonic() - start < 10
+    llm.shutdown()
+    assert gone(pid)
+
+
+def test_a_rank_that_cannot_start_is_named(tmp_path: Path) -> None:
+    config = config_of("deepseek_coder", 2)
+    broken = unchecked_config(config, model_class="npu_zoo.nowhere:Model")
+    with pytest.raises(Exception, match=r"nowhere"):
+        LLM.from_config(broken)
+
+
+def test_ranks_share_the_weights() -> None:
+    with LLM.from_config(config_of("deepseek_coder", 1)) as one, LLM.from_config(config_of("deepseek_coder", 2)) as two:
+        whole, share = (llm.engine.explain() for llm in (one, two))
+    assert share["parameter_bytes"] < 0.54 * whole["parameter_bytes"]  # norms and the one key-value head are on both
+    assert share["kv_cache_bytes"] <= whole["kv_cache_bytes"]

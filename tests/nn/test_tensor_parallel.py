@@ -1,0 +1,180 @@
+"""Layers that ranks share, each rank a thread of this process: their sums are the whole model."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from npu_zoo.core.config import EngineArgs
+from npu_zoo.core.errors import WeightsError
+from npu_zoo.core.model_config import ModelConfig
+from npu_zoo.core.parallel import Communicator
+from npu_zoo.dispatch import resolve
+from npu_zoo.engine.runner import ModelRunner
+from npu_zoo.engine.step import StepRow
+from npu_zoo.planning import Split
+from npu_zoo.registry import get_registry
+from npu_zoo.testing.door import unchecked_config
+from npu_zoo.testing.shapes import rank_shape, write_random_model
+from npu_zoo.weights.convert import convert
+from npu_zoo.weights.plan import ConvertOptions, plan_conversion
+from npu_zoo.weights.quantize import Scheme
+
+
+class Threads:
+    """What some threads share to talk to each other."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.barrier = threading.Barrier(size, timeout=60)
+        self.given: list[Any] = [None] * size
+
+    def exchange(self, rank: int, x: Tensor) -> list[Tensor]:
+        self.given[rank] = x
+        self.barrier.wait()
+        found = list(self.given)
+        self.barrier.wait()
+        return found
+
+
+class ThreadRank(Communicator):
+    def __init__(self, threads: Threads, rank: int) -> None:
+        self.rank, self.size, self._threads = rank, threads.size, threads
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return torch.stack(self._threads.exchange(self.rank, x.clone())).sum(0)
+
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        return torch.cat(self._threads.exchange(self.rank, x.clone()), dim)
+
+    def minimum(self, value: int) -> int:
+        return int(self.all_gather(torch.tensor([value]), 0).min())
+
+
+ROWS = [
+    StepRow(tuple(range(5, 45)), 0, (0, 1, 2), samples=True, wants_prompt=True),
+    StepRow((7, 8, 9), 0, (3,), samples=True, wants_prompt=False),
+]
+NEXT = [
+    StepRow((11,), 40, (0, 1, 2), samples=True, wants_prompt=False),
+    StepRow((12,), 3, (3,), samples=True, wants_prompt=False),
+]
+
+
+def shape_of(family: str, **changes: Any) -> ModelConfig:
+    variants = get_registry().families[family].variants
+    config = rank_shape(next(v.config for v in variants if v.config), Split())
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8 if config.mla or config.moe else 4}
+    config = config.model_copy(update={**heads, "vocab_size": 300, **changes})
+    if config.moe:
+        groups = {"n_group": 2, "topk_group": 1} if config.moe.n_group > 1 else {}
+        few = {"n_routed_experts": 8, "num_experts_per_tok": 2, **groups}
+        config = config.model_copy(update={"moe": config.moe.model_copy(update=few)})
+    return config
+
+
+def run(weights: Path, family: str, size: int) -> list[list[Tensor]]:
+    """Both steps' logits, and hidden states of the first, on every rank."""
+    asked = EngineArgs(
+        model=f"{family}:custom", weights=str(weights), hardware="cpu", dtype="float32", max_model_len=64,
+        kv_cache_memory="4MiB", skip_tokenizer_init=True, allow_experimental=True, block_size=None,
+    )  # fmt: skip
+    config = unchecked_config(resolve(asked), tensor_parallel_size=size, world_size=size)
+    threads = Threads(size)
+
+    def rank(number: int) -> list[Tensor]:
+        runner = ModelRunner(config, tp=ThreadRank(threads, number))
+        first, (hidden,) = runner.execute(ROWS)
+        second, _ = runner.execute(NEXT)
+        return [first, hidden, second]
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(rank, range(size)))
+
+
+def alike(one: list[Tensor], other: list[Tensor], bound: float = 1e-4) -> bool:
+    return all((a - b).abs().max() < bound for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("family", ["deepseek_coder", "wizardcoder", "deepseek_moe", "deepseek_v3"])
+def test_ranks_together_are_the_whole_model(family: str, size: int, tmp_path: Path) -> None:
+    write_random_model(tmp_path / "weights", get_registry().families[family], shape_of(family))
+    (whole,) = run(tmp_path / "weights", family, 1)
+    for found in run(tmp_path / "weights", family, size):
+        assert alike(found, whole)
+
+
+@pytest.mark.parametrize("family", ["deepseek_coder", "deepseek_v3"])
+def test_ranks_of_one_head(family: str, tmp_path: Path) -> None:
+    config = shape_of(family, num_attention_heads=2, num_key_value_heads=2)
+    write_random_model(tmp_path / "weights", get_registry().families[family], config)
+    (whole,) = run(tmp_path / "weights", family, 1)
+    assert all(alike(found, whole) for found in run(tmp_path / "weights", family, 2))
+
+
+def test_key_value_heads_are_copied_where_there_are_fewer_than_ranks(tmp_path: Path) -> None:
+    config = shape_of("deepseek_coder", num_key_value_heads=2)
+    write_random_model(tmp_path / "weights", get_registry().families["deepseek_coder"], config)
+    (whole,) = run(tmp_path / "weights", "deepseek_coder", 1)
+    assert all(alike(found, whole) for found in run(tmp_path / "weights", "deepseek_coder", 4))
+
+
+@pytest.mark.parametrize(
+    ("family", "scheme", "bound"),
+    [
+        ("deepseek_coder", "w8a16", 1e-3),
+        ("deepseek_coder", "w4a16", 1e-3),
+        ("deepseek_coder", "w8a8", 0.2),  # a rank's tokens have scales of their own columns
+        ("deepseek_moe", "w8a16", 1e-3),
+        ("deepseek_v3", "w8a16", 1e-3),
+        ("deepseek_v3", "w4a16", 1e-3),
+    ],
+)
+def test_quantized_ranks(family: str, scheme: str, bound: float, tmp_path: Path) -> None:
+    write_random_model(tmp_path / "plain", get_registry().families[family], shape_of(family))
+    options = ConvertOptions("hf-safetensors", scheme=Scheme.of(scheme))
+    convert(plan_conversion(tmp_path / "plain", options), tmp_path / "weights")
+    (whole,) = run(tmp_path / "weights", family, 1)
+    assert all(alike(found, whole, bound) for found in run(tmp_path / "weights", family, 2))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_files_of_another_number_of_ranks(ranks: int, tmp_path: Path) -> None:
+    write_random_model(tmp_path / "plain", get_registry().families["deepseek_v3"], shape_of("deepseek_v3"))
+    convert(plan_conversion(tmp_path / "plain", ConvertOptions("ascend-mp", tp=ranks)), tmp_path / "weights")
+    (whole,) = run(tmp_path / "plain", "deepseek_v3", 1)
+    assert all(alike(found, whole) for found in run(tmp_path / "weights", "deepseek_v3", 2))
+
+
+def test_a_rank_holds_its_share(tmp_path: Path) -> None:
+    write_random_model(tmp_path / "weights", get_registry().families["deepseek_coder"], shape_of("deepseek_coder"))
+
+    def measure(size: int) -> int:
+        asked = EngineArgs(
+            model="deepseek_coder:custom", weights=str(tmp_path / "weights"), hardware="cpu", dtype="float32",
+            max_model_len=64, kv_cache_memory="4MiB", skip_tokenizer_init=True,
+        )  # fmt: skip
+        config = unchecked_config(resolve(asked), tensor_parallel_size=size, world_size=size)
+        threads = Threads(size)
+        with ThreadPoolExecutor(size) as pool:
+            runners = list(pool.map(lambda rank: ModelRunner(config, tp=ThreadRank(threads, rank)), range(size)))
+        return runners[0].parameter_bytes
+
+    sizes = {size: measure(size) for size in (1, 2, 4)}
+    norms = 5 * 256 * 4
+    padding = 20 * 256 * 4 * 2  # rows beyond the vocabulary of 300, which the first ranks have none of
+    assert (sizes[2] - norms) * 2 == sizes[1] - norms + padding
+    assert (sizes[4] - norms) * 4 == sizes[1] - norms + padding
+
+
+def test_ranks_that_do_not_divide_are_refused(tmp_path: Path) -> None:
+    write_random_model(tmp_path / "weights", get_registry().families["deepseek_coder"], shape_of("deepseek_coder"))
+    with pytest.raises(WeightsError, match="cannot be shared by 3 ranks"):
+        run(tmp_path / "weights", "deepseek_coder", 3)
