@@ -22,6 +22,7 @@ from npu_zoo.core.engine import RequestOutput
 from npu_zoo.core.errors import UsageError
 from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.dispatch import resolve
+from npu_zoo.parallel.processes import exit_on_sigterm
 from npu_zoo.settings import Settings
 
 if TYPE_CHECKING:
@@ -83,9 +84,9 @@ def run(
     )
     from npu_zoo.engine.llm import LLM
 
-    with LoadingProgress() as loading:
+    with exit_on_sigterm(), LoadingProgress() as loading:
         llm = LLM.from_config(config, progress=loading)
-    with llm:
+    with exit_on_sigterm(), llm:
         if config.device != "cpu":
             _tell_memory(llm.engine.explain(), config)
         generate(llm, prompts, sampling_params, writer, chat=use_chat, timed=not _simulated(config))

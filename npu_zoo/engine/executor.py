@@ -26,6 +26,7 @@ from npu_zoo.parallel.processes import WorkerGroup
 START_TIMEOUT_S = 1800.0
 COLLECTIVE_TIMEOUT = timedelta(seconds=300)
 _FOLLOWER = "npu_zoo.engine.executor:follow"
+_GRACE_S = 3.0
 _LEARN_S = 5.0
 """How long a failed operation waits to learn which rank's failure made it fail."""
 
@@ -71,6 +72,7 @@ class LeadingRunner(ModelRunner):
         size = config.world_size
         store = open_store(0, size, leads=True, timeout=COLLECTIVE_TIMEOUT)
         assignments = [Assignment(config, rank, store.port) for rank in range(1, size)]
+        self._together = True
         self._workers = WorkerGroup(_FOLLOWER, assignments)
         try:
             self._ranks = self._guarded(lambda: Ranks(store, 0, size, COLLECTIVE_TIMEOUT))
@@ -100,17 +102,23 @@ class LeadingRunner(ModelRunner):
         return self._guarded(run)
 
     def shutdown(self) -> None:
-        """End the other ranks."""
-        self._workers.shutdown()
+        """End the other ranks; those that wait for a command are told that there is none."""
+        if self._together:  # else they are in the middle of a step, where they hear nothing
+            with contextlib.suppress(RuntimeError):
+                self._ranks.control.broadcast(None)
+        self._workers.shutdown(_GRACE_S if self._together else 0)
 
     def _guarded(self, work: Callable[[], T]) -> T:
         """Run something in which ranks talk; a failure of another rank is told as what it was."""
         with _interrupts_wait():
+            together, self._together = self._together, False
             try:
-                return work()
+                result = work()
             except RuntimeError:
                 self._workers.check(wait=_LEARN_S)
                 raise
+            self._together = together
+            return result
 
 
 @contextlib.contextmanager
@@ -142,6 +150,8 @@ def follow(assignment: Assignment, link: Link) -> None:
     link.send_ready()
     while not link.stopping.is_set():
         command = ranks.control.broadcast()
+        if command is None:
+            return
         with link.working("computing a step"):
             if isinstance(command, Execute):
                 runner.execute(command.rows)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -87,3 +89,35 @@ def test_ranks_share_the_weights() -> None:
         whole, share = (llm.engine.explain() for llm in (one, two))
     assert share["parameter_bytes"] < 0.54 * whole["parameter_bytes"]  # norms and the one key-value head are on both
     assert share["kv_cache_bytes"] <= whole["kv_cache_bytes"]
+
+
+RUN = """
+import sys
+from npu_zoo.cli import main
+from npu_zoo.engine import executor
+original = executor.WorkerGroup.wait_ready
+def tell(self, *arguments, **named):
+    original(self, *arguments, **named)
+    print(*self.pids.values(), flush=True)
+executor.WorkerGroup.wait_ready = tell
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_no_rank_outlives_the_command(how: signal.Signals, code: int) -> None:
+    asked = ["run", "--model", "deepseek_coder", "--tp", "2", "--prompt", "x", "--max-tokens", "1900", "--ignore-eos"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN, *asked], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert process.stdout
+    pid = int(process.stdout.readline())
+    time.sleep(0.5)
+    process.send_signal(how)
+    assert process.wait(10) == code
+    process.stdout.close()
+    deadline = time.monotonic() + 5
+    while not gone(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert gone(pid)
