@@ -382,12 +382,14 @@ def kill_and_resume(source: Path, tmp_path: Path, whole: Path, rounds: int) -> N
     while kills < rounds:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         journal = partial_directory(tmp_path / "out") / "journal.jsonl"
+        before = journal.stat().st_size if journal.exists() else 0
         deadline = time.monotonic() + 60
-        while not journal.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(clock.random() * 0.4)
+        while process.poll() is None and time.monotonic() < deadline:
+            if journal.exists() and journal.stat().st_size > before:
+                break  # it is at work, not starting
+            time.sleep(0.005)
+        time.sleep(clock.random() * 0.3)
         if process.poll() is None:
-            assert not (tmp_path / "out").exists()
             os.kill(process.pid, signal.SIGKILL)
             kills += 1
         process.wait()
