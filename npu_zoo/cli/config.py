@@ -23,7 +23,7 @@ DEFAULTS: dict[str, str] = {
     "expert_parallel_size": "1",
     "world_size": "the parallel sizes' product, or else the smallest that the matrix offers",
     "attention": "paged, where the matrix offers it",
-    "quantization": "none",
+    "quantization": "the checkpoint's; none for one that is not quantized",
     "kv_cache_dtype": "auto",
     "serving": "offline",
     "engine": "native",

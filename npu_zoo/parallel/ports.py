@@ -10,11 +10,14 @@ from npu_zoo.core.errors import HardwareError, UsageError
 from npu_zoo.core.hardware import chip_of
 from npu_zoo.platforms.ports import (
     HCCL_BASE_PORT,
+    HCCL_BASE_PORTS,
     HCCL_NPU_PORT,
     HIGHEST,
     MASTER_PORT,
     PortUser,
+    free_hccl_base,
     free_port,
+    hccl_ports,
     parse_port_range,
     port_in_use,
     port_users,
@@ -22,12 +25,6 @@ from npu_zoo.platforms.ports import (
 
 ADVISED = range(20000, 20051)
 """Where MindIE's documentation advises to put ``MASTER_PORT``."""
-
-HCCL_HOST_PORTS = 32
-"""HCCL takes this many ports of the host from ``HCCL_IF_BASE_PORT`` on; its documentation since CANN 8.2, 16 before."""
-
-HCCL_BASE_PORTS = range(1024, 65521)
-"""What ``HCCL_IF_BASE_PORT`` may be; the same page."""
 
 _WITHOUT_RANGES = frozenset({"ascend310p"})
 """Chips on which HCCL reads neither of its two port ranges; their pages, supported products."""
@@ -205,11 +202,11 @@ class _Look:
         if asked and not (asked.isdecimal() and int(asked) in HCCL_BASE_PORTS):
             problem = f"HCCL_IF_BASE_PORT={asked} is no port from {HCCL_BASE_PORTS[0]} to {HCCL_BASE_PORTS[-1]}"
             return LaunchPort((), purpose, source, problem=problem, advice=f"export HCCL_IF_BASE_PORT={HCCL_BASE_PORT}")
-        ports = _from_base(int(asked) if asked else HCCL_BASE_PORT)
+        ports = tuple(hccl_ports(int(asked) if asked else HCCL_BASE_PORT))
         found = self._look_at(ports, purpose, source, note=ignored)
         if not found.taken:
             return found
-        base = self._free_base()
+        base = free_hccl_base(self.in_use)
         advice = f"export HCCL_IF_BASE_PORT={base}" if base else "end what listens on them"
         return replace(found, problem=_taken(found), advice=advice)
 
@@ -267,13 +264,6 @@ class _Look:
         ports = (free_port(first, last, unfit) for first, last in stretches)
         return next((port for port in ports if port is not None), None)
 
-    def _free_base(self) -> int | None:
-        """The first of a stretch of free ports, above the usual one where it can be."""
-        above = range(HCCL_BASE_PORT, HIGHEST - HCCL_HOST_PORTS, HCCL_HOST_PORTS)
-        below = range(HCCL_BASE_PORTS[0], HCCL_BASE_PORT, HCCL_HOST_PORTS)
-        stretches = (_from_base(base) for base in (*above, *reversed(below)))
-        return next((ports[0] for ports in stretches if not any(map(self.in_use, ports))), None)
-
     def _value(self, name: str) -> str:
         return self.environ.get(name, "").strip()
 
@@ -287,10 +277,6 @@ def _taken(found: LaunchPort) -> str:
 
 def _names(users: Sequence[PortUser]) -> str:
     return ", ".join(map(str, users)) or "a process that this user may not see"
-
-
-def _from_base(base: int) -> tuple[int, ...]:
-    return tuple(range(base, min(base + HCCL_HOST_PORTS, HIGHEST + 1)))
 
 
 def _is_port(value: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import subprocess
@@ -39,8 +40,9 @@ def ascend_devices(dev: Path = Path("/dev")) -> list[int]:
     return sorted(int(match.group(1)) for match in found if match)
 
 
+@functools.cache
 def run_npu_smi() -> str:
-    """What ``npu-smi info`` prints; empty where it is not installed, fails or hangs."""
+    """What ``npu-smi info`` printed when this process first asked; empty where it is not installed, fails or hangs."""
     program = shutil.which("npu-smi") or shutil.which("npu-smi", path="/usr/local/sbin:/usr/local/bin")
     if program is None:
         return ""

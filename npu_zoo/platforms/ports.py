@@ -15,8 +15,11 @@ MASTER_PORT = 20030
 """Where ranks meet, unless ``MASTER_PORT`` names another port; the MindIE model zoo's default."""
 
 HCCL_BASE_PORT = 60000
-HCCL_PORTS = 16
-"""HCCL takes 16 ports of the host from ``HCCL_IF_BASE_PORT`` on; CANN, environment variable reference."""
+HCCL_PORTS = 32
+"""HCCL takes this many ports of the host from ``HCCL_IF_BASE_PORT`` on; its documentation since CANN 8.2, 16 before."""
+
+HCCL_BASE_PORTS = range(1024, 65521)
+"""What ``HCCL_IF_BASE_PORT`` may be; the same page."""
 
 HCCL_NPU_PORT = 16666
 """The port of HCCL on the NPU's side, unless ``HCCL_NPU_SOCKET_PORT_RANGE`` names others; the same reference."""
@@ -34,6 +37,19 @@ class PortUser:
 
     def __str__(self) -> str:
         return f"{self.command} (pid {self.pid})"
+
+
+def hccl_ports(base: int) -> range:
+    """The ports of the host that HCCL takes from a base port on, up to the highest that there is."""
+    return range(base, min(base + HCCL_PORTS, HIGHEST + 1))
+
+
+def free_hccl_base(in_use: Callable[[int], bool]) -> int | None:
+    """The first of a stretch of free ports for HCCL, above the usual base where it can be; None where all are taken."""
+    above = range(HCCL_BASE_PORT, HIGHEST - HCCL_PORTS, HCCL_PORTS)
+    below = range(HCCL_BASE_PORTS[0], HCCL_BASE_PORT, HCCL_PORTS)
+    stretches = (hccl_ports(base) for base in (*above, *reversed(below)))
+    return next((ports[0] for ports in stretches if not any(map(in_use, ports))), None)
 
 
 def port_in_use(port: int) -> bool:
@@ -105,19 +121,16 @@ class _Look:
         ranges, value = self._value("HCCL_HOST_SOCKET_PORT_RANGE"), self._value("HCCL_IF_BASE_PORT")
         if ranges:
             return self._range("HCCL_HOST_SOCKET_PORT_RANGE", ranges)
-        highest = HIGHEST - HCCL_PORTS + 1
-        if value and not (value.isdecimal() and 1024 <= int(value) <= highest):
-            message = f"HCCL_IF_BASE_PORT={value} is no port from 1024 to {highest}"
+        if value and not (value.isdecimal() and int(value) in HCCL_BASE_PORTS):
+            message = f"HCCL_IF_BASE_PORT={value} is no port from {HCCL_BASE_PORTS[0]} to {HCCL_BASE_PORTS[-1]}"
             return Finding("ports", "problem", message, f"export HCCL_IF_BASE_PORT={HCCL_BASE_PORT}")
         first = int(value) if value else HCCL_BASE_PORT
         name = "HCCL_IF_BASE_PORT" if value else "HCCL, as HCCL_IF_BASE_PORT is unset"
-        return self._check(name, range(first, first + HCCL_PORTS), f"export HCCL_IF_BASE_PORT={self._other_base()}")
+        return self._check(name, hccl_ports(first), f"export HCCL_IF_BASE_PORT={self._other_base()}")
 
     def _other_base(self) -> int | str:
         """The first of a stretch of free ports, above the usual one where it can be."""
-        above, below = range(HCCL_BASE_PORT, HIGHEST - HCCL_PORTS, HCCL_PORTS), range(1024, HCCL_BASE_PORT, HCCL_PORTS)
-        stretches = (range(first, first + HCCL_PORTS) for first in (*above, *reversed(below)))
-        return next((ports[0] for ports in stretches if not any(map(self.in_use, ports))), "PORT")
+        return free_hccl_base(self.in_use) or "PORT"
 
     def npu_side(self) -> Finding:
         value = self._value("HCCL_NPU_SOCKET_PORT_RANGE")

@@ -106,7 +106,7 @@ def test_free_ports_of_a_run_on_several_devices() -> None:
     found = look({})
     assert [finding.status for finding in found] == ["ok", "ok", "ok"]
     assert "port 20030 is free" in found[0].message
-    assert "ports 60000 to 60015 are free" in found[1].message
+    assert "ports 60000 to 60031 are free" in found[1].message
     assert "port 16666 is free" in found[2].message
 
 
@@ -116,7 +116,7 @@ def test_taken_ports_name_who_has_them_and_another_choice() -> None:
     assert "port 20030 is taken by python (pid 5)" in master.message
     assert master.advice == "export MASTER_PORT=20032"
     assert "60003, 60004 are taken by python (pid 5)" in hccl.message
-    assert hccl.advice == "export HCCL_IF_BASE_PORT=60016"
+    assert hccl.advice == "export HCCL_IF_BASE_PORT=60032"
     assert "HCCL_NPU_SOCKET_PORT_RANGE" in npu.advice
 
 
