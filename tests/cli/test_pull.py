@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -256,37 +257,51 @@ def test_a_pulled_checkpoint_is_one_that_runs(hub: Any, cli: Callable, tmp_path:
 # In processes of their own
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+@contextmanager
+def pulling(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A pull in a process that does not outlive the block."""
+    with subprocess.Popen(
         [sys.executable, "-m", "npu_zoo", "pull", MODEL, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file that another process may rename at any moment."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def wait_for_part(hub: Any, directory: Path, size: int) -> None:
     """Until the server holds the weights back and what it sent lies on the disk."""
     assert hub.held.wait(SECONDS)
     deadline = time.monotonic() + SECONDS
-    while not any(part.stat().st_size >= size for part in (directory / WORK_FOLDER).glob("*.part")):
+    while not any(size_of(part) >= size for part in (directory / WORK_FOLDER).glob("*.part")):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
 def test_a_killed_download_goes_on_where_it_was(hub: Any, tmp_path: Path) -> None:
     hub.faults[FILE] = [hub_server.hold(700_000)]
-    process = start("--to", "out")
-    wait_for_part(hub, tmp_path / "out", 256 * 1024)
-    process.kill()
-    process.communicate(timeout=SECONDS)
+    with pulling("--to", "out") as process:
+        wait_for_part(hub, tmp_path / "out", 256 * 1024)
+        process.kill()
+        process.communicate(timeout=SECONDS)
     assert process.returncode == -signal.SIGKILL
     assert not (tmp_path / "out" / FILE).exists()
     hub.seen.clear()
-    process = start("--to", "out")
-    out, err = process.communicate(timeout=SECONDS)
+    with pulling("--to", "out") as process:
+        out, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, err
     assert "here from before" in out
     assert contents(tmp_path / "out") == wanted(hub)
@@ -296,18 +311,18 @@ def test_a_killed_download_goes_on_where_it_was(hub: Any, tmp_path: Path) -> Non
 
 def test_an_interrupt_leaves_what_came_and_says_how_to_go_on(hub: Any, tmp_path: Path) -> None:
     hub.faults[FILE] = [hub_server.hold(700_000)]
-    process = start("--to", "out", "--source", "modelscope")
-    wait_for_part(hub, tmp_path / "out", 256 * 1024)
-    start_of_end = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=SECONDS)
+    with pulling("--to", "out", "--source", "modelscope") as process:
+        wait_for_part(hub, tmp_path / "out", 256 * 1024)
+        start_of_end = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=SECONDS)
     assert time.monotonic() - start_of_end < 10
     assert process.returncode == 130, err
     assert "Traceback" not in err
     (command,) = re.findall(r"this goes on with it: npu-zoo pull (.*)", err)
     assert shlex.split(command) == [MODEL, "--source", "modelscope", "--to", "out"]
-    process = start("--to", "out", "--source", "modelscope")
-    _, err = process.communicate(timeout=SECONDS)
+    with pulling("--to", "out", "--source", "modelscope") as process:
+        _, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, err
     assert contents(tmp_path / "out") == wanted(hub)
 

@@ -363,6 +363,14 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a file that another process may rename at any moment."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 def kill_and_resume(source: Path, tmp_path: Path, whole: Path, rounds: int) -> None:
     command = [
         sys.executable,
@@ -382,10 +390,10 @@ def kill_and_resume(source: Path, tmp_path: Path, whole: Path, rounds: int) -> N
     while kills < rounds:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         journal = partial_directory(tmp_path / "out") / "journal.jsonl"
-        before = journal.stat().st_size if journal.exists() else 0
+        before = size_of(journal)
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline:
-            if journal.exists() and journal.stat().st_size > before:
+            if size_of(journal) > before:
                 break  # it is at work, not starting
             time.sleep(0.005)
         time.sleep(clock.random() * 0.3)
