@@ -28,11 +28,11 @@ from npu_zoo.core.errors import ConfigError, HardwareError, PluginError, Unsuppo
 from npu_zoo.core.features import Conflict, FeatureRow, Reason, Verdict
 from npu_zoo.core.hardware import ITEMSIZE, chip_of
 from npu_zoo.core.model_config import ModelConfig
+from npu_zoo.core.parallel import Split
 from npu_zoo.core.quantization import CONFIG_KEY, QUANT_METHOD, QuantizationConfig
 from npu_zoo.core.specs import EngineSpec, QuantizationSpec
 from npu_zoo.fitting import plan_request, require_fit
 from npu_zoo.parallel.numa import apply, describe, plan_binding
-from npu_zoo.planning import Split
 from npu_zoo.platforms.ascend import ascend_devices, visible_devices
 from npu_zoo.platforms.detection import total_memory
 from npu_zoo.platforms.environment import apply_presets, near_misses, presets

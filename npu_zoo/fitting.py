@@ -12,7 +12,8 @@ from npu_zoo.core.errors import HardwareError
 from npu_zoo.core.features import split_of
 from npu_zoo.core.hardware import PRODUCTS, chip_of
 from npu_zoo.core.model_config import ModelConfig
-from npu_zoo.planning import RankPlan, Split, Workload, plan_rank
+from npu_zoo.core.parallel import Split
+from npu_zoo.planning import RankPlan, Workload, plan_rank
 from npu_zoo.platforms.ascend import detect_ascend, parse_npu_smi, run_npu_smi
 from npu_zoo.platforms.detection import total_memory
 from npu_zoo.request import Request

@@ -6,13 +6,13 @@ tensors that live at once in the largest of its stages; an engine on a device me
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from npu_zoo.core.config import DEFAULT_MAX_NUM_BATCHED_TOKENS, DEFAULT_MAX_NUM_SEQS
 from npu_zoo.core.hardware import ITEMSIZE
 from npu_zoo.core.model_config import MLAConfig, ModelConfig, MoEConfig, padded_vocab_size
+from npu_zoo.core.parallel import Split, stage_layers
 
 _FLOAT32 = 4
 _CPU_ROW_TOKENS = 64
@@ -20,30 +20,6 @@ _CPU_ROW_TOKENS = 64
 
 _SAMPLED_BYTES = 40
 """Bytes per token of the vocabulary and row that sampling with top_p keeps at once (float32 and float64 copies)."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """How ranks share a model: every layer by ``tp``, the stack by ``pp``, whole experts by ``ep``."""
-
-    tp: int = 1
-    pp: int = 1
-    ep: int = 1
-
-    @property
-    def world_size(self) -> int:
-        """Devices in all."""
-        return self.tp * self.pp
-
-    @property
-    def moe_tp(self) -> int:
-        """Ranks that share one expert."""
-        return max(1, self.tp // self.ep)
-
-    def describe(self) -> str:
-        """Such as ``8 (tp 8, ep 8)``."""
-        parts = [f"{kind} {size}" for kind, size in (("tp", self.tp), ("pp", self.pp), ("ep", self.ep)) if size > 1]
-        return f"{self.world_size}" + (f" ({', '.join(parts)})" if len(parts) > 1 else "")
 
 
 @dataclass(frozen=True)
@@ -134,15 +110,6 @@ def plan_rank(
         activations=_activations(config, itemsize, split, workload, restored),
         cache_per_token=max(map(len, stages)) * per_token,
     )
-
-
-def stage_layers(num_layers: int, stages: int) -> list[range]:
-    """The layers of each pipeline stage, contiguous, none a layer longer than another, the longer ones first."""
-    least, more = divmod(num_layers, stages)
-    ends = [0]
-    for number in range(stages):
-        ends.append(ends[-1] + least + (number < more))
-    return [range(start, end) for start, end in itertools.pairwise(ends)]
 
 
 def _stage_matrices(config: ModelConfig, stages: list[range], number: int, split: Split) -> Iterator[_Matrix]:

@@ -15,8 +15,8 @@ from npu_zoo.core.config import EngineArgs, EngineConfig
 from npu_zoo.core.errors import HardwareError, UsageError
 from npu_zoo.core.hardware import chip_of
 from npu_zoo.core.model_config import ModelConfig
+from npu_zoo.core.parallel import Split
 from npu_zoo.dispatch import resolve
-from npu_zoo.planning import Split
 from npu_zoo.registry import get_registry
 from npu_zoo.request import Request, read_request
 from npu_zoo.testing.launches import REASONS, StepLaunches, decode_launches

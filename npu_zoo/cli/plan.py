@@ -13,6 +13,7 @@ from npu_zoo.cli.output import count_text, note, print_fields, print_json, print
 from npu_zoo.core.errors import HardwareError, UnsupportedError, WeightsError
 from npu_zoo.core.hardware import PRODUCTS
 from npu_zoo.core.model_config import ModelConfig
+from npu_zoo.core.parallel import Split
 from npu_zoo.dispatch import check, parse_bytes
 from npu_zoo.fitting import (
     GIB,
@@ -24,7 +25,7 @@ from npu_zoo.fitting import (
     rank_memory,
     workload_of,
 )
-from npu_zoo.planning import RankPlan, Split
+from npu_zoo.planning import RankPlan
 from npu_zoo.registry import get_registry
 from npu_zoo.request import read_request
 from npu_zoo.settings import Settings

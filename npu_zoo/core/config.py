@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -12,12 +12,18 @@ from npu_zoo.core.errors import ConfigError
 from npu_zoo.core.features import Attention, FeatureRow
 from npu_zoo.core.hardware import DType
 from npu_zoo.core.model_config import FimFormat, ModelConfig, PromptFormat, ReasoningFormat
+from npu_zoo.core.parallel import Split
 from npu_zoo.core.quantization import QuantizationConfig
 
 DEFAULT_MAX_NUM_SEQS = 64
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
 DEFAULT_KV_CACHE_FRACTION = {"cpu": 0.5, "cuda": 0.9, "npu": 0.9}
 """By device: a CPU's memory is shared with everything else on the machine."""
+DEFAULT_COLLECTIVE_TIMEOUT_S = 300.0
+
+ExpertDispatch = Literal["all_gather", "all_to_all"]
+"""``all_gather``: ranks compute all tokens' share of their own experts, and the shares are summed. ``all_to_all``:
+each token travels to its experts' ranks and back."""
 
 
 class EngineArgs(BaseModel):
@@ -116,6 +122,8 @@ class EngineConfig:
         environment: variables that the vendor presets and the chosen backend reads, for those that the user left unset.
         quantization_config: how the checkpoint's linear layers are quantized; None where they are plain.
         quantization_method: the code reference of what reads them then.
+        expert_dispatch: how tokens reach experts of other ranks in steps that are not captured.
+        collective_timeout: seconds that a rank waits for the others in one operation.
         notes: what the user should know, such as that the demo checkpoint runs.
     """
 
@@ -167,6 +175,9 @@ class EngineConfig:
     quantization_config: QuantizationConfig | None = None
     quantization_method: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
+    data_parallel_size: int = 1
+    expert_dispatch: ExpertDispatch = "all_gather"
+    collective_timeout: float = DEFAULT_COLLECTIVE_TIMEOUT_S
     notes: tuple[str, ...] = ()
     seal: object = field(default=None, repr=False, compare=False)
 
@@ -174,6 +185,13 @@ class EngineConfig:
         if self.seal is not _SEAL:
             raise ConfigError("an EngineConfig is made by npu_zoo.dispatch.resolve(EngineArgs(...)) and nowhere else")
         object.__setattr__(self, "seal", None)
+
+    @property
+    def split(self) -> Split:
+        """How ranks share the model."""
+        return Split(
+            self.tensor_parallel_size, self.pipeline_parallel_size, self.expert_parallel_size, self.data_parallel_size
+        )
 
     @property
     def head_layout(self) -> tuple[int, int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,8 +51,12 @@ class WeightLoader(ABC):
         """
 
     @abstractmethod
-    def tensors(self, shards: Mapping[str, Shard] | None = None) -> Iterator[tuple[str, Tensor]]:
+    def tensors(
+        self, shards: Mapping[str, Shard] | None = None, without: Collection[str] = ()
+    ) -> Iterator[tuple[str, Tensor]]:
         """Every tensor in file order, in the stored dtype, or the part of it that ``shards`` names.
+
+        Those in ``without`` are left out, and not read.
 
         A tensor is valid until the next one is asked for: it may be a view of a mapped file. Consumers copy.
         """

@@ -12,6 +12,7 @@ from torch import Tensor
 from npu_zoo.core.attention import SequenceSlice, StepAttention
 from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.engine import CompletionOutput
+from npu_zoo.core.parallel import Place
 from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.engine.graph import graph_sizes
 from npu_zoo.engine.sampler import Sampler
@@ -70,6 +71,7 @@ def measure_activations(
     rows: list[SequenceSlice],
     config: EngineConfig,
     device: torch.device,
+    place: Place,
 ) -> Activations:
     """Run the largest step, then the most that sampling may be asked for.
 
@@ -77,9 +79,10 @@ def measure_activations(
         top_k_top_p: what sampling takes.
         attention: with a cache that the rows fit.
         device: one whose allocator counts, which a CPU's does not.
+        place: of this rank; all run the same step at once.
     """
     memory: Any = torch.get_device_module(device)
-    step = _peak(memory, device, lambda: _run(model, attention, rows, device))
+    step = _peak(memory, device, lambda: _run(model, attention, rows, config, device, place))
     batch = config.max_num_seqs
     dtype: torch.dtype = getattr(torch, config.dtype)
     shape = (batch, config.model_config.vocab_size)
@@ -111,13 +114,26 @@ def _peak(memory: Any, device: torch.device, work: Callable[[], object]) -> Acti
     return Activations(*found)
 
 
-def _run(model: CausalLM, attention: StepAttention, rows: list[SequenceSlice], device: torch.device) -> Tensor:
+def _run(
+    model: CausalLM,
+    attention: StepAttention,
+    rows: list[SequenceSlice],
+    config: EngineConfig,
+    device: torch.device,
+    place: Place,
+) -> Tensor:
     with torch.inference_mode():
         total = sum(row.num_tokens for row in rows)
         positions = torch.cat([torch.arange(row.start, row.context_len) for row in rows]).to(device)
-        ids = torch.zeros(total, dtype=torch.long, device=device)
-        hidden: Tensor = model(ids, positions, ForwardContext(attention, attention.prepare(rows)))
-        return model.compute_logits(hidden[: len(rows)])
+        if place.stage:
+            shape = (total, config.model_config.hidden_size)
+            given = torch.zeros(shape, dtype=getattr(torch, config.dtype), device=device)
+        else:
+            given = torch.zeros(total, dtype=torch.long, device=device)
+        layers = place.layers(config.model_config.num_hidden_layers)
+        context = ForwardContext(attention, attention.prepare(rows), layers.start, (total,) * place.split.dp)
+        hidden: Tensor = model(given, positions, context)
+        return model.compute_logits(hidden[: len(rows)]) if place.is_last_stage else hidden
 
 
 def _sample(sampler: Sampler, logits: Tensor) -> None:

@@ -53,6 +53,10 @@ class KVManager(ABC):
     def release(self, sequence: Sequence) -> None:
         """Take a sequence's room back."""
 
+    def shares_room(self, one: Sequence, other: Sequence) -> bool:
+        """Whether what one sequence gives up can serve another."""
+        return True
+
     @property
     @abstractmethod
     def num_free(self) -> int:

@@ -17,6 +17,7 @@ from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.engine.block_manager import BlockManager, KVManager, SlotManager
 from npu_zoo.engine.detokenizer import IncrementalDetokenizer
 from npu_zoo.engine.executor import create_runner
+from npu_zoo.engine.replicas import ReplicatedKV
 from npu_zoo.engine.runner import ModelRunner
 from npu_zoo.engine.sampler import Sampler, TokenLogprobs, top_logprobs
 from npu_zoo.engine.scheduler import ScheduledRow, Scheduler
@@ -139,6 +140,7 @@ class NativeEngine(Engine):
             "kv_cache_bytes": cache.num_bytes,
             "kv_cache_tokens": cache.num_tokens,
             "max_model_len": cache.max_model_len,
+            "ranks": self.runner.report() if self.config.world_size > 1 else [],
         }
 
     def shutdown(self) -> None:
@@ -345,8 +347,13 @@ def load_tokenizer(config: EngineConfig) -> Tokenizer:
 
 
 def create_kv_manager(config: EngineConfig, runner: ModelRunner) -> KVManager:
-    """Blocks for a paged cache, slots for a contiguous one."""
+    """Blocks for a paged cache, slots for a contiguous one, in each replica of the attention."""
     cache = runner.cache
-    if config.attention == "flash":
-        return SlotManager(cache.num_slots, cache.slot_size)
-    return BlockManager(cache.num_slots, cache.slot_size, enable_prefix_caching=config.enable_prefix_caching)
+
+    def create() -> KVManager:
+        if config.attention == "flash":
+            return SlotManager(cache.num_slots, cache.slot_size)
+        return BlockManager(cache.num_slots, cache.slot_size, enable_prefix_caching=config.enable_prefix_caching)
+
+    managers = [create() for _ in range(config.data_parallel_size)]
+    return managers[0] if len(managers) == 1 else ReplicatedKV(managers)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from npu_zoo.core.attention import AttentionMetadata, GraphAttention, SequenceSlice
+from npu_zoo.core.config import EngineConfig
+from npu_zoo.core.parallel import Place
 from npu_zoo.nn.context import ForwardContext
 from npu_zoo.nn.model import CausalLM
 
@@ -30,15 +32,17 @@ class _DecodeGraph:
 
     Attributes:
         staged: [2, batch] ids and positions on the host, pinned; ``inputs`` are those on the device.
+        hidden: [batch, hidden_size] of the stage before; None at a pipeline's first.
         graph: None until it is captured.
-        logits: [batch, vocab_size], which a replay writes.
+        output: [batch, vocab_size] logits, or [batch, hidden_size] for the next stage, which a replay writes.
     """
 
     staged: Tensor
     inputs: Tensor
     metadata: AttentionMetadata
+    hidden: Tensor | None = None
     graph: Any = None
-    logits: Tensor | None = None
+    output: Tensor | None = None
 
 
 class DecodeGraphs:
@@ -47,55 +51,74 @@ class DecodeGraphs:
     Args:
         model: with its weights loaded.
         attention: its backend.
-        max_num_seqs: the largest batch.
+        place: of this rank.
+        config: gives the largest batch.
         max_model_len: the longest sequence.
     """
 
     def __init__(
-        self, model: CausalLM, attention: GraphAttention, max_num_seqs: int, max_model_len: int, device: torch.device
+        self,
+        model: CausalLM,
+        attention: GraphAttention,
+        place: Place,
+        config: EngineConfig,
+        max_model_len: int,
+        device: torch.device,
     ) -> None:
         self._model, self._attention, self._device = model, attention, device
+        self._place, self._config = place, config
         self._max_model_len = max_model_len
-        self.sizes = graph_sizes(max_num_seqs)
+        self.sizes = graph_sizes(config.max_num_seqs)
         self._graphs: dict[int, _DecodeGraph] = {}
         self._npu: Any = torch.get_device_module(device)
         self._pool: Any = None
 
-    def run(self, token_ids: list[int], positions: list[int], rows: list[SequenceSlice]) -> Tensor:
-        """[B, vocab_size] logits of B rows of one token each; overwritten by the next run.
+    def run(self, given: list[int] | Tensor, positions: list[int], rows: list[SequenceSlice], largest: int) -> Tensor:
+        """[B, vocab_size] logits of B rows of one token each, or what the next stage takes; the next run overwrites it.
 
         Args:
-            token_ids, positions: of the rows.
+            given: the rows' tokens, or the [B, hidden_size] of the stage before.
+            positions: of the rows.
             rows: where their keys and values lie.
+            largest: the most rows that any replica of the attention has in this step.
         """
-        size = next(size for size in self.sizes if size >= len(rows))
+        size = next(size for size in self.sizes if size >= largest)
         entry = self._graphs.get(size) or self._allocate(size)
         padding = [SequenceSlice(place, 1, (self._attention.spare_slot,)) for place in range(size - len(rows))]
         zeros = [0] * len(padding)
+        token_ids = [0] * len(rows) if isinstance(given, Tensor) else given
         entry.staged.copy_(torch.tensor([token_ids + zeros, positions + zeros]))
         entry.inputs.copy_(entry.staged, non_blocking=True)
+        if isinstance(given, Tensor) and entry.hidden is not None:
+            entry.hidden[: len(given)].copy_(given)
         update = self._attention.fill(entry.metadata, [*rows, *padding])
-        if entry.logits is None:
-            self._capture(entry)
+        if entry.output is None:
+            self._capture(entry, size)
         entry.graph.update(cpu_update_input=[update])
         entry.graph.replay()
-        assert entry.logits is not None
-        return entry.logits[: len(rows)]
+        assert entry.output is not None
+        return entry.output[: len(rows)]
 
     def _allocate(self, size: int) -> _DecodeGraph:
         staged = torch.zeros(2, size, dtype=torch.long).pin_memory()
         metadata = self._attention.graph_metadata(size, self._max_model_len)
-        self._graphs[size] = _DecodeGraph(staged, staged.to(self._device), metadata)
+        config = self._config
+        shape, dtype = (size, config.model_config.hidden_size), getattr(torch, config.dtype)
+        hidden = torch.zeros(shape, dtype=dtype, device=self._device) if self._place.stage else None
+        self._graphs[size] = _DecodeGraph(staged, staged.to(self._device), metadata, hidden)
         return self._graphs[size]
 
-    def _capture(self, entry: _DecodeGraph) -> None:
-        context = ForwardContext(self._attention, entry.metadata)
+    def _capture(self, entry: _DecodeGraph, size: int) -> None:
+        layers = self._place.layers(self._config.model_config.num_hidden_layers)
+        tokens = (size,) * self._place.split.dp
+        context = ForwardContext(self._attention, entry.metadata, layers.start, tokens, captured=True)
         self._forward(entry, context)  # what is computed once, such as rotary tables, stays outside of the graph
         entry.graph = self._npu.NPUGraph()
         self._pool = self._pool or self._npu.graph_pool_handle()
         with self._npu.graph(entry.graph, pool=self._pool, auto_dispatch_capture=True):
-            entry.logits = self._forward(entry, context)
+            entry.output = self._forward(entry, context)
 
     def _forward(self, entry: _DecodeGraph, context: ForwardContext) -> Tensor:
-        hidden: Tensor = self._model(entry.inputs[0], entry.inputs[1], context)
-        return self._model.compute_logits(hidden)
+        given = entry.inputs[0] if entry.hidden is None else entry.hidden
+        hidden: Tensor = self._model(given, entry.inputs[1], context)
+        return self._model.compute_logits(hidden) if self._place.is_last_stage else hidden

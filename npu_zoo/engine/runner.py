@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import socket
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +19,11 @@ from npu_zoo.core.attention import CacheLayout, GraphAttention, LatentLayout, St
 from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.engine import Progress
 from npu_zoo.core.errors import HardwareError, WeightsError
-from npu_zoo.core.parallel import SINGLE, Communicator
+from npu_zoo.core.parallel import ALONE, Ranks
 from npu_zoo.engine.activations import Activations, largest_step, measure_activations, slots_of
 from npu_zoo.engine.graph import DecodeGraphs
-from npu_zoo.engine.step import StepRow
+from npu_zoo.engine.outputs import NO_OUTPUTS, Outputs, ResultShape, collect_outputs
+from npu_zoo.engine.step import MicroBatch, StepRow, micro_batches
 from npu_zoo.nn.context import BuildContext, ForwardContext
 from npu_zoo.nn.kernels.table import bind_kernels
 from npu_zoo.nn.model import CausalLM, build_on_meta
@@ -30,6 +34,7 @@ from npu_zoo.registry import get_registry, load_code
 from npu_zoo.weights.load import compare_shapes, load_weights
 
 _WEIGHTS_PER_THREAD = 16 * 2**20
+_SPANS_KEPT = 63
 _TORCH_THREADS = torch.get_num_threads()  # its own choice, which a model that runs here may lower for itself
 
 
@@ -55,76 +60,152 @@ class CachePlan:
 
 
 class ModelRunner:
-    """One rank's model with its cache."""
+    """One rank's share of the model with its cache.
 
-    def __init__(self, config: EngineConfig, progress: Progress | None = None, tp: Communicator = SINGLE) -> None:
-        self.config, self._tp = config, tp
-        self.device = _device(config)
+    Args:
+        config: the run, which all ranks have alike.
+        progress: told how far loading is.
+        ranks: its place, and the groups that it talks in.
+
+    Attributes:
+        spans: when each micro-batch of the last step was computed here, from and to, by ``time.monotonic``.
+    """
+
+    def __init__(self, config: EngineConfig, progress: Progress | None = None, ranks: Ranks = ALONE) -> None:
+        self.config, self._ranks = config, ranks
+        self._place = ranks.place
+        self._layers = ranks.place.layers(config.model_config.num_hidden_layers)
+        self.device = _device(config, ranks.local_rank)
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self.kernels = bind_kernels(config.kernels)
         self.model = self._load_model(progress)
         self.activations = self._measure_activations()
         free = max(0, free_memory(self.device) - (self.activations.reserved if self.activations else 0))
-        self.cache = plan_cache(config, self._bytes_per_token(), self._tp.minimum(free // self._sharing))
+        per_token = -ranks.minimum(-self._bytes_per_token())
+        self.cache = plan_cache(config, per_token, ranks.minimum(free // self._sharing))
         self.attention = self._create_attention(self.cache.num_slots, self.cache.slot_size)
         self.graphs = self._create_graphs()
+        self.spans: list[tuple[float, float]] = []
 
     def execute(self, rows: Sequence[StepRow]) -> tuple[Tensor, list[Tensor]]:
-        """Compute a step.
+        """Compute a step; every rank is given all of its rows.
 
         Returns:
-            [N, vocab_size] logits of the last token of each of the N rows that sample, in the order of the rows; and
-            the hidden states of every row whose prompt is asked for, in that order too.
+            On the first rank, [N, vocab_size] logits of the last token of each of the N rows that sample, in the order
+            of the rows; and the hidden states of every row whose prompt is asked for, in that order too. On others
+            their own share of it, or nothing.
         """
         with torch.inference_mode():
-            if self.graphs is not None and all(row.decodes for row in rows):
-                return self._replay(self.graphs, rows), []
-            hidden = self._forward(rows)
-            ends = list(accumulate(row.num_tokens for row in rows))
-            last = [end - 1 for end, row in zip(ends, rows, strict=True) if row.samples]
-            logits = self._logits(hidden[torch.tensor(last, device=self.device)]) if last else hidden[:0]
-            prompts = [
-                hidden[end - row.num_tokens : end] for end, row in zip(ends, rows, strict=True) if row.wants_prompt
-            ]
-            return logits, prompts
+            mine = [row for row in rows if row.replica == self._place.replica]
+            outputs = self._compute(rows, mine)
+            return collect_outputs(self._ranks, rows, outputs, self._shape)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        """[N, hidden_size] to [N, vocab_size]."""
+        """[N, hidden_size] to [N, vocab_size]; on the last stage."""
         with torch.inference_mode():
-            return self._logits(hidden)
+            return self.model.compute_logits(hidden.to(self.device))
+
+    def report(self) -> list[dict[str, Any]]:
+        """What each rank holds."""
+        return [self.own_report()]
+
+    def own_report(self) -> dict[str, Any]:
+        """What this rank holds, in bytes, and what it did in the last step."""
+        return {
+            "rank": self._place.rank,
+            "host": socket.gethostname(),
+            "device": str(self.device),
+            "layers": [self._layers.start, self._layers.stop],
+            "parameter_bytes": self.parameter_bytes,
+            "kv_cache_bytes": self.cache.num_slots * self.cache.slot_size * self._bytes_per_token(),
+            "spans": list(self.spans),
+        }
 
     def shutdown(self) -> None:
         """Nothing runs beside this process."""
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self.model.compute_logits(hidden)
+    def _compute(self, rows: Sequence[StepRow], mine: Sequence[StepRow]) -> Outputs:
+        if self.graphs is not None and rows and all(row.decodes for row in rows):
+            hidden = self._replay(self.graphs, rows, mine)
+            return (hidden, []) if self._place.is_last_stage else NO_OUTPUTS
+        split = self._place.split
+        hidden = torch.cat([self._run_batch(batch) for batch in micro_batches(rows, split.dp, split.pp)])
+        return self._finish(hidden, mine) if self._place.is_last_stage else NO_OUTPUTS
+
+    def _finish(self, hidden: Tensor, rows: Sequence[StepRow]) -> Outputs:
+        """Logits and prompts' hidden states of this replica's rows."""
+        if not rows:
+            return NO_OUTPUTS
+        ends = list(accumulate(row.num_tokens for row in rows))
+        last = [end - 1 for end, row in zip(ends, rows, strict=True) if row.samples]
+        logits = self.model.compute_logits(hidden[torch.tensor(last, device=self.device)]) if last else None
+        prompts = [hidden[end - row.num_tokens : end] for end, row in zip(ends, rows, strict=True) if row.wants_prompt]
+        return logits, prompts
+
+    def _run_batch(self, batch: MicroBatch) -> Tensor:
+        """Take a micro-batch through this stage: from the one before, and to the one behind."""
+        rows = batch.rows[self._place.replica]
+        count = sum(row.num_tokens for row in rows)
+        x = self._stage_input(count)
+        begin = time.monotonic()
+        hidden = self._forward(rows, batch.replica_tokens, x)
+        self._pass_on(hidden)
+        self.spans = [*self.spans[-_SPANS_KEPT:], (begin, time.monotonic())]
+        return hidden
+
+    def _stage_input(self, count: int) -> Tensor | None:
+        """What the stage before gives for some tokens; None at the first."""
+        if self._place.stage == 0:
+            return None
+        shape = (count, self.config.model_config.hidden_size)
+        if not count:
+            return torch.empty(shape, dtype=self.dtype, device=self.device)
+        return self._ranks.world.receive(shape, self.dtype, self._place.pp_group[self._place.stage - 1])
+
+    def _pass_on(self, hidden: Tensor) -> None:
+        if not self._place.is_last_stage and len(hidden):
+            self._ranks.world.send(hidden, self._place.pp_group[self._place.stage + 1])
+
+    @property
+    def _shape(self) -> ResultShape:
+        config = self.config.model_config
+        return ResultShape(config.vocab_size, config.hidden_size, self.dtype, self.device)
 
     @property
     def _sharing(self) -> int:
-        """Ranks that share one device's memory and processors: all of a CPU's."""
-        return self._tp.size if self.device.type == "cpu" else 1
+        """Ranks that share one device's memory and processors: all of a host's CPU."""
+        return self._ranks.local_size if self.device.type == "cpu" else 1
 
-    def _replay(self, graphs: DecodeGraphs, rows: Sequence[StepRow]) -> Tensor:
-        token_ids = [row.token_ids[0] for row in rows]
-        return graphs.run(token_ids, [row.start for row in rows], [row.slice for row in rows])
+    def _replay(self, graphs: DecodeGraphs, rows: Sequence[StepRow], mine: Sequence[StepRow]) -> Tensor:
+        replicas = range(self._place.split.dp)
+        largest = max(sum(row.replica == replica for row in rows) for replica in replicas)
+        hidden = self._stage_input(len(mine))
+        token_ids = [row.token_ids[0] for row in mine]
+        given = token_ids if hidden is None else hidden
+        output = graphs.run(given, [row.start for row in mine], [row.slice for row in mine], largest)
+        self._pass_on(output.clone() if self._place.split.pp > 1 else output)  # a replay overwrites it
+        return output
 
     def _create_graphs(self) -> DecodeGraphs | None:
         attention, config = self.attention, self.config
         if config.enforce_eager or not isinstance(attention, GraphAttention):
             return None
-        return DecodeGraphs(self.model, attention, config.max_num_seqs, self.cache.max_model_len, self.device)
+        return DecodeGraphs(self.model, attention, self._place, config, self.cache.max_model_len, self.device)
 
-    def _forward(self, rows: Sequence[StepRow]) -> Tensor:
+    def _forward(self, rows: Sequence[StepRow], replica_tokens: tuple[int, ...], x: Tensor | None) -> Tensor:
         tokens = list(chain.from_iterable(row.token_ids for row in rows))
         positions = list(chain.from_iterable(range(row.start, row.start + row.num_tokens) for row in rows))
-        context = ForwardContext(self.attention, self.attention.prepare([row.slice for row in rows]))
-        input_ids, places = (torch.tensor(ids, dtype=torch.long).to(self.device) for ids in (tokens, positions))
-        hidden: Tensor = self.model(input_ids, places, context)
+        metadata = self.attention.prepare([row.slice for row in rows])
+        context = ForwardContext(self.attention, metadata, self._layers.start, replica_tokens)
+        places = torch.tensor(positions, dtype=torch.long).to(self.device)
+        given = torch.tensor(tokens, dtype=torch.long).to(self.device) if x is None else x
+        hidden: Tensor = self.model(given, places, context)
         return hidden
 
     def _load_model(self, progress: Progress | None) -> CausalLM:
         config = self.config
-        context = BuildContext(self.kernels, self.dtype, config.max_model_len, self._quantization(), self._tp)
+        quantization, dispatch = self._quantization(), config.expert_dispatch
+        context = BuildContext(self.kernels, self.dtype, config.max_model_len, quantization, self._ranks, dispatch)
         model = build_on_meta(load_code(config.model_class), config.model_config, context)
         directory = Path(config.weights)
         spec = detect_format(directory, get_registry().weight_formats)
@@ -133,8 +214,10 @@ class ModelRunner:
         loader = load_code(spec.loader)(directory)
         optional, ignored = model.optional_tensors(), model.ignored_tensors
         due = model.checkpoint_tensors()
-        shards = model.shards()
-        comparison = compare_shapes(due, loader.shapes(), optional=optional, ignored=ignored, shards=shards)
+        shards, elsewhere = model.shards(), model.held_elsewhere()
+        comparison = compare_shapes(
+            due, loader.shapes(), optional=optional, ignored=ignored, shards=shards, elsewhere=elsewhere
+        )
         comparison.require(directory)
         self.parameter_bytes = sum(t.nbytes for name, t in due.items() if name not in comparison.absent)
         self._check_memory(self.parameter_bytes)
@@ -148,6 +231,7 @@ class ModelRunner:
             optional=optional,
             ignored=ignored,
             shards=shards,
+            elsewhere=elsewhere,
             storage=model.storage_of,
             on_loaded=model.tensor_loaded,
             progress=functools.partial(progress, "loading weights") if progress else None,
@@ -173,9 +257,9 @@ class ModelRunner:
         config, itemsize = self.config.model_config, self.dtype.itemsize
         backend = load_code(self.config.attention_choice.implementation)
         if config.mla:
-            return config.num_hidden_layers * int(backend.bytes_per_token(config.mla, itemsize))
+            return len(self._layers) * int(backend.bytes_per_token(config.mla, itemsize))
         _, kv_heads, head_dim = self.config.head_layout
-        return config.num_hidden_layers * int(backend.bytes_per_token(kv_heads, head_dim, itemsize))
+        return len(self._layers) * int(backend.bytes_per_token(kv_heads, head_dim, itemsize))
 
     def _measure_activations(self) -> Activations | None:
         """Memory beside weights and cache; None where nobody counts them, or the user has sized the cache."""
@@ -187,13 +271,15 @@ class ModelRunner:
             size = config.attention_choice.block_size or 1
         rows = largest_step(config, size)
         attention = self._create_attention(slots_of(rows), size)
-        return measure_activations(self.model, self.kernels.top_k_top_p, attention, rows, config, self.device)
+        return measure_activations(
+            self.model, self.kernels.top_k_top_p, attention, rows, config, self.device, self._place
+        )
 
     def _create_attention(self, *slots: int) -> StepAttention:
         """The backend with a cache of ``num_slots`` slots of ``slot_size`` tokens."""
         config = self.config.model_config
         heads, kv_heads, head_dim = self.config.head_layout
-        layers = config.num_hidden_layers
+        layers = len(self._layers)
         layout: CacheLayout | LatentLayout = (
             LatentLayout(layers, config.mla, *slots) if config.mla else CacheLayout(layers, kv_heads, head_dim, *slots)
         )
@@ -252,21 +338,23 @@ def free_memory(device: torch.device) -> int:
     return available_memory()
 
 
-def _device(config: EngineConfig) -> torch.device:
+def _device(config: EngineConfig, number: int) -> torch.device:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise HardwareError(
             "--hardware cuda was asked for, and this torch sees no CUDA device; --hardware cpu runs here"
         )
     if config.device == "npu":
-        return _npu(config)
-    return torch.device(config.device)
+        return _npu(config, number)
+    return torch.device(config.device, number) if config.device == "cuda" else torch.device(config.device)
 
 
-def _npu(config: EngineConfig) -> torch.device:
+def _npu(config: EngineConfig, number: int) -> torch.device:
     try:
         import torch_npu  # noqa: F401
     except (ImportError, RuntimeError) as error:
         raise HardwareError(f"torch_npu cannot be imported, so {config.hardware} is out of reach: {error}") from error
     if not torch.get_device_module("npu").is_available():
         raise HardwareError(f"{config.hardware} was asked for, and torch_npu sees no device; --hardware cpu runs here")
-    return torch.device("npu", 0)
+    device = torch.device("npu", number)
+    torch.get_device_module("npu").set_device(device)
+    return device

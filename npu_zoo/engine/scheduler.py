@@ -76,15 +76,21 @@ class Scheduler:
         while position < len(self.running) and budget > 0:
             sequence = self.running[position]
             num_tokens = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
-            while not self._kv.reserve(sequence, sequence.num_computed_tokens + num_tokens):
-                victim = self.running.pop()
-                self._preempt(victim)
-                if victim is sequence:
-                    return rows
-            rows.append(self._row(sequence, num_tokens))
-            budget -= num_tokens
-            position += 1
+            if self._make_room(sequence, sequence.num_computed_tokens + num_tokens):
+                rows.append(self._row(sequence, num_tokens))
+                budget -= num_tokens
+                position += 1
         return rows
+
+    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Room for a sequence, at the cost of those that came last; False where it was itself the last."""
+        while not self._kv.reserve(sequence, num_tokens):
+            victim = next(other for other in reversed(self.running) if self._kv.shares_room(other, sequence))
+            self.running.remove(victim)
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
 
     def _admit(self, rows: list[ScheduledRow]) -> None:
         budget = self._max_num_batched_tokens - sum(row.num_tokens for row in rows)

@@ -23,6 +23,7 @@ class Sequence:
         token_ids: prompt and output.
         num_computed_tokens: tokens whose keys and values are in the cache.
         slots: the blocks (or the one contiguous slot) that hold them; owned by the KV manager.
+        replica: of the attention, whose cache has the room; chosen by the KV manager.
         digests: of the full blocks of ``token_ids``, as far as they were needed; owned by the KV manager.
         seed: of this completion's draws.
         output: what the user sees of it.
@@ -41,6 +42,7 @@ class Sequence:
     num_cached_tokens: int = 0
     preemptions: int = 0
     slots: list[int] = field(default_factory=list)
+    replica: int = 0
     digests: list[bytes] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from npu_zoo.core.attention import SequenceSlice
 from npu_zoo.engine.scheduler import ScheduledRow
@@ -18,6 +18,7 @@ class StepRow:
         slots: where the sequence's keys and values lie.
         samples: whether the last of them gives the logits that the next token is drawn from.
         wants_prompt: whether the hidden states of all of them are asked for.
+        replica: of the attention, whose cache holds the sequence.
     """
 
     token_ids: tuple[int, ...]
@@ -25,6 +26,7 @@ class StepRow:
     slots: tuple[int, ...]
     samples: bool
     wants_prompt: bool
+    replica: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -55,4 +57,56 @@ def _step_row(row: ScheduledRow) -> StepRow:
         slots=tuple(sequence.slots),
         samples=row.samples,
         wants_prompt=sequence.wants_prompt_logprobs and row.start < sequence.num_prompt_tokens,
+        replica=sequence.replica,
     )
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a pipeline's stage computes at once, by replica of the attention."""
+
+    rows: tuple[tuple[StepRow, ...], ...]
+
+    @property
+    def replica_tokens(self) -> tuple[int, ...]:
+        """How many tokens each replica computes."""
+        return tuple(sum(row.num_tokens for row in rows) for rows in self.rows)
+
+
+MICRO_BATCH_TOKENS = 64
+"""Fewer tokens take a stage about as long as this many, since it reads all of its weights for them."""
+
+
+def micro_batches(rows: Sequence[StepRow], replicas: int, stages: int) -> list[MicroBatch]:
+    """A step as the parts that pass through a pipeline one behind the other, so that its stages work at once.
+
+    There are as many as stages, or fewer where they would have less than :data:`MICRO_BATCH_TOKENS` tokens. Rows stay
+    in their order; one may be cut in two, since the first part's keys and values are there before the second's turn.
+    """
+    by_replica = [[row for row in rows if row.replica == number] for number in range(replicas)]
+    largest = max(sum(row.num_tokens for row in own) for own in by_replica)
+    parts = max(1, min(stages, largest // MICRO_BATCH_TOKENS))
+    columns = [_cut(own, parts) for own in by_replica]
+    return [MicroBatch(batch) for batch in zip(*columns, strict=True)]
+
+
+def _cut(rows: Sequence[StepRow], parts: int) -> list[tuple[StepRow, ...]]:
+    """Rows in stretches of about as many tokens each, all tokens in their order."""
+    total = sum(row.num_tokens for row in rows)
+    ends = [total * (number + 1) // parts for number in range(parts)]
+    found: list[list[StepRow]] = [[] for _ in ends]
+    part = done = 0
+    for row in rows:
+        taken = 0
+        while taken < row.num_tokens:
+            while done == ends[part]:
+                part += 1
+            count = min(row.num_tokens - taken, ends[part] - done)
+            found[part].append(_piece(row, taken, count))
+            taken, done = taken + count, done + count
+    return [tuple(own) for own in found]
+
+
+def _piece(row: StepRow, first: int, count: int) -> StepRow:
+    ids = row.token_ids[first : first + count]
+    return replace(row, token_ids=ids, start=row.start + first, samples=row.samples and first + count == row.num_tokens)

@@ -6,11 +6,11 @@ layers differ overrides what they are made of.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from npu_zoo.core.errors import WeightsError
+from npu_zoo.core.errors import EngineError, WeightsError
 from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.nn.context import BuildContext, ForwardContext
 from npu_zoo.nn.embedding import Embedding, LMHead
@@ -53,7 +53,7 @@ class DecoderLayer(nn.Module):
 
     Args:
         attention: takes ([T, hidden_size], rotation, context) to [T, hidden_size], as :class:`LlamaAttention`.
-        mlp: takes [T, hidden_size] to [T, hidden_size].
+        mlp: takes ([T, hidden_size], context) to [T, hidden_size].
     """
 
     def __init__(self, config: ModelConfig, attention: nn.Module, mlp: nn.Module, context: BuildContext) -> None:
@@ -70,27 +70,44 @@ class DecoderLayer(nn.Module):
         x, residual = self.input_layernorm(x, residual)
         x = self.self_attn(x, rotation, context)
         x, residual = self.post_attention_layernorm(x, residual)
-        return self.mlp(x), residual
+        return self.mlp(x, context), residual
 
 
 class DecoderModel(nn.Module):
-    """Embedding, the stack of layers, and the last norm."""
+    """Embedding, the stack of layers, and the last norm; of a pipeline, one stage's share of them."""
 
-    def __init__(self, config: ModelConfig, layers: Iterable[DecoderLayer], context: BuildContext) -> None:
+    def __init__(self, config: ModelConfig, layers: Mapping[int, DecoderLayer], context: BuildContext) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, context)
+        stage, last = context.ranks.place.stage, context.ranks.place.split.pp - 1
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, context) if stage == 0 else None
         self.rotary = RotaryEmbedding(config, context)
-        self.layers = nn.ModuleList(layers)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
+        self.layers = nn.ModuleDict({str(number): layer for number, layer in layers.items()})
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, context) if stage == last else None
+        mine = {"embed_tokens": self.embed_tokens, "norm": self.norm}
+        others = [f"layers.{number}" for number in range(config.num_hidden_layers) if number not in layers]
+        self.parts_elsewhere = (*others, *(name for name, module in mine.items() if module is None))
 
-    def forward(self, input_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
-        """[T] ids to [T, hidden_size]."""
+    def forward(self, x: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
+        """[T] ids, or [T, hidden_size] of the stage before, to [T, hidden_size]."""
+        if self.embed_tokens is not None:
+            x = self.embed_tokens(x)
+        if not len(x):
+            return self._assist(x, context)
         rotation = self.rotary(positions)
-        x, residual = self.embed_tokens(input_ids), None
-        for layer in self.layers:
+        residual = None
+        for layer in self.layers.values():
             x, residual = layer(x, residual, rotation, context)
+        if self.norm is None:
+            return x if residual is None else x + residual
         normed: Tensor = self.norm(x, residual)[0]
         return normed
+
+    def _assist(self, x: Tensor, context: ForwardContext) -> Tensor:
+        """Lend this rank's experts to replicas that have tokens, since this one has none."""
+        for layer in self.layers.values():
+            if isinstance(layer.mlp, MoE):
+                layer.mlp(x, context)
+        return x
 
 
 class LlamaForCausalLM(CausalLM):
@@ -104,13 +121,20 @@ class LlamaForCausalLM(CausalLM):
         super().__init__(config, context)
         if config.extra.get("attention_bias") or config.extra.get("mlp_bias"):
             raise WeightsError("the checkpoint's linear layers have biases; this decoder has none")
-        numbers = range(config.num_hidden_layers)
-        layers = (
-            DecoderLayer(config, self.make_attention(number, context), self.make_mlp(number, context), context)
-            for number in numbers
-        )
+        place = context.ranks.place
+        layers = {
+            number: DecoderLayer(config, self.make_attention(number, context), self.make_mlp(number, context), context)
+            for number in place.layers(config.num_hidden_layers)
+        }
         self.model = DecoderModel(config, layers, context)
-        self.lm_head = LMHead(config.hidden_size, config.vocab_size, context)
+        self.lm_head = self._make_head(context) if place.stage == place.split.pp - 1 else None
+        self.parts_elsewhere = ("lm_head",) if self.lm_head is None else ()
+
+    def _make_head(self, context: BuildContext) -> LMHead:
+        config = self.config
+        shared = config.tie_word_embeddings and self.model.embed_tokens is None
+        name = "model.embed_tokens" if shared else "lm_head"  # a tied head without its embedding reads that itself
+        return LMHead(config.hidden_size, config.vocab_size, context, name)
 
     def make_attention(self, layer: int, context: BuildContext) -> nn.Module:
         """A layer's attention; see :class:`DecoderLayer`."""
@@ -121,13 +145,15 @@ class LlamaForCausalLM(CausalLM):
         config = self.config
         return MLP(config.hidden_size, config.intermediate_size, config.hidden_act, context)
 
-    def forward(self, input_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
         """See :meth:`CausalLM.forward`."""
-        hidden: Tensor = self.model(input_ids, positions, context)
+        hidden: Tensor = self.model(x, positions, context)
         return hidden
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """See :meth:`CausalLM.compute_logits`."""
+        if self.lm_head is None:
+            raise EngineError("the head is on the last stage of the pipeline, and this is another one")
         logits: Tensor = self.lm_head(hidden)
         return logits
 
@@ -137,7 +163,7 @@ class LlamaForCausalLM(CausalLM):
 
     def finish_loading(self) -> None:
         """Tie the head to the embedding where the checkpoint says so, then pack."""
-        if self.config.tie_word_embeddings:
+        if self.config.tie_word_embeddings and self.lm_head is not None and self.model.embed_tokens is not None:
             self.lm_head.tie(self.model.embed_tokens.weight)
         super().finish_loading()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from npu_zoo.core.errors import WeightsError
-from npu_zoo.nn.context import BuildContext
+from npu_zoo.nn.context import BuildContext, ForwardContext
 from npu_zoo.nn.linear import Linear
 
 
@@ -30,7 +30,7 @@ class MLP(nn.Module):
         self.gate_up_proj = Linear(hidden_size, rows, context, split="rows")
         self.down_proj = Linear(intermediate_size, {"down_proj": hidden_size}, context, split="columns", reduce=reduce)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, hidden_size] to [T, hidden_size]."""
+    def forward(self, x: Tensor, context: ForwardContext | None = None) -> Tensor:
+        """[T, hidden_size] to [T, hidden_size]; nothing of the context is needed."""
         projected: Tensor = self.down_proj(self._kernels.silu_and_mul(self.gate_up_proj(x)))
         return projected

@@ -49,8 +49,11 @@ class CausalLM(nn.Module, ABC):
         self._staging: Staging | None = None
 
     @abstractmethod
-    def forward(self, input_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
-        """[T] ids and positions of all rows of a step, one after the other, to [T, hidden_size]."""
+    def forward(self, x: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
+        """[T] ids and positions of all rows of a step, one after the other, to [T, hidden_size].
+
+        A later stage of a pipeline takes what the one before it gave in place of ids.
+        """
 
     @abstractmethod
     def compute_logits(self, hidden: Tensor) -> Tensor:
@@ -77,6 +80,14 @@ class CausalLM(nn.Module, ABC):
             elif isinstance(module, Embedding) and module.shard.stop - module.shard.start < module.shard.size:
                 found[f"{path}.weight"] = module.shard
         return found
+
+    def held_elsewhere(self) -> frozenset[str]:
+        """Of the checkpoint's tensors that other ranks hold altogether, what their names begin with, up to a dot."""
+        return frozenset(
+            f"{path}.{name}".lstrip(".")
+            for path, module in self.named_modules()
+            for name in getattr(module, "parts_elsewhere", ())
+        )
 
     def optional_tensors(self) -> frozenset[str]:
         """Names out of :meth:`checkpoint_tensors` that a checkpoint may lack."""

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from npu_zoo.core.errors import WeightsError
 from npu_zoo.core.model_config import ModelConfig
-from npu_zoo.nn.context import BuildContext
+from npu_zoo.nn.context import BuildContext, ForwardContext
+from npu_zoo.nn.expert_dispatch import AllGather, AllToAll, Dispatch
 from npu_zoo.nn.kernels.table import ExpertsKernel, Product, Stored
 from npu_zoo.nn.linear import Linear
 from npu_zoo.nn.mlp import MLP
@@ -50,15 +51,20 @@ class MoE(nn.Module):
             raise WeightsError("config.json has no n_routed_experts; a layer of experts cannot be built from it")
         self.routing = Routing.from_config(moe)
         self._kernels, self._tp = context.kernels, context.tp
+        held = context.ranks.place.experts(moe.n_routed_experts)
         self.gate = Router(config.hidden_size, moe.n_routed_experts, self.routing.has_bias)
 
-        def make_mlp(num_experts: int) -> MLP:
+        def make_mlp(num_experts: int, context: BuildContext) -> MLP:
             width = num_experts * moe.moe_intermediate_size
             return MLP(config.hidden_size, width, config.hidden_act, context, reduce=False)
 
-        experts = [make_mlp(1) for _ in range(moe.n_routed_experts)]
-        self.experts = nn.ModuleList(experts)
-        self.shared_experts = make_mlp(moe.n_shared_experts) if moe.n_shared_experts else None
+        experts = [make_mlp(1, context.of_experts()) for _ in held]
+        self.experts = nn.ModuleDict({str(number): expert for number, expert in zip(held, experts, strict=True)})
+        self.parts_elsewhere = tuple(f"experts.{n}" for n in range(moe.n_routed_experts) if n not in held)
+        self.shared_experts = make_mlp(moe.n_shared_experts, context) if moe.n_shared_experts else None
+        arguments = (context.ranks, held, moe.n_routed_experts, self._route, self._compute)
+        self._all_gather: Dispatch = AllGather(*arguments)
+        self._dispatch = AllToAll(*arguments) if context.expert_dispatch == "all_to_all" else self._all_gather
         # Plain lists: going through the module tree costs more than a small product.
         self._gate_up = [expert.gate_up_proj for expert in experts]
         self._down = [expert.down_proj for expert in experts]
@@ -104,18 +110,28 @@ class MoE(nn.Module):
             layer.release()
         return stacked
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, hidden_size] to [T, hidden_size]."""
-        kernels = self._kernels
-        weights, ids = kernels.route_tokens(self.gate(x), self.gate.e_score_correction_bias, self.routing)
+    def forward(self, x: Tensor, context: ForwardContext | None = None) -> Tensor:
+        """[T, hidden_size] to [T, hidden_size]; the context is needed where the attention has replicas."""
+        dispatch = self._all_gather if context is None or context.captured else self._dispatch
+        routed = dispatch(x, context.replica_tokens if context else ())
+        if not len(x):
+            return x
+        return self._tp.all_reduce(routed if self.shared_experts is None else routed + self.shared_experts(x))
+
+    def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._kernels.route_tokens(self.gate(x), self.gate.e_score_correction_bias, self.routing)
+
+    def _compute(self, x: Tensor, ids: Tensor, weights: Tensor, *, elsewhere: bool) -> Tensor:
+        """What this rank's experts make of [T, hidden_size]; see :class:`npu_zoo.nn.expert_dispatch.Experts`."""
         gate_up: Stored
         down: Stored
         if self._stacked is None:
             gate_up, down = [layer.stored for layer in self._gate_up], [layer.stored for layer in self._down]
         else:
             gate_up, down = self._stacked
-        routed = self._experts_kernel(x, ids, weights, gate_up, down, self._linear_kernel, kernels.silu_and_mul)
-        return self._tp.all_reduce(routed if self.shared_experts is None else routed + self.shared_experts(x))
+        arguments = (x, ids, weights, gate_up, down, self._linear_kernel, self._kernels.silu_and_mul)
+        # A kernel that knows nothing of other ranks serves a model that has none.
+        return self._experts_kernel(*arguments, elsewhere=True) if elsewhere else self._experts_kernel(*arguments)
 
 
 def _float32(*shape: int) -> nn.Parameter:

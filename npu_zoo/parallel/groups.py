@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import importlib
 import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from npu_zoo.core.parallel import Communicator
+from npu_zoo.core.parallel import SINGLE, Communicator, Place, Ranks
+from npu_zoo.parallel.device_groups import DeviceGroups
+from npu_zoo.parallel.traffic import Traffic
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 _IDLE = timedelta(days=365)
@@ -23,17 +28,39 @@ class GlooGroup(Communicator):
         store: where ranks find each other.
         name: of the group, of which a store holds several.
         timeout: of one operation.
+        traffic: counts what is done; None where nobody asks.
+        address: of this host, as the other ranks reach it; the host name's where None.
     """
 
-    def __init__(self, store: Any, name: str, rank: int, size: int, timeout: timedelta) -> None:
+    def __init__(
+        self,
+        store: Any,
+        name: str,
+        rank: int,
+        size: int,
+        timeout: timedelta,
+        traffic: Traffic | None = None,
+        address: str | None = None,
+    ) -> None:
         distributed: Any = importlib.import_module("torch.distributed")
         self.rank, self.size = rank, size
-        self._group = distributed.ProcessGroupGloo(distributed.PrefixStore(name, store), rank, size, timeout)
+        self._kind, self._traffic = name.partition("/")[0], traffic or Traffic()
+        self._sent: list[tuple[Any, Tensor]] = []
+        gloo = distributed.ProcessGroupGloo
+        prefixed = distributed.PrefixStore(name, store)
+        if address is None:
+            self._group = gloo(prefixed, rank, size, timeout)
+            return
+        options = gloo._Options()
+        options._timeout, options._threads = timeout, 2
+        options._devices = [gloo.create_device(hostname=address)]
+        self._group = gloo(prefixed, rank, size, options)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """See :meth:`Communicator.all_reduce`."""
         x = x.contiguous()
-        self._group.allreduce([x]).wait()
+        with self._traffic.operation(self._kind, "all_reduce", x):
+            self._group.allreduce([x]).wait()
         return x
 
     def all_gather(self, x: Tensor, dim: int) -> Tensor:
@@ -41,11 +68,40 @@ class GlooGroup(Communicator):
         import torch
 
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        self._group.allgather([parts], [x.contiguous()]).wait()
+        with self._traffic.operation(self._kind, "all_gather", x):
+            self._group.allgather([parts], [x.contiguous()]).wait()
         return torch.cat(parts, dim)
 
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """See :meth:`Communicator.reduce_scatter`; gloo has none, so each rank sums what the others send it."""
+        share = [len(x) // self.size] * self.size
+        with self._traffic.operation(self._kind, "reduce_scatter", x):
+            parts = self._exchange(x, share, share)
+        return parts.view(self.size, share[0], *x.shape[1:]).sum(0)
+
+    def all_to_all(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """See :meth:`Communicator.all_to_all`."""
+        with self._traffic.operation(self._kind, "all_to_all", x):
+            return self._exchange(x, sent, received)
+
+    def send(self, x: Tensor, to: int) -> None:
+        """See :meth:`Communicator.send`."""
+        x = x.contiguous()
+        self._sent = [(work, tensor) for work, tensor in self._sent if not work.is_completed()]
+        with self._traffic.operation(self._kind, "send", x):
+            self._sent.append((self._group.send([x], to, 0), x))
+
+    def receive(self, shape: Sequence[int], dtype: torch.dtype, source: int) -> Tensor:
+        """See :meth:`Communicator.receive`."""
+        import torch
+
+        x = torch.empty(tuple(shape), dtype=dtype)
+        with self._traffic.operation(self._kind, "receive", x):
+            self._group.recv([x], source, 0).wait()
+        return x
+
     def minimum(self, value: int) -> int:
-        """See :meth:`Communicator.minimum`."""
+        """The least of all ranks' numbers, on each of them."""
         import torch
 
         return int(self.all_gather(torch.tensor([value]), 0).min())
@@ -61,22 +117,108 @@ class GlooGroup(Communicator):
         self._group.broadcast([data]).wait()
         return value if self.rank == 0 else pickle.loads(data.numpy().tobytes())
 
+    def gather(self, value: Any) -> list[Any]:
+        """A picklable value of every rank, in their order, on each of them."""
+        import torch
+
+        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        sizes = self.all_gather(torch.tensor([len(data)]), 0).tolist()
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: len(data)] = data
+        rows = self.all_gather(padded.unsqueeze(0), 0)
+        return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
     def abort(self) -> None:
         """End what is under way with an error, from any thread."""
         self._group.abort()
 
+    def _exchange(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        import torch
 
-class Ranks:
-    """One rank's groups.
+        distributed: Any = importlib.import_module("torch.distributed")
+        result = torch.empty(sum(received), *x.shape[1:], dtype=x.dtype)
+        options = distributed.AllToAllOptions()
+        self._group.alltoall_base(result, x.contiguous(), list(received), list(sent), options).wait()
+        return result
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What a rank has once all have met.
 
     Attributes:
-        tp: the ranks that share every layer.
-        control: the same ranks, for commands.
+        ranks: its place and the groups that it computes in.
+        control: all ranks, for commands; on the host whatever the device is.
+        traffic: what was given to the groups' operations.
+        groups: those in ``ranks`` where tensors lie on the host.
+        devices: what made them where they do not.
     """
 
-    def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
-        self.control = GlooGroup(store, "control", rank, size, _IDLE)
-        self.tp: Communicator = GlooGroup(store, "tp", rank, size, timeout)
+    ranks: Ranks
+    control: GlooGroup
+    traffic: Traffic
+    groups: tuple[GlooGroup, ...] = ()
+    devices: DeviceGroups | None = None
+
+    def abort(self) -> None:
+        """End what is under way in any group of the host with an error, from any thread."""
+        for group in (self.control, *self.groups):
+            group.abort()
+
+    def close(self) -> None:
+        """Leave the groups."""
+        if self.devices is not None:
+            self.devices.close()
+
+
+@dataclass(frozen=True)
+class Host:
+    """Where a rank runs.
+
+    Attributes:
+        local_rank: its number among the ranks of the host, and of its device.
+        local_size: the ranks of the host.
+        address: of the host, as the other ranks reach it; the host name's where None.
+    """
+
+    local_rank: int
+    local_size: int
+    address: str | None = None
+
+
+def join(store: Any, place: Place, host: Host, timeout: timedelta, device: str = "cpu") -> Joined:
+    """Meet the other ranks; every rank calls it.
+
+    Args:
+        store: shared by all ranks.
+        timeout: of one operation.
+        device: where tensors lie: ``cpu`` (gloo), ``npu`` (hccl) or ``cuda`` (nccl).
+    """
+    traffic, size = Traffic(), place.split.world_size
+    groups: list[GlooGroup] = []
+    devices = None if device == "cpu" else DeviceGroups(device, host.local_rank, store, place, timeout, traffic)
+
+    def group(kind: str, members: Sequence[int]) -> Communicator:
+        if len(members) == 1:
+            return SINGLE
+        if devices is not None:
+            return devices.group(kind, members)
+        rank, name = members.index(place.rank), f"{kind}/{members[0]}"
+        groups.append(GlooGroup(store, name, rank, len(members), timeout, traffic, host.address))
+        return groups[-1]
+
+    control = GlooGroup(store, "control", place.rank, size, _IDLE, address=host.address)
+    ranks = Ranks(
+        place,
+        tp=group("tp", place.tp_group),
+        dp=group("dp", place.dp_group),
+        ep=group("ep", place.ep_group),
+        world=group("world", range(size)),
+        minimum=control.minimum,
+        local_rank=host.local_rank,
+        local_size=host.local_size,
+    )
+    return Joined(ranks, control, traffic, tuple(groups), devices)
 
 
 def open_store(port: int, size: int, *, leads: bool, timeout: timedelta, address: str = "127.0.0.1") -> Any:

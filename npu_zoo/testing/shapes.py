@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from npu_zoo.core.model_config import ModelConfig
+from npu_zoo.core.parallel import Split
 from npu_zoo.core.specs import FamilySpec
-from npu_zoo.planning import Split
 from npu_zoo.registry import get_registry, load_code
 from npu_zoo.selection import select_kernels
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,6 +95,7 @@ def compare_shapes(
     optional: Iterable[str] = (),
     ignored: Sequence[str] = (),
     shards: Mapping[str, Shard] | None = None,
+    elsewhere: Collection[str] = (),
 ) -> ShapeComparison:
     """Compare what a model takes with what a checkpoint has; the destinations may be on the meta device.
 
@@ -102,11 +105,12 @@ def compare_shapes(
         optional: names in ``destinations`` that the checkpoint may lack.
         ignored: patterns (``*``, ``?``) of names that the checkpoint may have beyond them.
         shards: of destinations that are parts, which part.
+        elsewhere: what names begin with, up to a dot, that other ranks load.
     """
     whole = {name: shard.whole(tuple(destinations[name].shape)) for name, shard in (shards or {}).items()}
     optional = frozenset(optional)
     skip = re.compile("|".join(fnmatch.translate(pattern) for pattern in ignored) or r"(?!)")
-    surplus = [name for name in shapes if name not in destinations]
+    surplus = [name for name in shapes if name not in destinations and not _is_under(name, elsewhere)]
     lacking = [name for name in destinations if name not in shapes]
     common = [
         (name, shapes[name], whole.get(name, tuple(view.shape)))
@@ -122,6 +126,22 @@ def compare_shapes(
     )
 
 
+def _is_under(name: str, prefixes: Collection[str]) -> bool:
+    """Whether a name is one of some prefixes, or continues it after a dot."""
+    return bool(prefixes) and any(prefix in prefixes for prefix in accumulate(name.split("."), "{}.{}".format))
+
+
+def _share(shapes: Mapping[str, tuple[int, ...]], shards: Mapping[str, Shard], without: Collection[str]) -> float:
+    """How much of a checkpoint's values is read."""
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    read = sum(
+        size * (shards[name].stop - shards[name].start) / shards[name].size if name in shards else size
+        for name, size in sizes.items()
+        if name not in without
+    )
+    return read / max(1, sum(sizes.values()))
+
+
 def load_weights(
     destinations: dict[str, Tensor],
     loader: WeightLoader,
@@ -129,6 +149,7 @@ def load_weights(
     optional: Iterable[str] = (),
     ignored: Sequence[str] = (),
     shards: Mapping[str, Shard] | None = None,
+    elsewhere: Collection[str] = (),
     storage: Callable[[str], Tensor] | None = None,
     on_loaded: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -138,7 +159,7 @@ def load_weights(
     Args:
         destinations: the checkpoint's tensor names and the views they are copied into; a fused parameter gives its
             parts as views of its rows. Entries are removed as they are filled, so that their storage can be given up.
-        optional, ignored, shards: as for :func:`compare_shapes`.
+        optional, ignored, shards, elsewhere: as for :func:`compare_shapes`.
         storage: asked, just before it is filled, for the storage of a destination that is on the meta device.
         on_loaded: called with each tensor's name once it is filled.
         progress: called after each tensor with the bytes done and the bytes in all.
@@ -150,11 +171,16 @@ def load_weights(
     """
     import torch
 
-    comparison = compare_shapes(destinations, loader.shapes(), optional=optional, ignored=ignored, shards=shards)
+    shapes = loader.shapes()
+    comparison = compare_shapes(
+        destinations, shapes, optional=optional, ignored=ignored, shards=shards, elsewhere=elsewhere
+    )
     comparison.require(loader.directory)
-    total, done, count, started = loader.total_bytes(), 0, 0, time.monotonic()
+    others = frozenset(name for name in shapes if name not in destinations and _is_under(name, elsewhere))
+    total = int(loader.total_bytes() * _share(shapes, shards or {}, others))
+    done, count, started = 0, 0, time.monotonic()
     with torch.no_grad():
-        for name, tensor in loader.tensors(shards):
+        for name, tensor in loader.tensors(shards, others):
             if name in destinations:
                 destination = destinations.pop(name)
                 if destination.is_meta and storage is not None:
@@ -166,7 +192,7 @@ def load_weights(
                     on_loaded(name)
             done += tensor.numel() * tensor.element_size()
             if progress is not None:
-                progress(done, total)
+                progress(min(done, total), total)
     return LoadReport(count, done, time.monotonic() - started, comparison.absent, comparison.ignored)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,11 +36,15 @@ class SourceLoader(WeightLoader):
         """See :meth:`WeightLoader.total_bytes`."""
         return sum(p.num_bytes for tensor in self._source.tensors.values() for p in place_whole(tensor))
 
-    def tensors(self, shards: Mapping[str, Shard] | None = None) -> Iterator[tuple[str, Tensor]]:
+    def tensors(
+        self, shards: Mapping[str, Shard] | None = None, without: Collection[str] = ()
+    ) -> Iterator[tuple[str, Tensor]]:
         """See :meth:`WeightLoader.tensors`; of a plain tensor that is shared by rows only those rows are read."""
         wanted = shards or {}
         with Reader() as reader:
             for name, tensor in self._source.tensors.items():
+                if without and all(placement.name in without for placement in place_whole(tensor)):
+                    continue
                 shard = wanted.get(name)
                 if shard is not None and shard.dim == 0 and self._source.row_multiple(name) == 1 and not tensor.scheme:
                     yield name, self._source.read(name, shard.start, shard.stop, reader).values

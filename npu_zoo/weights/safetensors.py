@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +41,9 @@ class SafetensorsLoader(WeightLoader):
         """The size of all tensors."""
         return sum(entry.stop - entry.start for entries in self._files.values() for entry in entries)
 
-    def tensors(self, shards: Mapping[str, Shard] | None = None) -> Iterator[tuple[str, Tensor]]:
+    def tensors(
+        self, shards: Mapping[str, Shard] | None = None, without: Collection[str] = ()
+    ) -> Iterator[tuple[str, Tensor]]:
         """Every tensor in file order, in the stored dtype, as a read-only view of the mapped file.
 
         A tensor is valid until the next one is asked for; its pages are dropped from memory then. Writing into it
@@ -49,6 +51,8 @@ class SafetensorsLoader(WeightLoader):
         """
         for path, entries in self._files.items():
             for name, tensor in _map_tensors(path, entries):
+                if name in without:
+                    continue
                 shard = shards.get(name) if shards else None
                 yield name, tensor if shard is None else shard.of(tensor)
 

@@ -13,8 +13,9 @@ from npu_zoo import LLM, SamplingParams
 from npu_zoo.core.config import EngineArgs
 from npu_zoo.core.engine import RequestOutput
 from npu_zoo.core.errors import HardwareError, UnsupportedError
+from npu_zoo.core.parallel import Split
 from npu_zoo.dispatch import resolve
-from npu_zoo.planning import Split, Workload, plan_rank
+from npu_zoo.planning import Workload, plan_rank
 
 HELDOUT = Path(__file__).parents[1] / "data" / "demo_heldout"
 Launch = Callable[..., LLM]

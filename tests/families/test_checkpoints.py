@@ -50,7 +50,7 @@ def test_latents_take_the_memory_of_one_head_whatever_their_number(make_pair: Ca
 def test_the_up_projection_is_stored_once(make_pair: Callable[..., Any]) -> None:
     pair = make_pair("deepseek_v3")
     stored = load_file(pair.directory / "model.safetensors")["model.layers.1.self_attn.kv_b_proj.weight"]
-    projection = pair.launch().engine.runner.model.model.layers[1].self_attn.kv_b_proj
+    projection = pair.launch().engine.runner.model.model.layers["1"].self_attn.kv_b_proj
     assert projection.keys.nbytes + projection.values.nbytes == stored.nbytes
     assert projection.weight.numel() == 0
     assert projection.stored.numel() == 0

@@ -61,7 +61,7 @@ def test_the_parts_of_a_layer_fill_it_without_gap_or_overlap(directory: Path) ->
         tensor.fill_(number + 1)
     for parameter in model.parameters():
         assert (parameter > 0).all()
-    attention = model.model.layers[1].self_attn
+    attention = model.model.layers["1"].self_attn
     blocks = attention.qkv_proj.weight[:, 0].unique_consecutive()
     names = list(model.checkpoint_tensors())
     assert blocks.tolist() == [names.index(f"model.layers.1.self_attn.{n}_proj.weight") + 1 for n in "qkv"]
@@ -120,7 +120,7 @@ def test_a_layer_is_packed_once_all_its_parts_are_in(tmp_path: Path) -> None:
     kernels = dataclasses.replace(reference_kernels(), linear=Transposed)
     model = build(directory, kernels)
     model.allocate(torch.device("cpu"))
-    first, second = (model.model.layers[n].self_attn.qkv_proj for n in (0, 1))
+    first, second = (model.model.layers[n].self_attn.qkv_proj for n in "01")
     buffer = 0
     for part in "kvq":
         name = f"model.layers.0.self_attn.{part}_proj.weight"

@@ -109,7 +109,7 @@ class OneLayer(CausalLM):
         self.self_attn = MultiHeadLatentAttention(config, 0, context)
         self.rotary_emb = RotaryEmbedding(config, context)
 
-    def forward(self, input_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
         raise NotImplementedError
 
     def compute_logits(self, hidden: Tensor) -> Tensor:

@@ -240,7 +240,7 @@ def adopt(layer: MoE, theirs: Any) -> MoE:
     layer.gate.weight.copy_(theirs.gate.weight)
     if layer.gate.e_score_correction_bias is not None:
         layer.gate.e_score_correction_bias.copy_(theirs.gate.e_score_correction_bias)
-    packed = zip(layer.experts, theirs.experts.gate_up_proj, theirs.experts.down_proj, strict=True)
+    packed = zip(layer.experts.values(), theirs.experts.gate_up_proj, theirs.experts.down_proj, strict=True)
     for expert, gate_up, down in packed:
         expert.gate_up_proj.weight.copy_(gate_up)
         expert.down_proj.weight.copy_(down)
@@ -405,7 +405,7 @@ class OneLayer(CausalLM):
         super().__init__(config, context)
         self.mlp = MoE(config, context)
 
-    def forward(self, input_ids: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
         raise NotImplementedError
 
     def compute_logits(self, hidden: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor
 from npu_zoo import LLM, SamplingParams
 from npu_zoo.core.attention import AttentionMetadata, CacheLayout, SequenceSlice
 from npu_zoo.core.errors import EngineError, UnsupportedError
-from npu_zoo.planning import Split, Workload, plan_rank
+from npu_zoo.core.parallel import Split
+from npu_zoo.planning import Workload, plan_rank
 from npu_zoo.simulator import measure
 from npu_zoo.testing.agreement import SCORED, compare
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from npu_zoo import LLM
-from npu_zoo.planning import Split, Workload, plan_rank
+from npu_zoo.core.parallel import Split
+from npu_zoo.planning import Workload, plan_rank
 
 PRODUCT = os.environ.get("NPU_ZOO_SIMULATE", "")
 DUO = PRODUCT == "atlas_300i_duo"

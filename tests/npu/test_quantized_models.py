@@ -13,10 +13,10 @@ import torch
 
 from npu_zoo import LLM, SamplingParams
 from npu_zoo.core.errors import HardwareError
+from npu_zoo.core.parallel import Split
 from npu_zoo.nn.kernels import ascend_quantized, reference
 from npu_zoo.nn.kernels.quantized import QuantizedWeight
 from npu_zoo.nn.kernels.table import apply_parts
-from npu_zoo.planning import Split
 from npu_zoo.registry import get_registry
 from npu_zoo.simulator import measure
 from npu_zoo.testing.agreement import agree

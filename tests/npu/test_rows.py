@@ -14,8 +14,8 @@ from npu_zoo.core.config import EngineArgs
 from npu_zoo.core.errors import UnsupportedError
 from npu_zoo.core.features import split_of
 from npu_zoo.core.model_config import ModelConfig
+from npu_zoo.core.parallel import Split
 from npu_zoo.dispatch import resolve
-from npu_zoo.planning import Split
 from npu_zoo.registry import get_registry
 from npu_zoo.simulator import RuleBroken
 from npu_zoo.testing.agreement import agree

@@ -316,7 +316,7 @@ def test_a_worker_that_ignores_sigterm_is_killed_after_the_grace() -> None:
 def test_a_worker_that_does_not_listen_can_still_clean_up(tmp_path: Path) -> None:
     group = WorkerGroup("stand_in_workers:clean_up", [str(tmp_path)] * 2)
     group.wait_ready(START_S)
-    group.shutdown(grace=0.9)
+    group.shutdown(grace=6)  # a third of it is for cleaning up, however busy the machine is
     assert {path.name for path in tmp_path.iterdir()} == {"cleaned-1", "cleaned-2"}
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from npu_zoo.core.features import split_of
 from npu_zoo.core.hardware import ITEMSIZE, PRODUCTS
 from npu_zoo.core.model_config import ModelConfig
-from npu_zoo.planning import RankPlan, Split, Workload, plan_rank, stage_layers
+from npu_zoo.core.parallel import Split, stage_layers
+from npu_zoo.planning import RankPlan, Workload, plan_rank
 from npu_zoo.registry import get_registry, load_code
 from npu_zoo.selection import select_kernels
 

@@ -20,7 +20,7 @@ import torch
 
 from npu_zoo.core.errors import NpuZooError, UsageError, WeightsError
 from npu_zoo.core.model_config import ModelConfig
-from npu_zoo.planning import Split
+from npu_zoo.core.parallel import Split
 from npu_zoo.registry import get_registry
 from npu_zoo.testing.shapes import rank_shape, write_random_model
 from npu_zoo.weights import convert as converting

@@ -153,26 +153,52 @@ class Experts:
         down: Sequence[Tensor] | Tensor,
         linear: Product,
         silu_and_mul: Callable[[Tensor], Tensor],
+        elsewhere: bool = False,
     ) -> Tensor:
         """[T, hidden] to [T, hidden], the experts' weights stacked."""
         if not isinstance(gate_up, Tensor) or not isinstance(down, Tensor):
             gate_up, down = self.stack(list(gate_up)), self.stack(list(down))
-        count, top_k = len(gate_up), ids.shape[1]
-        rows, places, counts, _ = torch_npu.npu_moe_init_routing_v2(
-            x,
-            ids.int(),
-            active_num=len(x) * top_k,
-            expert_num=count,
-            expert_tokens_num_type=1,
-            expert_tokens_num_flag=True,
-            active_expert_range=[0, count],
-            quant_mode=-1,
-        )
+        rows, places, counts = sort_by_expert(x, ids, len(gate_up), elsewhere=elsewhere)
         hidden = silu_and_mul(_grouped(rows, gate_up, counts))
-        combined: Tensor = torch_npu.npu_moe_token_unpermute(
-            _grouped(hidden, down, counts), places, probs=weights.to(x.dtype)
-        )
-        return combined
+        outputs = _grouped(hidden, down, counts)
+        if elsewhere:
+            return combine_held(outputs, places, counts, weights.masked_fill(ids == len(gate_up), 0))
+        return combine(outputs, places, weights)
+
+
+def sort_by_expert(x: Tensor, ids: Tensor, num_experts: int, *, elsewhere: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens [T, hidden] once per expert of theirs, sorted by expert.
+
+    Args:
+        ids: [T, top_k], from 0 to ``num_experts``, which stands for experts of other ranks where ``elsewhere`` is set.
+
+    Returns:
+        [T * top_k, hidden] rows, of which only those of the experts here have content; where each token's rows stand,
+        with -1 for those of other ranks; and how many rows each expert has.
+    """
+    rows, places, counts, _ = torch_npu.npu_moe_init_routing_v2(
+        x,
+        ids.int(),
+        active_num=len(x) * ids.shape[1],
+        expert_num=num_experts + elsewhere,
+        expert_tokens_num_type=1,
+        expert_tokens_num_flag=True,
+        active_expert_range=[0, num_experts],
+        quant_mode=-1,
+    )
+    return rows, places, counts
+
+
+def combine(outputs: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+    """[T, hidden]: each token's rows by its weights."""
+    combined: Tensor = torch_npu.npu_moe_token_unpermute(outputs, places, probs=weights.to(outputs.dtype))
+    return combined
+
+
+def combine_held(outputs: Tensor, places: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
+    """The same where other ranks hold some of the experts, whose weights are 0 and whose rows have no content."""
+    filled = torch.arange(len(outputs), device=outputs.device) < counts.sum()
+    return combine(outputs.where(filled.unsqueeze(1), 0), places.abs(), weights)
 
 
 def _grouped(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch_npu
 from torch import Tensor
 
 from npu_zoo.core.errors import HardwareError
-from npu_zoo.nn.kernels.ascend import FRACTAL_NZ
+from npu_zoo.nn.kernels.ascend import FRACTAL_NZ, combine, combine_held, sort_by_expert
 from npu_zoo.nn.kernels.quantized import QuantizedWeight
 from npu_zoo.nn.kernels.table import Product
 
@@ -206,26 +206,16 @@ class _Experts(ABC):
         down: Sequence[AscendCodes] | AscendCodes,
         linear: Product,
         silu_and_mul: Callable[[Tensor], Tensor],
+        elsewhere: bool = False,
     ) -> Tensor:
         """[T, hidden] to [T, hidden]."""
         if not isinstance(gate_up, AscendCodes) or not isinstance(down, AscendCodes):
             gate_up, down = self.stack(list(gate_up)), self.stack(list(down))  # type: ignore[arg-type]
-        count, top_k = len(gate_up.codes), ids.shape[1]
-        rows, places, counts, _ = torch_npu.npu_moe_init_routing_v2(
-            x,
-            ids.int(),
-            active_num=len(x) * top_k,
-            expert_num=count,
-            expert_tokens_num_type=1,
-            expert_tokens_num_flag=True,
-            active_expert_range=[0, count],
-            quant_mode=-1,
-        )
-        hidden = silu_and_mul(self.grouped(rows, gate_up, counts))
-        combined: Tensor = torch_npu.npu_moe_token_unpermute(
-            self.grouped(hidden, down, counts), places, probs=weights.to(x.dtype)
-        )
-        return combined
+        rows, places, counts = sort_by_expert(x, ids, len(gate_up.codes), elsewhere=elsewhere)
+        outputs = self.grouped(silu_and_mul(self.grouped(rows, gate_up, counts)), down, counts)
+        if elsewhere:
+            return combine_held(outputs, places, counts, weights.masked_fill(ids == len(gate_up.codes), 0))
+        return combine(outputs, places, weights)
 
 
 def _stacked(codes: list[Tensor], weights: Sequence[AscendCodes]) -> AscendCodes:

@@ -95,19 +95,20 @@ def experts(
     down: Sequence[Stored],
     linear: Product,
     silu_and_mul: Callable[[Tensor], Tensor],
+    elsewhere: bool = False,
 ) -> Tensor:
     """As the reference, with the tokens sorted by expert once instead of sought for each."""
-    if len(x) == 1:
+    if len(x) == 1 and not elsewhere:
         hit = ids[0].tolist()
         outputs = [linear.apply(silu_and_mul(linear.apply(x, gate_up[expert])), down[expert]) for expert in hit]
         return (weights @ torch.cat(outputs).float()).to(x.dtype)
     flat = ids.flatten()
     order = flat.argsort(stable=True)  # [T * top_k], where each expert's tokens stand together
-    counts = flat.bincount(minlength=len(gate_up)).tolist()
+    counts = flat.bincount(minlength=len(gate_up) + elsewhere).tolist()
     tokens, scales = order.div(ids.shape[1], rounding_mode="floor"), weights.flatten()[order].unsqueeze(1)
     total = torch.zeros(x.shape, dtype=torch.float32)
     for expert, (rows, scale) in enumerate(zip(torch.split(tokens, counts), torch.split(scales, counts), strict=True)):
-        if len(rows):
+        if len(rows) and expert < len(gate_up):
             output = linear.apply(silu_and_mul(linear.apply(x.index_select(0, rows), gate_up[expert])), down[expert])
             total.index_add_(0, rows, output * scale)
     return total.to(x.dtype)

@@ -224,6 +224,7 @@ def experts(
     down: Sequence[Stored],
     linear: Product,
     silu_and_mul: Callable[[Tensor], Tensor],
+    elsewhere: bool = False,
 ) -> Tensor:
     """Each token's experts, SwiGLU feed-forwards all, added up by their weights in float32 and rounded once.
 
@@ -234,12 +235,13 @@ def experts(
         ids, weights: [T, top_k], as :func:`route_tokens` gives them; no token has an expert twice.
         gate_up, down: of each expert, its [2 * intermediate, hidden] and [hidden, intermediate] weights as ``linear``
             packs them.
+        elsewhere: whether ids may be the number of these experts, which stands for those of other ranks.
 
     Returns:
         [T, hidden], in the dtype of ``x``.
     """
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for expert in sorted(set(ids.flatten().tolist())):
+    for expert in sorted(set(ids.flatten().tolist()) - ({len(gate_up)} if elsewhere else set())):
         tokens, slots = torch.where(ids == expert)
         output = linear.apply(silu_and_mul(linear.apply(x[tokens], gate_up[expert])), down[expert])
         total[tokens] += output.float() * weights[tokens, slots].unsqueeze(1)

@@ -59,8 +59,11 @@ class ExpertsKernel(Protocol):
         down: Sequence[Stored] | Stored,
         linear: Product,
         silu_and_mul: Callable[[Tensor], Tensor],
+        elsewhere: bool = False,
     ) -> Tensor:
         """[T, hidden] to [T, hidden].
+
+        Where ``elsewhere`` is set, the id after the last expert stands for experts of other ranks: they add nothing.
 
         A kernel that takes the experts' weights as one has ``stack(weights)``, and is given what it made. With
         quantized weights ``linear`` is their kernel, and the operation is ``experts_w8a16`` for w8a16 and so on.

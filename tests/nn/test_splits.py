@@ -2,60 +2,28 @@
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
-from npu_zoo.core.config import EngineArgs
+from npu_zoo.core.config import EngineArgs, EngineConfig
 from npu_zoo.core.errors import WeightsError
 from npu_zoo.core.model_config import ModelConfig
-from npu_zoo.core.parallel import Communicator
+from npu_zoo.core.parallel import Split
 from npu_zoo.dispatch import resolve
 from npu_zoo.engine.runner import ModelRunner
 from npu_zoo.engine.step import StepRow
-from npu_zoo.planning import Split
+from npu_zoo.parallel.groups import Joined
 from npu_zoo.registry import get_registry
 from npu_zoo.testing.door import unchecked_config
+from npu_zoo.testing.ranks import run_ranks
 from npu_zoo.testing.shapes import rank_shape, write_random_model
 from npu_zoo.weights.convert import convert
 from npu_zoo.weights.plan import ConvertOptions, plan_conversion
 from npu_zoo.weights.quantize import Scheme
-
-
-class Threads:
-    """What some threads share to talk to each other."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.barrier = threading.Barrier(size, timeout=60)
-        self.given: list[Any] = [None] * size
-
-    def exchange(self, rank: int, x: Tensor) -> list[Tensor]:
-        self.given[rank] = x
-        self.barrier.wait()
-        found = list(self.given)
-        self.barrier.wait()
-        return found
-
-
-class ThreadRank(Communicator):
-    def __init__(self, threads: Threads, rank: int) -> None:
-        self.rank, self.size, self._threads = rank, threads.size, threads
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        return torch.stack(self._threads.exchange(self.rank, x.clone())).sum(0)
-
-    def all_gather(self, x: Tensor, dim: int) -> Tensor:
-        return torch.cat(self._threads.exchange(self.rank, x.clone()), dim)
-
-    def minimum(self, value: int) -> int:
-        return int(self.all_gather(torch.tensor([value]), 0).min())
-
 
 ROWS = [
     StepRow(tuple(range(5, 45)), 0, (0, 1, 2), samples=True, wants_prompt=True),
@@ -79,23 +47,31 @@ def shape_of(family: str, **changes: Any) -> ModelConfig:
     return config
 
 
-def run(weights: Path, family: str, size: int) -> list[list[Tensor]]:
-    """Both steps' logits, and hidden states of the first, on every rank."""
+def config_of(weights: Path, family: str, split: Split, **changes: Any) -> EngineConfig:
     asked = EngineArgs(
         model=f"{family}:custom", weights=str(weights), hardware="cpu", dtype="float32", max_model_len=64,
-        kv_cache_memory="4MiB", skip_tokenizer_init=True, allow_experimental=True, block_size=None,
+        kv_cache_memory="8MiB", skip_tokenizer_init=True, allow_experimental=True, block_size=None,
     )  # fmt: skip
-    config = unchecked_config(resolve(asked), tensor_parallel_size=size, world_size=size)
-    threads = Threads(size)
+    sizes = {
+        "tensor_parallel_size": split.tp, "pipeline_parallel_size": split.pp, "expert_parallel_size": split.ep,
+        "data_parallel_size": split.dp, "world_size": split.world_size,
+    }  # fmt: skip
+    return unchecked_config(resolve(asked), **sizes, **changes)
 
-    def rank(number: int) -> list[Tensor]:
-        runner = ModelRunner(config, tp=ThreadRank(threads, number))
-        first, (hidden,) = runner.execute(ROWS)
-        second, _ = runner.execute(NEXT)
-        return [first, hidden, second]
 
-    with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(rank, range(size)))
+def run(weights: Path, family: str, split: Split | int, **changes: Any) -> list[Tensor]:
+    """Both steps' logits, and hidden states of the first."""
+    split = Split(split) if isinstance(split, int) else split
+    config = config_of(weights, family, split, **changes)
+
+    def rank(joined: Joined) -> list[Tensor]:
+        runner = ModelRunner(config, ranks=joined.ranks)
+        rows = [replace(row, replica=number % split.dp) for number, row in enumerate(ROWS)]
+        first, hidden = runner.execute(rows)
+        second, _ = runner.execute([replace(row, replica=n % split.dp) for n, row in enumerate(NEXT)])
+        return [first, *hidden, second]
+
+    return run_ranks(split, rank)[0]
 
 
 def alike(one: list[Tensor], other: list[Tensor], bound: float = 1e-4) -> bool:
@@ -106,24 +82,52 @@ def alike(one: list[Tensor], other: list[Tensor], bound: float = 1e-4) -> bool:
 @pytest.mark.parametrize("family", ["deepseek_coder", "wizardcoder", "deepseek_moe", "deepseek_v3"])
 def test_ranks_together_are_the_whole_model(family: str, size: int, tmp_path: Path) -> None:
     write_random_model(tmp_path / "weights", get_registry().families[family], shape_of(family))
-    (whole,) = run(tmp_path / "weights", family, 1)
-    for found in run(tmp_path / "weights", family, size):
-        assert alike(found, whole)
+    whole = run(tmp_path / "weights", family, 1)
+    assert alike(run(tmp_path / "weights", family, size), whole)
+
+
+@pytest.mark.parametrize("split", [Split(pp=2), Split(pp=3), Split(2, pp=2)], ids=Split.describe)
+@pytest.mark.parametrize("family", ["deepseek_coder", "wizardcoder", "deepseek_moe", "deepseek_v3"])
+def test_stages_together_are_the_whole_model(family: str, split: Split, tmp_path: Path) -> None:
+    config = shape_of(family, num_hidden_layers=3)
+    write_random_model(tmp_path / "weights", get_registry().families[family], config)
+    assert alike(run(tmp_path / "weights", family, split), run(tmp_path / "weights", family, 1))
+
+
+@pytest.mark.parametrize("dispatch", ["all_gather", "all_to_all"])
+@pytest.mark.parametrize(
+    "split",
+    [Split(2, ep=2), Split(4, ep=4), Split(4, ep=2), Split(1, dp=2, ep=2), Split(2, dp=2, ep=4), Split(2, dp=2, ep=2),
+     Split(1, dp=4, ep=4), Split(2, pp=2, ep=2), Split(1, dp=2, pp=2, ep=2)],
+    ids=Split.describe,
+)  # fmt: skip
+@pytest.mark.parametrize("family", ["deepseek_moe", "deepseek_v3"])
+def test_ranks_with_whole_experts(family: str, split: Split, dispatch: str, tmp_path: Path) -> None:
+    write_random_model(tmp_path / "weights", get_registry().families[family], shape_of(family))
+    whole = run(tmp_path / "weights", family, 1)
+    assert alike(run(tmp_path / "weights", family, split, expert_dispatch=dispatch), whole)
+
+
+@pytest.mark.parametrize("family", ["deepseek_coder", "deepseek_moe"])
+@pytest.mark.parametrize("split", [Split(dp=2), Split(2, dp=2), Split(dp=2, pp=2)], ids=Split.describe)
+def test_replicas_of_the_attention(family: str, split: Split, tmp_path: Path) -> None:
+    write_random_model(tmp_path / "weights", get_registry().families[family], shape_of(family))
+    assert alike(run(tmp_path / "weights", family, split), run(tmp_path / "weights", family, 1))
 
 
 @pytest.mark.parametrize("family", ["deepseek_coder", "deepseek_v3"])
 def test_ranks_of_one_head(family: str, tmp_path: Path) -> None:
     config = shape_of(family, num_attention_heads=2, num_key_value_heads=2)
     write_random_model(tmp_path / "weights", get_registry().families[family], config)
-    (whole,) = run(tmp_path / "weights", family, 1)
-    assert all(alike(found, whole) for found in run(tmp_path / "weights", family, 2))
+    whole = run(tmp_path / "weights", family, 1)
+    assert alike(run(tmp_path / "weights", family, 2), whole)
 
 
 def test_key_value_heads_are_copied_where_there_are_fewer_than_ranks(tmp_path: Path) -> None:
     config = shape_of("deepseek_coder", num_key_value_heads=2)
     write_random_model(tmp_path / "weights", get_registry().families["deepseek_coder"], config)
-    (whole,) = run(tmp_path / "weights", "deepseek_coder", 1)
-    assert all(alike(found, whole) for found in run(tmp_path / "weights", "deepseek_coder", 4))
+    whole = run(tmp_path / "weights", "deepseek_coder", 1)
+    assert alike(run(tmp_path / "weights", "deepseek_coder", 4), whole)
 
 
 @pytest.mark.parametrize(
@@ -141,31 +145,25 @@ def test_quantized_ranks(family: str, scheme: str, bound: float, tmp_path: Path)
     write_random_model(tmp_path / "plain", get_registry().families[family], shape_of(family))
     options = ConvertOptions("hf-safetensors", scheme=Scheme.of(scheme))
     convert(plan_conversion(tmp_path / "plain", options), tmp_path / "weights")
-    (whole,) = run(tmp_path / "weights", family, 1)
-    assert all(alike(found, whole, bound) for found in run(tmp_path / "weights", family, 2))
+    whole = run(tmp_path / "weights", family, 1)
+    assert alike(run(tmp_path / "weights", family, 2), whole, bound)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_files_of_another_number_of_ranks(ranks: int, tmp_path: Path) -> None:
     write_random_model(tmp_path / "plain", get_registry().families["deepseek_v3"], shape_of("deepseek_v3"))
     convert(plan_conversion(tmp_path / "plain", ConvertOptions("ascend-mp", tp=ranks)), tmp_path / "weights")
-    (whole,) = run(tmp_path / "plain", "deepseek_v3", 1)
-    assert all(alike(found, whole) for found in run(tmp_path / "weights", "deepseek_v3", 2))
+    whole = run(tmp_path / "plain", "deepseek_v3", 1)
+    assert alike(run(tmp_path / "weights", "deepseek_v3", 2), whole)
 
 
 def test_a_rank_holds_its_share(tmp_path: Path) -> None:
     write_random_model(tmp_path / "weights", get_registry().families["deepseek_coder"], shape_of("deepseek_coder"))
 
     def measure(size: int) -> int:
-        asked = EngineArgs(
-            model="deepseek_coder:custom", weights=str(tmp_path / "weights"), hardware="cpu", dtype="float32",
-            max_model_len=64, kv_cache_memory="4MiB", skip_tokenizer_init=True,
-        )  # fmt: skip
-        config = unchecked_config(resolve(asked), tensor_parallel_size=size, world_size=size)
-        threads = Threads(size)
-        with ThreadPoolExecutor(size) as pool:
-            runners = list(pool.map(lambda rank: ModelRunner(config, tp=ThreadRank(threads, rank)), range(size)))
-        return runners[0].parameter_bytes
+        config = config_of(tmp_path / "weights", "deepseek_coder", Split(size))
+        reports = run_ranks(Split(size), lambda joined: ModelRunner(config, ranks=joined.ranks).own_report())
+        return int(reports[0]["parameter_bytes"])
 
     sizes = {size: measure(size) for size in (1, 2, 4)}
     norms = 5 * 256 * 4

@@ -1,0 +1,79 @@
+"""Which replica of the attention a sequence belongs to, and room in that one's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+
+from npu_zoo.engine.block_manager import KVManager
+from npu_zoo.engine.sequence import Sequence
+
+
+class ReplicatedKV(KVManager):
+    """One manager per replica. A sequence joins a replica with its first room and leaves it with its last.
+
+    It joins the one that has most of its beginning cached, of several the one with most room, where it fits at all.
+    """
+
+    def __init__(self, managers: SequenceOf[KVManager]) -> None:
+        self.managers = tuple(managers)
+
+    def attach_prefix(self, sequence: Sequence) -> int:
+        """See :class:`KVManager`; the room for all of the sequence is taken at once where some replica has it."""
+        offers = [(-self._cached(number, sequence), -m.num_free, number) for number, m in enumerate(self.managers)]
+        for *_, number in sorted(offers):
+            sequence.replica = number
+            cached = self.managers[number].attach_prefix(sequence)
+            if self.managers[number].reserve(sequence, sequence.num_tokens):
+                return cached
+            self.managers[number].release(sequence)
+        return 0
+
+    def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
+        """See :class:`KVManager`."""
+        return self._of(sequence).reserve(sequence, num_tokens)
+
+    def commit(self, sequence: Sequence, num_tokens: int) -> None:
+        """See :class:`KVManager`."""
+        self._of(sequence).commit(sequence, num_tokens)
+
+    def settle(self) -> None:
+        """See :class:`KVManager`."""
+        for manager in self.managers:
+            manager.settle()
+
+    def discard_unsettled(self, sequences: Iterable[Sequence]) -> list[Sequence]:
+        """See :class:`KVManager`."""
+        waiting = list(sequences)
+        lost = {
+            sequence.number
+            for number, manager in enumerate(self.managers)
+            for sequence in manager.discard_unsettled([s for s in waiting if s.replica == number])
+        }
+        return [sequence for sequence in waiting if sequence.number in lost]
+
+    def release(self, sequence: Sequence) -> None:
+        """See :class:`KVManager`."""
+        self._of(sequence).release(sequence)
+
+    def shares_room(self, one: Sequence, other: Sequence) -> bool:
+        """See :class:`KVManager`."""
+        return one.replica == other.replica
+
+    @property
+    def num_free(self) -> int:
+        """See :class:`KVManager`."""
+        return sum(manager.num_free for manager in self.managers)
+
+    @property
+    def num_total(self) -> int:
+        """See :class:`KVManager`."""
+        return sum(manager.num_total for manager in self.managers)
+
+    def _of(self, sequence: Sequence) -> KVManager:
+        return self.managers[sequence.replica]
+
+    def _cached(self, number: int, sequence: Sequence) -> int:
+        cached = self.managers[number].attach_prefix(sequence)
+        self.managers[number].release(sequence)
+        return cached

@@ -1,0 +1,45 @@
+"""Ranks that are threads of one process, over real groups: several ranks without several processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import TypeVar
+
+from npu_zoo.core.parallel import Split
+from npu_zoo.parallel.groups import Host, Joined, join, open_store
+
+T = TypeVar("T")
+
+_TIMEOUT = timedelta(seconds=120)
+
+
+def run_ranks(split: Split, work: Callable[[Joined], T]) -> list[T]:
+    """Run a function on every rank of a split, each in a thread with its groups.
+
+    Returns:
+        What each gave, by rank.
+
+    Raises:
+        Exception: the first that a rank raised.
+    """
+    store = open_store(0, split.world_size, leads=True, timeout=_TIMEOUT)
+
+    failures: list[BaseException] = []
+
+    def rank(number: int) -> T:
+        client = open_store(store.port, split.world_size, leads=False, timeout=_TIMEOUT)
+        joined = join(client, split.place(number), Host(number, split.world_size), _TIMEOUT)
+        try:
+            return work(joined)
+        except BaseException as error:
+            failures.append(error)
+            joined.abort()  # or the others would wait for it
+            raise
+
+    with ThreadPoolExecutor(split.world_size) as pool:
+        futures = [pool.submit(rank, number) for number in range(split.world_size)]
+    if failures:
+        raise failures[0]
+    return [future.result() for future in futures]
