@@ -176,7 +176,7 @@ def plan_binding(
     """
     npu = chip_of(hardware).device == "npu"
     if topology is None:
-        topology = this_topology(npu)
+        topology = Topology(()) if bind == "none" else this_topology(npu)
     if chip_of(hardware).device == "cpu":
         return parse_bind(bind, range(num_ranks), topology, on_cpu=True)
     count = len(topology.device_files) or None

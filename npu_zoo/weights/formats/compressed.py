@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npu_zoo.core.errors import WeightsError
+from npu_zoo.core.quantization import CONFIG_KEY, QUANT_METHOD, QuantizationConfig
 from npu_zoo.weights.quantize import Scheme, pack_rows
 from npu_zoo.weights.tensors import LogicalTensor, Placement, Rows
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 _PACKED = ("weight_packed", "weight_scale", "weight_shape")
 _PLAIN = ("weight", "weight_scale")
-_FORMATS = {"pack-quantized": True, "int-quantized": False}
 
 
 def quantization_config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def quantization_config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
     tokens = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None if scheme.packs else tokens}
     return {
-        "quant_method": "compressed-tensors",
+        "quant_method": QUANT_METHOD,
         "format": "pack-quantized" if scheme.packs else "int-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
@@ -50,7 +50,7 @@ def quantization_of(directory: Path, config: Mapping[str, Any]) -> tuple[Scheme 
     Raises:
         WeightsError: it names a method or scheme that is not known here.
     """
-    found = config.get("quantization_config")
+    found = config.get(CONFIG_KEY)
     if not found:
         return None, (128, 128)
     if not isinstance(found, dict):
@@ -61,7 +61,7 @@ def quantization_of(directory: Path, config: Mapping[str, Any]) -> tuple[Scheme 
         if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
             raise WeightsError(f"{directory}/config.json: weight_block_size {block!r} is no pair of sizes")
         return None, (block[0], block[1])
-    if method == "compressed-tensors":
+    if method == QUANT_METHOD:
         return _compressed_scheme(directory, found), (128, 128)
     raise WeightsError(
         f"{directory} is quantized by {method!r}, which is not read here; known: fp8 in blocks, compressed-tensors "
@@ -71,23 +71,13 @@ def quantization_of(directory: Path, config: Mapping[str, Any]) -> tuple[Scheme 
 
 def _compressed_scheme(directory: Path, found: Mapping[str, Any]) -> Scheme:
     try:
-        (group,) = found["config_groups"].values()
-        weights, inputs = group["weights"], group.get("input_activations")
-        packs = _FORMATS[found["format"]]
-        size = weights.get("group_size") if weights["strategy"] == "group" else None
-        known = weights["type"] == "int" and weights["symmetric"] and weights["strategy"] in ("group", "channel")
-        scheme = Scheme(int(weights["num_bits"]), 8 if inputs else 16, size)
-        known = known and scheme.weight_bits in (4, 8) and packs == scheme.packs
-        if inputs:
-            known = known and inputs["num_bits"] == scheme.weight_bits == 8 and bool(inputs.get("dynamic"))
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{directory}/config.json: quantization_config is not understood: {error!r}") from error
-    if not known:
+        read = QuantizationConfig.from_hf(found)
+    except ValueError as error:
         raise WeightsError(
-            f"{directory}/config.json: quantization_config asks for a scheme that is not known here; known are "
-            "symmetric w8a16 and w4a16 by channel or group (pack-quantized), w8a8 with dynamic tokens (int-quantized)"
-        )
-    return scheme
+            f"{directory}/config.json: quantization_config is not understood: {error}; known are symmetric w8a16 and "
+            "w4a16 by channel or group (pack-quantized), w8a8 with dynamic tokens (int-quantized)"
+        ) from error
+    return Scheme(read.weight_bits, read.activation_bits, read.group_size)
 
 
 def stored_parts(name: str, scheme: Scheme | None, stored: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
