@@ -18,7 +18,15 @@ from npu_zoo.core.errors import (
     WorkerError,
 )
 from npu_zoo.core.evidence import EvidenceRecord, proven, read_records
-from npu_zoo.core.features import Attention, Conflict, Denial, FeatureMatrix, FeatureRow
+from npu_zoo.core.features import (
+    EXPERT_LAYOUTS_OF_FOUR,
+    LAYOUTS_OF_FOUR,
+    Attention,
+    Conflict,
+    Denial,
+    FeatureMatrix,
+    FeatureRow,
+)
 from npu_zoo.core.hardware import DType
 from npu_zoo.core.hookspecs import hookimpl
 from npu_zoo.core.model_config import (
@@ -43,6 +51,8 @@ from npu_zoo.core.specs import (
 from npu_zoo.core.weights import Shard, WeightLoader
 
 __all__ = [
+    "EXPERT_LAYOUTS_OF_FOUR",
+    "LAYOUTS_OF_FOUR",
     "Attention",
     "AttentionBackend",
     "AttentionBackendSpec",

@@ -9,13 +9,14 @@ import os
 import re
 import shlex
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from npu_zoo.checkpoint import detect_format, has_chat_template
 from npu_zoo.core.config import (
     _SEAL,
-    DEFAULT_KV_CACHE_FRACTION,
+    DEFAULT_COLLECTIVE_TIMEOUT_S,
     DEFAULT_MAX_NUM_BATCHED_TOKENS,
     DEFAULT_MAX_NUM_SEQS,
     AttentionChoice,
@@ -25,13 +26,13 @@ from npu_zoo.core.config import (
 )
 from npu_zoo.core.engine import Engine, Progress
 from npu_zoo.core.errors import ConfigError, HardwareError, PluginError, UnsupportedError, UsageError, WeightsError
-from npu_zoo.core.features import Conflict, FeatureRow, Reason, Verdict
+from npu_zoo.core.features import KINDS, Conflict, FeatureRow, Reason, Verdict
 from npu_zoo.core.hardware import ITEMSIZE, chip_of
 from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.core.parallel import Split
 from npu_zoo.core.quantization import CONFIG_KEY, QUANT_METHOD, QuantizationConfig
 from npu_zoo.core.specs import EngineSpec, QuantizationSpec
-from npu_zoo.fitting import plan_request, require_fit
+from npu_zoo.fitting import cache_share, plan_request, require_fit
 from npu_zoo.parallel.numa import apply, describe, plan_binding
 from npu_zoo.platforms.ascend import ascend_devices, visible_devices
 from npu_zoo.platforms.detection import total_memory
@@ -39,6 +40,7 @@ from npu_zoo.platforms.environment import apply_presets, near_misses, presets
 from npu_zoo.registry import Registry, get_registry, load_code
 from npu_zoo.request import Request, bundled_directory, parse_dtype, read_request
 from npu_zoo.selection import is_importable, select_attention, select_kernels
+from npu_zoo.splitting import choose_expert_dispatch, require_split
 
 __all__ = ["check", "create_engine", "parse_bytes", "parse_dtype", "resolve"]
 
@@ -73,26 +75,28 @@ def resolve(args: EngineArgs, registry: Registry | None = None) -> EngineConfig:
     if not verdict.supported or verdict.row is None:
         raise UnsupportedError(verdict)
     engine = _engine(args, request, registry)
-    if args.weights is None:
+    if args.weights is None:  # before anybody is sent to download them
         _check_memory(args, request)
     weights, config = _weights(args, request, registry)
-    _check_memory(args, request)
-    _check_split(request, config)
+    if args.weights is not None:
+        _check_memory(args, request)
+    require_split(args, request, verdict.row, config)
     _check_world_size(engine, request)
-    chip = chip_of(request.hardware)
+    chip = chip_of(request.hardware).name
     attention = select_attention(
         registry.attention_backends,
         request.attention,
-        chip.name,
+        chip,
         request.dtype,
         config,
         args.block_size,
         request.kv_cache_dtype,
     )
-    method = _quantization_method(request, chip.name, registry)
-    kernels = select_kernels(registry.kernels, chip.name, request.dtype, config, request.quantization)
+    method = _quantization_method(request, chip, registry)
+    kernels = select_kernels(registry.kernels, chip, request.dtype, config, request.quantization)
     _check_fallbacks(args, kernels)
-    return _engine_config(args, request, verdict.row, weights, config, engine, attention, kernels, method)
+    chosen = _Chosen(verdict.row, weights, config, engine, attention, kernels, method)
+    return _engine_config(args, request, chosen)
 
 
 def create_engine(config: EngineConfig, progress: Progress | None = None) -> Engine:
@@ -279,29 +283,6 @@ def _how_to_get_weights(request: Request) -> str:
     return "\n".join(lines)
 
 
-def _check_split(request: Request, config: ModelConfig) -> None:
-    """Refuse a split that cuts through an attention head or leaves a pipeline stage without a layer."""
-    heads, kv_heads, layers = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
-    if heads % request.tp or (kv_heads % request.tp and request.tp % kv_heads):
-        fit = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
-        _refuse(
-            request, "tensor_parallel_size", request.tp, fit, f"{heads} attention heads with {kv_heads} key-value heads"
-        )
-    experts = config.moe.n_routed_experts if config.moe else request.ep
-    if experts % request.ep:
-        fit = [n for n in range(1, experts + 1) if experts % n == 0]
-        _refuse(request, "expert_parallel_size", request.ep, fit, f"{experts} routed experts")
-    if request.pp > layers:
-        _refuse(request, "pipeline_parallel_size", request.pp, list(range(1, layers + 1)), f"{layers} layers")
-
-
-def _refuse(request: Request, axis: str, value: int, fit: list[int], what: str) -> None:
-    text = f"{axis}={value} does not divide {request.asked}'s {what}; sizes that do: {', '.join(map(str, fit))}"
-    reason = Reason(axis=axis, value=value, supported=tuple(fit), message=text)
-    shown = {axis: value[-1] if isinstance(value, tuple) else value for axis, value in request.axes.items()}
-    raise UnsupportedError(Verdict(model=request.asked, request=shown, supported=False, reasons=(reason,)))
-
-
 _NPU_MODULES = ("torch_npu",)
 
 
@@ -327,7 +308,7 @@ def _engine(args: EngineArgs, request: Request, registry: Registry) -> EngineSpe
 
 
 def _check_world_size(engine: EngineSpec, request: Request) -> None:
-    asked = {"tp": request.tp, "pp": request.pp, "ep": request.ep}
+    asked = {kind: int(getattr(request.split, kind)) for kind in KINDS}
     lacking = [f"--{kind} {size}" for kind, size in asked.items() if size > 1 and kind not in engine.parallelism]
     if lacking:
         raise HardwareError(
@@ -349,74 +330,114 @@ def _check_fallbacks(args: EngineArgs, kernels: tuple[KernelChoice, ...]) -> Non
         raise HardwareError(f"--strict-kernels: these operations would fall back to the reference: {listed}")
 
 
-def _engine_config(
-    args: EngineArgs,
-    request: Request,
-    row: FeatureRow,
-    weights: Path,
-    config: ModelConfig,
-    engine: EngineSpec,
-    attention: AttentionChoice,
-    kernels: tuple[KernelChoice, ...],
-    quantization: QuantizationSpec | None,
-) -> EngineConfig:
-    family, variant = request.family, request.variant
-    max_model_len = args.max_model_len or config.max_position_embeddings
-    binding = plan_binding(args.bind or "none", request.hardware, request.world_size, os.environ)
-    chunked = args.enable_chunked_prefill is not False
-    caching = attention.prefix_caching if args.enable_prefix_caching is None else args.enable_prefix_caching
+@dataclass(frozen=True)
+class _Chosen:
+    """What was found and chosen for a request that the matrix offers."""
+
+    row: FeatureRow
+    weights: Path
+    config: ModelConfig
+    engine: EngineSpec
+    attention: AttentionChoice
+    kernels: tuple[KernelChoice, ...]
+    quantization: QuantizationSpec | None
+
+
+def _engine_config(args: EngineArgs, request: Request, chosen: _Chosen) -> EngineConfig:
     return EngineConfig(
-        model=request.model,
-        family=family.name,
-        variant=variant.name,
-        model_class=family.model,
-        engine=engine.name,
-        engine_class=engine.implementation,
-        weights=str(weights),
-        bundled=args.weights is None,
-        model_config=config,
-        hardware=request.hardware,
-        chip=chip_of(request.hardware).name,
-        device=chip_of(request.hardware).device,
-        dtype=request.dtype,
-        tensor_parallel_size=request.tp,
-        pipeline_parallel_size=request.pp,
-        expert_parallel_size=request.ep,
-        world_size=request.world_size,
-        attention=request.attention,
-        attention_choice=attention,
-        kernels=kernels,
-        quantization=request.quantization,
-        kv_cache_dtype=request.kv_cache_dtype,
+        **_model_fields(args, request, chosen),
+        **_hardware_fields(args, request, chosen),
+        **_parallel_fields(args, request, chosen),
+        **_text_fields(request, chosen.config),
+        **_limit_fields(args, request, chosen),
         serving=request.serving,
-        row=row,
-        max_model_len=max_model_len,
-        max_model_len_asked=args.max_model_len is not None,
-        max_num_seqs=args.max_num_seqs or DEFAULT_MAX_NUM_SEQS,
-        max_num_batched_tokens=_max_num_batched_tokens(args, max_model_len, chunked=chunked),
-        kv_cache_memory=parse_bytes(args.kv_cache_memory),
-        kv_cache_fraction=args.kv_cache_fraction or DEFAULT_KV_CACHE_FRACTION[chip_of(request.hardware).device],
-        enable_prefix_caching=caching,
-        enable_chunked_prefill=chunked,
+        row=chosen.row,
         seed=args.seed or 0,
-        threads=args.threads,
-        binding=tuple(describe(binding)),
-        rank_bindings=binding.bindings if binding.bind != "none" else (),
-        enforce_eager=bool(args.enforce_eager),
-        strict_kernels=bool(args.strict_kernels),
         skip_tokenizer_init=bool(args.skip_tokenizer_init),
         trust_remote_code=bool(args.trust_remote_code),
-        chat=variant.chat,
-        prompt=variant.prompt or family.prompt,
-        reasoning=variant.reasoning,
-        fim=family.fim,
-        stop_token_ids=tuple(dict.fromkeys((*config.eos_token_id, *variant.stop_token_ids))),
-        quantization_config=request.quantization_config,
-        quantization_method=quantization.method if quantization else None,
-        environment=presets(family.environment.get(request.hardware, {}), attention.reads),
-        notes=tuple(_notes(args, request, row, kernels)),
+        notes=tuple(_notes(args, request, chosen.row, chosen.kernels)),
         seal=_SEAL,
     )
+
+
+def _model_fields(args: EngineArgs, request: Request, chosen: _Chosen) -> dict[str, Any]:
+    family, variant = request.family, request.variant
+    return {
+        "model": request.model,
+        "family": family.name,
+        "variant": variant.name,
+        "model_class": family.model,
+        "engine": chosen.engine.name,
+        "engine_class": chosen.engine.implementation,
+        "weights": str(chosen.weights),
+        "bundled": args.weights is None,
+        "model_config": chosen.config,
+        "quantization": request.quantization,
+        "quantization_config": request.quantization_config,
+        "quantization_method": chosen.quantization.method if chosen.quantization else None,
+    }
+
+
+def _hardware_fields(args: EngineArgs, request: Request, chosen: _Chosen) -> dict[str, Any]:
+    chip = chip_of(request.hardware)
+    presets_of_family = request.family.environment.get(request.hardware, {})
+    return {
+        "hardware": request.hardware,
+        "chip": chip.name,
+        "device": chip.device,
+        "dtype": request.dtype,
+        "attention": request.attention,
+        "attention_choice": chosen.attention,
+        "kernels": chosen.kernels,
+        "strict_kernels": bool(args.strict_kernels),
+        "enforce_eager": bool(args.enforce_eager),
+        "threads": args.threads,
+        "environment": presets(presets_of_family, chosen.attention.reads),
+    }
+
+
+def _parallel_fields(args: EngineArgs, request: Request, chosen: _Chosen) -> dict[str, Any]:
+    split = request.split
+    binding = plan_binding(args.bind or "none", request.hardware, split.world_size, os.environ)
+    chip = chip_of(request.hardware)
+    return {
+        "tensor_parallel_size": split.tp,
+        "pipeline_parallel_size": split.pp,
+        "expert_parallel_size": split.ep,
+        "data_parallel_size": split.dp,
+        "world_size": split.world_size,
+        "expert_dispatch": choose_expert_dispatch(args.expert_dispatch, split, chosen.config, chip),
+        "collective_timeout": args.collective_timeout or DEFAULT_COLLECTIVE_TIMEOUT_S,
+        "binding": tuple(describe(binding)),
+        "rank_bindings": binding.bindings if binding.bind != "none" else (),
+    }
+
+
+def _text_fields(request: Request, config: ModelConfig) -> dict[str, Any]:
+    family, variant = request.family, request.variant
+    return {
+        "chat": variant.chat,
+        "prompt": variant.prompt or family.prompt,
+        "reasoning": variant.reasoning,
+        "fim": family.fim,
+        "stop_token_ids": tuple(dict.fromkeys((*config.eos_token_id, *variant.stop_token_ids))),
+    }
+
+
+def _limit_fields(args: EngineArgs, request: Request, chosen: _Chosen) -> dict[str, Any]:
+    max_model_len = args.max_model_len or chosen.config.max_position_embeddings
+    chunked, caching = args.enable_chunked_prefill is not False, args.enable_prefix_caching
+    return {
+        "max_model_len": max_model_len,
+        "max_model_len_asked": args.max_model_len is not None,
+        "max_num_seqs": args.max_num_seqs or DEFAULT_MAX_NUM_SEQS,
+        "max_num_batched_tokens": _max_num_batched_tokens(args, max_model_len, chunked=chunked),
+        "kv_cache_dtype": request.kv_cache_dtype,
+        "kv_cache_memory": parse_bytes(args.kv_cache_memory),
+        "kv_cache_fraction": cache_share(args, request.hardware),
+        "enable_prefix_caching": chosen.attention.prefix_caching if caching is None else caching,
+        "enable_chunked_prefill": chunked,
+    }
 
 
 def _max_num_batched_tokens(args: EngineArgs, max_model_len: int, *, chunked: bool) -> int:

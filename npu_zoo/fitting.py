@@ -9,7 +9,7 @@ from npu_zoo.core.config import (
     EngineArgs,
 )
 from npu_zoo.core.errors import HardwareError
-from npu_zoo.core.features import split_of
+from npu_zoo.core.features import split_flags, splits_of
 from npu_zoo.core.hardware import PRODUCTS, chip_of
 from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.core.parallel import Split
@@ -17,6 +17,7 @@ from npu_zoo.planning import RankPlan, Workload, plan_rank
 from npu_zoo.platforms.ascend import detect_ascend, parse_npu_smi, run_npu_smi
 from npu_zoo.platforms.detection import total_memory
 from npu_zoo.request import Request
+from npu_zoo.splitting import split_faults
 
 GIB = 1 << 30
 
@@ -58,23 +59,24 @@ def cache_share(args: EngineArgs, hardware: str) -> float:
 
 def asked_split(args: EngineArgs, request: Request) -> Split | None:
     """The split of a request that names a size; None where it leaves the choice to the matrix."""
-    sizes = (args.tensor_parallel_size, args.pipeline_parallel_size, args.expert_parallel_size, args.world_size)
-    return None if sizes == (None, None, None, None) else Split(request.tp, request.pp, request.ep)
+    sizes = (args.tensor_parallel_size, args.pipeline_parallel_size, args.expert_parallel_size, args.data_parallel_size)
+    return None if (*sizes, args.world_size) == (None,) * 5 else request.split
 
 
 def offered_splits(args: EngineArgs, request: Request) -> list[Split]:
-    """Every split that the matrix offers a request, by world size; what it says of other axes stands."""
+    """Every split that the matrix offers a request and its shape allows, by world size; its other axes stand."""
     rows = request.family.matrix.of_size(request.variant.size, experimental=bool(args.allow_experimental))
     fixed = [axis for axis in request.axes if axis not in ("world_size", "parallelism")]
     rows = tuple(row for row in rows if all(row.offers(axis, request.axes[axis]) for axis in fixed))
     found = {
-        Split(*split)
+        split
         for row in rows
         for world in row.world_size
         for layout in row.parallelism
-        if (split := split_of(layout, world))
+        for split in splits_of(layout, world)
+        if request.config is None or not split_faults(args, request, row, request.config, split)
     }
-    return sorted(found, key=lambda split: (split.world_size, split.pp, split.ep))
+    return sorted(found, key=lambda split: (split.world_size, split.pp, split.dp, split.ep))
 
 
 def plan_request(args: EngineArgs, request: Request, config: ModelConfig, split: Split) -> RankPlan:
@@ -100,7 +102,7 @@ def require_fit(args: EngineArgs, request: Request, config: ModelConfig) -> None
     memory = max(device_memory(request.hardware), default=0)
     if not memory:  # such as a GPU, of which nothing is known here
         return
-    split = Split(request.tp, request.pp, request.ep)
+    split = request.split
     plan = plan_request(args, request, config, split)
     wanted = args.max_model_len or 1
     tokens = plan.cache_tokens(memory, cache_share(args, request.hardware))
@@ -128,7 +130,8 @@ def _way_out(args: EngineArgs, request: Request, config: ModelConfig, tokens: in
     )
     ways = [f"--max-model-len {tokens} fits"] if tokens else []
     if fits:
-        ways.append(f"--world-size {fits.world_size} is the smallest of the matrix that fits")
+        sizes = f"--world-size {fits.world_size}" if fits == Split(fits.tp) else split_flags(fits)
+        ways.append(f"{sizes} is the smallest of the matrix that fits")
     if not ways:
         ways.append("no world size of the matrix fits; take a smaller variant or a quantized one")
     return ", ".join(ways) + f" (`npu-zoo plan --model {request.model} --hardware {request.hardware}` shows all)"

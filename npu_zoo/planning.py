@@ -38,7 +38,8 @@ class RankPlan:
     Attributes:
         weights: as the engine stores them.
         activations: the estimated peak of one step.
-        cache_per_token: keys and values, or latents, of one token in all of the rank's layers.
+        cache_per_token: keys and values, or latents, of one token in all of the rank's layers. Each replica of the
+            attention has a cache of its own.
     """
 
     weights: int
@@ -165,7 +166,10 @@ def _mlp_matrices(hidden: int, width: int) -> Iterator[_Matrix]:
 
 
 def _activations(config: ModelConfig, itemsize: int, split: Split, workload: Workload, restored: int) -> int:
-    """The peak of a step: the residual stream and what the largest stage of a layer, or the choice of tokens, adds."""
+    """The peak of a step: the residual stream and what the largest stage of a layer, or the choice of tokens, adds.
+
+    A step has as many tokens for each replica of the attention.
+    """
     tokens = workload.max_num_batched_tokens
     # The stream and a layer's input, each before and after a norm, and the rotation of the step and of all positions.
     rotated = config.mla.qk_rope_head_dim if config.mla else config.head_dim
@@ -175,7 +179,7 @@ def _activations(config: ModelConfig, itemsize: int, split: Split, workload: Wor
         tokens * 3 * _ceil(config.intermediate_size, split.tp) * itemsize,
     ]
     if config.moe is not None:
-        stages.append(_moe_bytes(config.hidden_size, config.moe, split, tokens, itemsize))
+        stages.append(_moe_bytes(config.hidden_size, config.moe, split, tokens * split.dp, itemsize))
     logits = workload.max_num_seqs * config.vocab_size
     return max(stream + max(stages), logits * _SAMPLED_BYTES + stream)
 
@@ -195,7 +199,9 @@ def _moe_bytes(hidden: int, moe: MoEConfig, split: Split, tokens: int, itemsize:
     width = _ceil(moe.moe_intermediate_size, split.moe_tp)
     rows = tokens * moe.num_experts_per_tok  # all of a step's, should they choose this rank's experts
     routed = rows * (width + max(hidden + 2 * width, 2 * hidden)) * itemsize
-    return routed + tokens * (hidden + moe.n_routed_experts) * _FLOAT32
+    # All replicas' tokens together, and their sum before each replica gets its own back.
+    gathered = 2 * tokens * hidden * itemsize if split.dp > 1 else 0
+    return gathered + routed + tokens * (hidden + moe.n_routed_experts) * _FLOAT32
 
 
 def _token_bytes(config: ModelConfig, tp: int, itemsize: int, kv_cache_dtype: str, device: str) -> int:

@@ -6,6 +6,7 @@ The family's owner, the checkpoint's config.json and the rows that are left deci
 from __future__ import annotations
 
 import importlib.resources
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from typing import Any
 from npu_zoo.checkpoint import read_config, read_generation_config
 from npu_zoo.core.config import EngineArgs
 from npu_zoo.core.errors import HardwareError, UsageError, WeightsError
-from npu_zoo.core.features import Attention, AxisValue, FeatureRow, layout_names, split_of
+from npu_zoo.core.features import Attention, AxisValue, FeatureRow, layout_names, splits_of
 from npu_zoo.core.hardware import DTYPE_ALIASES, DTYPES, PRODUCTS, DType
 from npu_zoo.core.model_config import ModelConfig
+from npu_zoo.core.parallel import Split
 from npu_zoo.core.quantization import CONFIG_KEY, QuantizationConfig
 from npu_zoo.core.specs import FamilySpec, VariantSpec
 from npu_zoo.platforms.detection import detect_products
@@ -28,6 +30,7 @@ class Request:
 
     Attributes:
         asked: the model as it was named, for messages.
+        split: how ranks share the model.
         config: the checkpoint's hyperparameters, or else the variant's where it states them.
         quantization_config: how the checkpoint is quantized; None where it is plain, or quantized in a way that is not
             read, and where there is no checkpoint.
@@ -38,10 +41,7 @@ class Request:
     variant: VariantSpec
     hardware: str
     dtype: DType
-    tp: int
-    pp: int
-    ep: int
-    world_size: int
+    split: Split
     attention: Attention
     quantization: str
     kv_cache_dtype: str
@@ -56,12 +56,17 @@ class Request:
         return f"{self.family.name}:{self.variant.name}"
 
     @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        return self.split.world_size
+
+    @property
     def axes(self) -> dict[str, AxisValue | tuple[AxisValue, ...]]:
         """A value for every axis of the matrix."""
         return {
             "hardware": self.hardware,
             "dtype": self.dtype,
-            "parallelism": layout_names(self.world_size, self.tp, self.pp, self.ep),
+            "parallelism": layout_names(self.split),
             "world_size": self.world_size,
             "attention": self.attention,
             "quantization": self.quantization,
@@ -149,7 +154,6 @@ def _fill_in(args: EngineArgs, family: FamilySpec, variant: VariantSpec, config:
     rows = [row for row in rows if dtype in row.dtype] or rows
     stored = _stored_quantization(config)
     quantization = args.quantization or (stored.scheme if stored else "none")
-    tp, pp, ep, world_size = _parallel_sizes(args, rows, quantization)
     offered = [kind for row in rows for kind in row.attention]
     too_long = bool(config and args.max_model_len and args.max_model_len > config.context_length)
     model = args.model or family.name
@@ -159,10 +163,7 @@ def _fill_in(args: EngineArgs, family: FamilySpec, variant: VariantSpec, config:
         variant=variant,
         hardware=hardware,
         dtype=dtype,
-        tp=tp,
-        pp=pp,
-        ep=ep,
-        world_size=world_size,
+        split=_asked_split(args) or _usual_split(args.world_size, rows, quantization),
         attention=args.attention or ("paged" if "paged" in offered or not offered else offered[0]),
         quantization=quantization,
         kv_cache_dtype=args.kv_cache_dtype or "auto",
@@ -232,31 +233,45 @@ def _dtype(asked: str | None, rows: list[FeatureRow], config: ModelConfig | None
     return next((dtype for dtype in preferred if dtype in offered), preferred[0])
 
 
-def _parallel_sizes(args: EngineArgs, rows: list[FeatureRow], quantization: str) -> tuple[int, int, int, int]:
-    """tp, pp, ep and the world size; where none is asked for, the smallest world that the rows offer and its split."""
+def _asked_split(args: EngineArgs) -> Split | None:
+    """The split of a request that names a parallel size; the smallest that has it where it names no world."""
     tp, pp, ep = args.tensor_parallel_size, args.pipeline_parallel_size, args.expert_parallel_size
-    world = args.world_size
-    if (tp, pp, ep) == (None, None, None):
-        wanted = [row for row in rows if quantization in row.quantization] or rows
-        world = world or min((size for row in wanted for size in row.world_size), default=1)
-        return (*(_offered_split(world, wanted) or _offered_split(world, rows) or (world, 1, 1)), world)
-    pp = pp or 1
-    if world is None:
-        world = (tp or ep or 1) * pp
-    if tp is None and world % pp == 0:
-        tp = world // pp
-    if tp is None or tp * pp != world:
+    dp, world = args.data_parallel_size, args.world_size
+    if (tp, pp, ep, dp) == (None, None, None, None):
+        return None
+    pp, ep, dp = pp or 1, ep or 1, dp or 1
+    if tp is None:
+        tp = math.lcm(dp, ep) // dp if world is None else world // (pp * dp)
+    split = Split(tp, pp, ep, dp)
+    world = split.world_size if world is None else world
+    if split.world_size != world:
+        _refuse_product(args, world, pp, dp)
+    if split.stage_size % ep:
+        fit = ", ".join(str(n) for n in range(1, split.stage_size + 1) if split.stage_size % n == 0)
         raise UsageError(
-            f"world size {world} is not tp {tp or '?'} x pp {pp}; "
-            "give --world-size alone, or --tp and --pp that multiply to it"
+            f"the {split.stage_size} ranks of a stage (tp {tp} x dp {dp}) do not divide into expert parallel groups "
+            f"of {ep}; sizes that do: {fit}"
         )
-    if ep is not None and world % ep:
-        raise UsageError(f"world size {world} does not divide into expert parallel groups of {ep}")
-    return tp, pp, ep or 1, world
+    return split
 
 
-def _offered_split(world: int, rows: list[FeatureRow]) -> tuple[int, int, int] | None:
-    """tp, pp and ep of a world of which nothing more is said: tensor parallel, or else what its rows offer first."""
+def _refuse_product(args: EngineArgs, world: int, pp: int, dp: int) -> None:
+    replicas, sizes = (f" x dp {dp}", "--tp, --pp and --dp") if dp > 1 else ("", "--tp and --pp")
+    raise UsageError(
+        f"world size {world} is not tp {args.tensor_parallel_size or '?'} x pp {pp}{replicas}; "
+        f"give --world-size alone, or {sizes} that multiply to it"
+    )
+
+
+def _usual_split(world: int | None, rows: list[FeatureRow], quantization: str) -> Split:
+    """Of a request that names no parallel size: of the smallest world that the rows offer, unless one is named."""
+    wanted = [row for row in rows if quantization in row.quantization] or rows
+    world = world or min((size for row in wanted for size in row.world_size), default=1)
+    return _offered_split(world, wanted) or _offered_split(world, rows) or Split(world)
+
+
+def _offered_split(world: int, rows: list[FeatureRow]) -> Split | None:
+    """The split of a world of which nothing more is said: tensor parallel, or else what its rows offer first."""
     layouts = [layout for row in rows if world in row.world_size for layout in row.parallelism]
-    splits = [split for layout in layouts if (split := split_of(layout, world))]
-    return (world, 1, 1) if (world, 1, 1) in splits else next(iter(splits), None)
+    splits = [split for layout in layouts for split in splits_of(layout, world)]
+    return Split(world) if Split(world) in splits else next(iter(splits), None)

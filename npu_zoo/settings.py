@@ -1,7 +1,7 @@
 """Configuration by layers: defaults < file < environment < options. Nothing here imports torch.
 
-A file is YAML, JSON or TOML by its suffix. Its keys are the field names of :class:`EngineArgs`, ``tp``, ``pp`` and
-``ep`` for the three parallel sizes, and a table ``sampling`` with the names of :class:`SamplingParams`. The
+A file is YAML, JSON or TOML by its suffix. Its keys are the field names of :class:`EngineArgs`, ``tp``, ``pp``,
+``ep`` and ``dp`` for the parallel sizes, and a table ``sampling`` with the names of :class:`SamplingParams`. The
 environment has ``NPU_ZOO_<KEY>`` and ``NPU_ZOO_SAMPLING_<NAME>``. An unknown key is refused with the nearest known
 one. Relative paths are relative to the working directory, whatever layer they come from.
 """
@@ -43,6 +43,7 @@ ALIASES: dict[str, str] = {
     "tp": "tensor_parallel_size",
     "pp": "pipeline_parallel_size",
     "ep": "expert_parallel_size",
+    "dp": "data_parallel_size",
 }
 """Short spellings of keys, in a file and in the environment."""
 
@@ -118,7 +119,7 @@ def load_settings(flags: Mapping[str, Any], config_file: Path | None, environ: M
 
 
 def engine_args(values: Mapping[str, Any]) -> EngineArgs:
-    """EngineArgs from keyword arguments; ``tp``, ``pp`` and ``ep`` are taken too.
+    """EngineArgs from keyword arguments; ``tp``, ``pp``, ``ep`` and ``dp`` are taken too.
 
     Raises:
         ConfigError: a name is unknown (with the nearest one) or a value has the wrong type.

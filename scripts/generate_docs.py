@@ -31,6 +31,8 @@ A request is supported when one row holds all of its values together. `npu-zoo c
 `npu-zoo matrix` prints this page's tables.
 
 - **hardware** names products; a world size counts devices, which are dies on a card with two.
+- **parallelism** joins tensor (`tp`), pipeline (`pp`), expert (`ep`) and data parallel (`dp`), those that are more than
+  one. `tp+pp` offers every size of both that makes the world, `tp8+pp2` that split alone.
 - **attention** `paged` keeps keys and values in blocks behind a block table, `flash` contiguous per sequence.
 - **status** `experimental` rows need `--allow-experimental`.
 - **evidence** `claimed`: a source says so; `simulated`: the code path ran on a simulated device; `measured`: it ran on

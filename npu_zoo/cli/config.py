@@ -10,7 +10,12 @@ import typer
 from npu_zoo.cli.help import ZooCommand, ZooGroup
 from npu_zoo.cli.options import JsonFlag, request_options
 from npu_zoo.cli.output import print_json
-from npu_zoo.core.config import DEFAULT_KV_CACHE_FRACTION, DEFAULT_MAX_NUM_BATCHED_TOKENS, DEFAULT_MAX_NUM_SEQS
+from npu_zoo.core.config import (
+    DEFAULT_COLLECTIVE_TIMEOUT_S,
+    DEFAULT_KV_CACHE_FRACTION,
+    DEFAULT_MAX_NUM_BATCHED_TOKENS,
+    DEFAULT_MAX_NUM_SEQS,
+)
 from npu_zoo.settings import Settings
 
 DEFAULTS: dict[str, str] = {
@@ -18,9 +23,10 @@ DEFAULTS: dict[str, str] = {
     "weights": "the bundled checkpoint, where the variant has one",
     "hardware": "detected",
     "dtype": "the checkpoint's, or else what the matrix offers",
-    "tensor_parallel_size": "world_size / pipeline_parallel_size",
+    "tensor_parallel_size": "world_size / (pipeline_parallel_size x data_parallel_size)",
     "pipeline_parallel_size": "1",
     "expert_parallel_size": "1",
+    "data_parallel_size": "1",
     "world_size": "the parallel sizes' product, or else the smallest that the matrix offers",
     "attention": "paged, where the matrix offers it",
     "quantization": "the checkpoint's; none for one that is not quantized",
@@ -36,6 +42,8 @@ DEFAULTS: dict[str, str] = {
     "kv_cache_fraction": ", ".join(f"{share} on {device}" for device, share in DEFAULT_KV_CACHE_FRACTION.items()),
     "enable_prefix_caching": "true, where the backend can share blocks",
     "enable_chunked_prefill": "true",
+    "expert_dispatch": "auto: all_gather, or between replicas what the hardware is best at",
+    "collective_timeout": str(DEFAULT_COLLECTIVE_TIMEOUT_S),
     "seed": "0",
     "threads": "torch's choice",
     "bind": "none",

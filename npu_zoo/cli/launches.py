@@ -15,7 +15,6 @@ from npu_zoo.core.config import EngineArgs, EngineConfig
 from npu_zoo.core.errors import HardwareError, UsageError
 from npu_zoo.core.hardware import chip_of
 from npu_zoo.core.model_config import ModelConfig
-from npu_zoo.core.parallel import Split
 from npu_zoo.dispatch import resolve
 from npu_zoo.registry import get_registry
 from npu_zoo.request import Request, read_request
@@ -83,7 +82,7 @@ def _stand_in(args: EngineArgs, request: Request, folder: Path) -> tuple[EngineC
         raise UsageError(f"{request.model} takes any checkpoint; name one with --weights DIR")
     if request.family.variant("custom") is None:
         raise UsageError(f"{request.family.name} has no variant 'custom', which a model of any size could run as")
-    shape = rank_shape(request.config, Split(request.tp, request.pp, request.ep))
+    shape = rank_shape(request.config, request.split)
     write_random_model(folder, request.family, shape)
     custom = {"model": f"{request.family.name}:custom", "weights": str(folder), "allow_experimental": True}
     return resolve(_engine_args(args, request).model_copy(update=custom)), _describe(shape)

@@ -163,7 +163,12 @@ def conflict_lines(part: MatrixPart) -> list[str]:
 
 def note_lines(part: MatrixPart) -> list[str]:
     """What single rows have to say beside their cells."""
-    return [f"{joined(row.sizes)} on {joined(row.hardware)}: {row.note}" for row in part.rows if row.note]
+    copied = [f"{joined(row.sizes)} on {joined(row.hardware)}" for row in part.rows if row.replicated_kv_heads]
+    notes = [f"{joined(row.sizes)} on {joined(row.hardware)}: {row.note}" for row in part.rows if row.note]
+    if copied:
+        listed = "; ".join(dict.fromkeys(copied))
+        notes.append(f"key-value heads are copied where tensor parallel exceeds them: {listed}")
+    return notes
 
 
 def markdown(parts: Sequence[MatrixPart]) -> str:

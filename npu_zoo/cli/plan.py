@@ -29,6 +29,7 @@ from npu_zoo.planning import RankPlan
 from npu_zoo.registry import get_registry
 from npu_zoo.request import read_request
 from npu_zoo.settings import Settings
+from npu_zoo.splitting import require_split
 
 _LENGTHS = (1024, 4096, 16384, 65536)
 PLAN_KEYS: dict[str, str] = {
@@ -37,11 +38,12 @@ PLAN_KEYS: dict[str, str] = {
     "workload": "max_model_len, max_num_seqs and max_num_batched_tokens, which activations follow from.",
     "memory": "Bytes of a device: this machine's where it has that hardware, else of each model that is sold.",
     "splits": "One object for each split that the matrix offers, or for the one that was asked for.",
-    "splits[].tp": "Ranks that share every layer; also pp, ep and world_size.",
+    "splits[].tp": "Ranks that share every layer; also pp, ep, dp and world_size.",
     "splits[].weights": "Bytes of weights of the rank that has most.",
     "splits[].activations": "Estimated bytes of the peak of one step; an engine on a device measures it.",
     "splits[].cache_per_token": "Bytes of keys and values of one token.",
-    "splits[].devices": "One object for each size of memory: cache_tokens, and batch, the largest by length.",
+    "splits[].devices": "One object for each size of memory: cache_tokens, and batch, the largest by length; of all "
+    "replicas.",
 }
 """What ``plan --json`` writes."""
 
@@ -94,12 +96,12 @@ def plan_settings(settings: Settings, memory: str | None) -> Plans:
     """The plans of what the settings ask for.
 
     Raises:
-        UnsupportedError: the matrix refuses it.
+        UnsupportedError: the matrix refuses it, or the model's shape the split that was asked for.
         WeightsError: nothing is known of the model's shape.
         HardwareError: nothing is known of the hardware's memory.
     """
     verdict = check(settings.args)
-    if not verdict.supported:
+    if not verdict.supported or verdict.row is None:
         raise UnsupportedError(verdict)
     request = read_request(settings.args, get_registry())
     if request.config is None:
@@ -108,6 +110,8 @@ def plan_settings(settings: Settings, memory: str | None) -> Plans:
     if not sizes:
         raise HardwareError(f"the memory of {PRODUCTS[request.hardware].title} is not known here; give --memory SIZE")
     asked = asked_split(settings.args, request)
+    if asked:
+        require_split(settings.args, request, verdict.row, request.config)
     splits = [asked] if asked else offered_splits(settings.args, request)
     plans = tuple((split, plan_request(settings.args, request, request.config, split)) for split in splits)
     return Plans(settings, request.model, verdict.request, request.config, request.hardware, sizes, plans)
@@ -146,7 +150,8 @@ def _row(found: Plans, split: Split, plan: RankPlan, size: int) -> list[str]:
     ]
     if not tokens:
         return [*fixed, "does not fit", *("" for _ in found.lengths)]
-    return [*fixed, f"{tokens:,}", *(f"{plan.largest_batch(room, found.share, n):,}" for n in found.lengths)]
+    batches = (split.dp * plan.largest_batch(room, found.share, n) for n in found.lengths)
+    return [*fixed, f"{split.dp * tokens:,}", *(f"{batch:,}" for batch in batches)]
 
 
 def _bytes(size: int) -> str:
@@ -167,18 +172,17 @@ def _data(found: Plans) -> dict[str, Any]:
                 **dataclasses.asdict(split),
                 "world_size": split.world_size,
                 **dataclasses.asdict(plan),
-                "devices": [
-                    {
-                        "memory": size,
-                        "cache_tokens": plan.cache_tokens(rank_memory(found.hardware, size, split), found.share),
-                        "batch": {
-                            str(n): plan.largest_batch(rank_memory(found.hardware, size, split), found.share, n)
-                            for n in found.lengths
-                        },
-                    }
-                    for size in found.memory
-                ],
+                "devices": [_device_data(found, split, plan, size) for size in found.memory],
             }
             for split, plan in found.plans
         ],
+    }
+
+
+def _device_data(found: Plans, split: Split, plan: RankPlan, size: int) -> dict[str, Any]:
+    room = rank_memory(found.hardware, size, split)
+    return {
+        "memory": size,
+        "cache_tokens": split.dp * plan.cache_tokens(room, found.share),
+        "batch": {str(n): split.dp * plan.largest_batch(room, found.share, n) for n in found.lengths},
     }

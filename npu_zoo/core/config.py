@@ -37,7 +37,12 @@ class EngineArgs(BaseModel):
     dtype: str | None = Field(None, description="Compute dtype: float32, bfloat16 (bf16), float16 (fp16).")
     tensor_parallel_size: int | None = Field(None, ge=1, description="Ranks that share every layer.")
     pipeline_parallel_size: int | None = Field(None, ge=1, description="Stages that share the stack of layers.")
-    expert_parallel_size: int | None = Field(None, ge=1, description="Ranks that share the experts.")
+    expert_parallel_size: int | None = Field(
+        None, ge=1, description="Groups of ranks that each hold some whole experts; divides dp x tp."
+    )
+    data_parallel_size: int | None = Field(
+        None, ge=1, description="Replicas of the attention, each with sequences of its own; they share the experts."
+    )
     world_size: int | None = Field(None, ge=1, description="Devices in all (dies on a Duo card).")
     attention: Attention | None = Field(
         None, description="paged: blocks behind a block table; flash: contiguous per sequence."
@@ -57,6 +62,12 @@ class EngineArgs(BaseModel):
     )
     enable_prefix_caching: bool | None = Field(None, description="Share the KV blocks of equal prefixes.")
     enable_chunked_prefill: bool | None = Field(None, description="Split long prompts over several steps.")
+    expert_dispatch: Literal["auto", "all_gather", "all_to_all"] | None = Field(
+        None, description="How tokens reach experts of other ranks: auto (by the hardware), all_gather or all_to_all."
+    )
+    collective_timeout: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="Seconds that a rank waits for the others in one operation."
+    )
     seed: int | None = Field(None, description="Seed of requests that bring none.")
     threads: int | None = Field(None, ge=1, description="CPU threads; torch's choice when unset.")
     bind: str | None = Field(

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from npu_zoo.core.hardware import PRODUCTS, DType
+from npu_zoo.core.parallel import Split
 
 AXES: tuple[str, ...] = (
     "hardware",
@@ -27,6 +28,18 @@ AXES: tuple[str, ...] = (
     "serving",
 )
 """The axes in the order in which a refusal narrows them."""
+
+KINDS: tuple[str, ...] = ("tp", "pp", "ep", "dp")
+"""How ranks may share a model, in the order in which a layout names them; see :class:`npu_zoo.core.parallel.Split`."""
+
+LAYOUTS_OF_FOUR: tuple[str, ...] = ("tp", "pp", "dp", "tp+pp", "tp+dp", "pp+dp")
+"""Every layout of up to four ranks without experts."""
+
+EXPERT_LAYOUTS_OF_FOUR: tuple[str, ...] = ("tp+ep", "ep+dp", "tp+pp+ep", "tp+ep+dp", "pp+ep+dp")
+"""Those that share experts out."""
+
+_LAYOUT_PART = re.compile(r"(tp|pp|ep|dp)([1-9]\d*)?")
+_LAYOUT = re.compile(rf"{_LAYOUT_PART.pattern}(\+{_LAYOUT_PART.pattern})*")
 
 AxisValue = str | int | bool
 Attention = Literal["paged", "flash"]
@@ -56,8 +69,11 @@ class FeatureRow(_Frozen):
 
     Attributes:
         sizes: the variant sizes that the row speaks of (``Variant.size``).
-        parallelism: ``tp`` (tensor parallel over the whole world), ``tp+ep``, ``tp+pp``, ``pp``, or an exact split such
-            as ``tp8+pp2``.
+        parallelism: layouts of the world: the kinds that are more than one, in the order of :data:`KINDS` and each with
+            or without its size. ``tp+pp`` offers every size of both, ``tp8+pp2`` that split alone, ``tp`` the world of
+            one rank too.
+        replicated_kv_heads: whether ranks hold copies of key-value heads where tensor parallel exceeds them; otherwise
+            it may not.
         derived: the axes whose values follow from the source without being stated in it.
         source: the document that says so, ``derived`` from one, or ``zoo`` for what this project adds.
         status: ``experimental`` rows need ``--allow-experimental``.
@@ -69,6 +85,7 @@ class FeatureRow(_Frozen):
     dtype: tuple[DType, ...] = Field(min_length=1)
     world_size: tuple[int, ...] = Field(min_length=1)
     parallelism: tuple[str, ...] = ("tp",)
+    replicated_kv_heads: bool = False
     attention: tuple[Attention, ...] = Field(min_length=1)
     quantization: tuple[str, ...] = ("none",)
     kv_cache_dtype: tuple[str, ...] = ("auto",)
@@ -93,6 +110,17 @@ class FeatureRow(_Frozen):
     def _positive(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         if min(value) < 1:
             raise ValueError("world sizes start at 1")
+        return value
+
+    @field_validator("parallelism")
+    @classmethod
+    def _known_layouts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for layout in value:
+            kinds = [kind for kind, _ in _LAYOUT_PART.findall(layout)]
+            if not _LAYOUT.fullmatch(layout) or kinds != [kind for kind in KINDS if kind in kinds]:
+                raise ValueError(
+                    f"unknown layout '{layout}'; join {', '.join(KINDS)} in this order, such as tp+ep or tp8+pp2"
+                )
         return value
 
     def values(self, axis: str) -> tuple[AxisValue, ...]:
@@ -157,25 +185,28 @@ class Verdict(_Frozen):
         return "\n".join(lines)
 
 
-def layout_names(world_size: int, tp: int, pp: int, ep: int) -> tuple[str, ...]:
-    """The spellings under which a row may offer this split, the exact one first."""
-    if pp > 1:
-        parts = ([f"tp{tp}"] if tp > 1 else []) + [f"pp{pp}"] + ([f"ep{ep}"] if ep > 1 else [])
-        kinds = (["tp"] if tp > 1 else []) + ["pp"] + (["ep"] if ep > 1 else [])
-        return "+".join(parts), "+".join(kinds)
-    if ep > 1:
-        return f"tp{tp}+ep{ep}", "tp+ep"
-    return (f"tp{tp}", "tp")
+def layout_names(split: Split) -> tuple[str, str]:
+    """The spellings under which a row may offer a split: with its sizes, and by its kinds alone."""
+    sizes = {kind: int(getattr(split, kind)) for kind in KINDS}
+    shared = {kind: size for kind, size in sizes.items() if size > 1} or {"tp": 1}
+    return "+".join(f"{kind}{size}" for kind, size in shared.items()), "+".join(shared)
 
 
-def split_of(layout: str, world_size: int) -> tuple[int, int, int] | None:
-    """Tensor, pipeline and expert parallel size of a row's layout; None where it is open or fits no such world.
+def splits_of(layout: str, world_size: int) -> tuple[Split, ...]:
+    """Every split of a world that a row's layout offers, those of few stages, few replicas and many experts first."""
+    parts = dict(_LAYOUT_PART.findall(layout))
+    if layout == "tp":
+        return (Split(world_size),)
+    any_size = [size for size in range(2, world_size + 1) if world_size % size == 0]
+    sizes = ([1] if kind not in parts else [int(parts[kind])] if parts[kind] else any_size for kind in KINDS)
+    splits = (Split(*chosen) for chosen in itertools.product(*sizes))
+    fit = (split for split in splits if split.world_size == world_size and split.stage_size % split.ep == 0)
+    return tuple(sorted(fit, key=lambda split: (split.pp, split.dp, -split.ep)))
 
-    A kind without a number, as in ``tp+ep``, spans the whole world.
-    """
-    sizes = {kind: int(size or world_size) for kind, size in re.findall(r"(tp|pp|ep)(\d*)", layout)}
-    tp, pp, ep = (sizes.get(kind, 1) for kind in ("tp", "pp", "ep"))
-    return (tp, pp, ep) if tp * pp == world_size and world_size % ep == 0 else None
+
+def split_flags(split: Split) -> str:
+    """The options that ask for a split, such as ``--tp 8 --pp 2``."""
+    return " ".join(f"--{kind} {getattr(split, kind)}" for kind in layout_names(split)[1].split("+"))
 
 
 class FeatureMatrix(_Frozen):
@@ -311,29 +342,46 @@ def _nearest(
     contested = {axis for conflict in conflicts for axis, _ in (conflict.first, conflict.second)}
     found: dict[tuple[AxisValue, ...], tuple[float, ...]] = {}
     for row in rows:
-        choices = []
-        for axis in AXES:
-            kept = [v for v in row.values(axis) if v in _spellings(request[axis])]
-            choices.append(kept[:1] if kept and axis not in contested else list(row.values(axis)))
-        for values in itertools.product(*choices):
-            candidate = dict(zip(AXES, values, strict=True))
+        for candidate in _candidates(row, request, contested):
             if not any(conflict.hits({**options, **candidate}) for conflict in conflicts):
-                found[values] = _distance(request, candidate)
+                found[tuple(candidate[axis] for axis in AXES)] = _distance(request, candidate)
     best = sorted(found, key=lambda values: (found[values], tuple(map(str, values))))[:3]
     return tuple(dict(zip(AXES, values, strict=True)) for values in best)
+
+
+_SHARED = ("world_size", "parallelism")
+"""The two axes that depend on each other: a world has only some layouts."""
+
+
+def _candidates(row: FeatureRow, request: Mapping[str, Any], contested: set[str]) -> Iterator[dict[str, AxisValue]]:
+    """A row's combinations, with the request's own value on every axis where the row has it and nothing contests it."""
+    choices = []
+    for axis in AXES:
+        kept = [v for v in row.values(axis) if v in _spellings(request[axis])]
+        fixed = kept and axis not in contested and (axis not in _SHARED or _keeps_both(row, request))
+        choices.append(kept[:1] if fixed else list(row.values(axis)))
+    for values in itertools.product(*choices):
+        candidate = dict(zip(AXES, values, strict=True))
+        if splits_of(str(candidate["parallelism"]), int(candidate["world_size"])):
+            yield candidate
+
+
+def _keeps_both(row: FeatureRow, request: Mapping[str, Any]) -> bool:
+    return all(row.offers(axis, request[axis]) for axis in _SHARED)
 
 
 def _flags(alternative: Mapping[str, AxisValue], request: Mapping[str, AxisValue]) -> str:
     """An alternative as the options that ask for it: the four that every request has, and what differs."""
     shown = ["hardware", "dtype", "world_size", "attention"]
     shown += [axis for axis in AXES if axis not in shown and alternative[axis] != request.get(axis)]
+    if alternative["parallelism"] != "tp" and "parallelism" not in shown:  # a world size alone means tensor parallel
+        shown.append("parallelism")
     return " ".join(
-        _flag(axis, alternative[axis], alternative["world_size"]) for axis in shown if axis != "long_sequence"
+        _flag(axis, alternative[axis], int(alternative["world_size"])) for axis in shown if axis != "long_sequence"
     )
 
 
-def _flag(axis: str, value: AxisValue, world_size: AxisValue) -> str:
+def _flag(axis: str, value: AxisValue, world_size: int) -> str:
     if axis == "parallelism":
-        parts = re.findall(r"(tp|pp|ep)(\d*)", str(value))
-        return " ".join(f"--{kind} {size or world_size}" for kind, size in parts)
+        return split_flags(splits_of(str(value), world_size)[0])
     return f"--{axis.replace('_', '-')} {_spell(value)}"

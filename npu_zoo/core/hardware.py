@@ -27,6 +27,9 @@ class Chip(BaseModel):
         soc_codes: the integers that ``torch_npu`` reports for it (empty off Ascend).
         soc_names: the names ``npu-smi`` and ACL report, without the ``Ascend`` prefix.
         dtypes: compute dtypes that it has at all.
+        expert_dispatch: how tokens reach experts of other ranks where replicas of the attention share them and both
+            ways can be taken. all_gather sends every token to every replica, and all sizes are known on the host;
+            all_to_all sends a token to its experts' ranks alone, and waits for sizes from the device.
         source: where these facts are from.
     """
 
@@ -37,6 +40,7 @@ class Chip(BaseModel):
     soc_codes: tuple[int, ...] = ()
     soc_names: tuple[str, ...] = ()
     dtypes: tuple[DType, ...]
+    expert_dispatch: Literal["all_gather", "all_to_all"] = "all_gather"
     source: str
 
 
@@ -72,7 +76,9 @@ CHIPS: dict[str, Chip] = {
             soc_codes=(220, 221, 222, 223, 224, 225),
             soc_names=("910B1", "910B2", "910B2C", "910B3", "910B4", "910B4-1"),
             dtypes=("float32", "bfloat16", "float16"),
-            source="SocVersion table of Ascend/pytorch, csrc/core/npu/NpuVariables",
+            expert_dispatch="all_to_all",
+            source="SocVersion table of Ascend/pytorch, csrc/core/npu/NpuVariables; all_to_all is how the operator "
+            "pages of ops-transformer have tokens dispatched on Atlas A2 (aclnnMoeDistributeDispatchV2)",
         ),
         Chip(
             name="ascend310p",

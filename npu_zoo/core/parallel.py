@@ -49,10 +49,10 @@ class Split:
         return max(1, self.stage_size // self.ep)
 
     def describe(self) -> str:
-        """Such as ``8 (tp 8, ep 8)``."""
+        """Such as ``8 (tp 8, ep 8)``; the number alone where there is tensor parallelism alone."""
         sizes = (("tp", self.tp), ("pp", self.pp), ("ep", self.ep), ("dp", self.dp))
         parts = [f"{kind} {size}" for kind, size in sizes if size > 1]
-        return f"{self.world_size}" + (f" ({', '.join(parts)})" if len(parts) > 1 else "")
+        return f"{self.world_size}" + (f" ({', '.join(parts)})" if self != Split(self.tp) else "")
 
     def place(self, rank: int) -> Place:
         """Where a rank stands."""

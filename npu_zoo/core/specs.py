@@ -189,7 +189,7 @@ class EngineSpec(_Spec):
     implementation: CodeRef
     chips: tuple[str, ...] = Field(min_length=1)
     max_world_size: dict[str, int] = Field(default_factory=dict)
-    parallelism: tuple[Literal["tp", "pp", "ep"], ...] = ("tp", "pp", "ep")
+    parallelism: tuple[Literal["tp", "pp", "ep", "dp"], ...] = ("tp", "pp", "ep", "dp")
     requires: tuple[str, ...] = ()
     description: str = ""
 

@@ -221,6 +221,6 @@ def test_every_field_of_a_request_has_its_option(cli: Callable) -> None:
 @pytest.mark.parametrize("command", [("check",), ("explain",), ("run",), ("chat",), ("config", "show")], ids=" ".join)
 def test_every_command_that_names_a_request_takes_the_same_options(cli: Callable, command: tuple[str, ...]) -> None:
     text = cli(*command, "--help").out
-    named = "model weights hardware dtype tp pp ep world-size attention quantization kv-cache-dtype serving engine"
+    named = "model weights hardware dtype tp pp ep dp world-size attention quantization kv-cache-dtype serving engine"
     assert [name for name in named.split() if f"  --{name}" not in text] == []
     assert "--[no-]allow-experimental" in text

@@ -47,6 +47,26 @@ def test_what_does_not_fit_says_so(capsys: pytest.CaptureFixture[str], monkeypat
     assert [bool(split["devices"][0]["cache_tokens"]) for split in splits] == [False, True]
 
 
+def test_replicas_count_their_caches_together(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["plan", "--model", "deepseek_moe:16b", "--hardware", "cpu", "--memory", "256GiB", "--ep", "4", "--json"]
+    found = []
+    for sizes in (["--dp", "1"], ["--dp", "2"]):
+        assert main([*asked, *sizes]) == 0
+        found += json.loads(capsys.readouterr().out)["splits"]
+    assert [(s["tp"], s["pp"], s["ep"], s["dp"], s["world_size"]) for s in found] == [(4, 1, 4, 1, 4), (2, 1, 4, 2, 4)]
+    (room,) = found[1]["devices"]
+    left = (256 << 30) // 4 - found[1]["weights"] - found[1]["activations"]
+    assert room["cache_tokens"] == 2 * (left // 2 // found[1]["cache_per_token"])
+    assert room["batch"]["4096"] == 2 * (room["cache_tokens"] // 2 // 4096)
+
+
+def test_a_split_that_the_shape_does_not_allow(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", "deepseek_coder:1.3b", "--hardware", "cpu", "--tp", "3"]) == 3
+    told = capsys.readouterr().err
+    assert "tensor_parallel_size=3 does not divide deepseek_coder:1.3b's 16 attention heads" in told
+    assert "sizes that do: 1, 2, 4, 8, 16" in told
+
+
 def test_a_checkpoint_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = write_checkpoint(tmp_path / "weights", tokenizer=False)
     assert main(["plan", "--model", "deepseek_coder:custom", "--weights", str(weights), "--hardware", "cpu"]) == 0

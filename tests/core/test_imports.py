@@ -20,7 +20,18 @@ PACKAGE = Path(npu_zoo.__file__).parent
 LINES: tuple[tuple[str, ...], ...] = (
     ("", "core"),
     ("api", "registry"),
-    ("checkpoint", "dispatch", "fitting", "parallel", "planning", "platforms", "request", "selection", "settings"),
+    (
+        "checkpoint",
+        "dispatch",
+        "fitting",
+        "parallel",
+        "planning",
+        "platforms",
+        "request",
+        "selection",
+        "settings",
+        "splitting",
+    ),
     ("nn", "weights"),
     ("engine",),
     ("evaluation", "server", "testing"),
@@ -34,7 +45,7 @@ OUTSIDE = {"plugins", "simulator"}
 PLUGIN_SURFACE = {"api", "nn"}
 HEAVY = {"torch", "torch_npu", "transformers", "accelerate"}
 TORCH_FREE = {"", "__main__", "api", "checkpoint", "cli", "core", "dispatch", "platforms", "plugins"}
-TORCH_FREE |= {"fitting", "parallel", "planning", "registry", "request", "selection", "settings"}
+TORCH_FREE |= {"fitting", "parallel", "planning", "registry", "request", "selection", "settings", "splitting"}
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from npu_zoo.api import FamilySpec, FeatureRow, KernelSpec, VariantSpec, hookimpl
+from npu_zoo.api import EngineSpec, FamilySpec, FeatureRow, KernelSpec, VariantSpec, hookimpl
 from npu_zoo.core.config import EngineArgs, EngineConfig
 from npu_zoo.core.errors import ConfigError, HardwareError, PluginError, UnsupportedError, UsageError, WeightsError
+from npu_zoo.core.parallel import Split
 from npu_zoo.dispatch import check, create_engine, parse_bytes, resolve
 from npu_zoo.registry import Candidate, Registry, build_registry, find_candidates
 from npu_zoo.testing.door import unchecked_config
@@ -31,7 +32,8 @@ class Plugin:
             hardware=("cpu",),
             dtype=("float16",),
             world_size=(1, 2, 3, 4),
-            parallelism=("tp", "pp", "tp+pp", "tp+ep"),
+            parallelism=("tp", "pp", "tp+pp", "tp+ep", "dp"),
+            replicated_kv_heads=True,
             attention=("paged",),
             source="zoo",
         )
@@ -120,7 +122,7 @@ def test_the_matrix_refuses_before_weights_are_missed() -> None:
 
 def test_all_failing_axes_are_named_at_once(weights: Weights) -> None:
     with pytest.raises(UnsupportedError) as raised:
-        config_of(weights(), quantization="w8a8", kv_cache_dtype="int8", serving="tgi", world_size=3)
+        config_of(weights(), quantization="w8a8", kv_cache_dtype="int8", serving="tgi", world_size=5)
     assert [r.axis for r in raised.value.verdict.reasons] == ["world_size", "quantization", "kv_cache_dtype", "serving"]
     assert raised.value.verdict.alternatives
     assert raised.value.exit_code == 3
@@ -164,26 +166,6 @@ def _refusal(registry: Registry, directory: Path, **asked: Any) -> Exception:
     return raised.value
 
 
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "tp", "fit"), [(6, 2, 4, "1, 2, 6"), (6, 2, 3, "1, 2, 6"), (8, 8, 3, "1, 2, 4, 8")]
-)
-def test_a_split_through_a_head_is_refused(
-    registry: Registry, weights: Weights, heads: int, kv_heads: int, tp: int, fit: str
-) -> None:
-    directory = weights(num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=16)
-    refusal = _refusal(registry, directory, tensor_parallel_size=tp)
-    assert isinstance(refusal, UnsupportedError)
-    assert f"tensor_parallel_size={tp} does not divide wide:small's {heads} attention heads" in str(refusal)
-    assert f"sizes that do: {fit}" in str(refusal)
-    assert not refusal.verdict.supported
-
-
-def test_a_stage_without_a_layer_is_refused(registry: Registry, weights: Weights) -> None:
-    refusal = _refusal(registry, weights(), pipeline_parallel_size=3)
-    assert isinstance(refusal, UnsupportedError)
-    assert "pipeline_parallel_size=3 does not divide wide:small's 2 layers; sizes that do: 1, 2" in str(refusal)
-
-
 def test_a_head_for_each_rank_or_a_rank_for_each_head_is_no_cut(registry: Registry, weights: Weights) -> None:
     directory = weights(num_attention_heads=8, num_key_value_heads=2, head_dim=12)
     for tp in (2, 4):
@@ -193,23 +175,79 @@ def test_a_head_for_each_rank_or_a_rank_for_each_head_is_no_cut(registry: Regist
         assert resolve(asked, registry).head_layout == (8 // tp, max(1, 2 // tp), 12)
 
 
-@pytest.mark.parametrize(
-    ("asked", "named"), [({"pipeline_parallel_size": 2}, "--pp 2"), ({"expert_parallel_size": 2}, "--ep 2")]
+NARROW = EngineSpec(
+    name="narrow",
+    implementation="nowhere.engine:Engine",
+    chips=("any",),
+    parallelism=("tp",),
+    max_world_size={"cpu": 2},
 )
-def test_ways_of_sharing_that_the_engine_has_not(
-    registry: Registry, weights: Weights, asked: dict[str, int], named: str
+
+
+@pytest.fixture
+def with_narrow_engine(registry: Registry) -> Iterator[Registry]:
+    """An engine that knows of tensor parallelism alone, and takes two devices."""
+    registry.engines["narrow"] = NARROW
+    yield registry
+    del registry.engines["narrow"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({"pipeline_parallel_size": 2}, "--pp 2"),
+        ({"data_parallel_size": 2}, "--dp 2"),
+        ({"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, "--pp 2"),
+    ],
+)
+def test_ways_of_sharing_that_an_engine_has_not(
+    with_narrow_engine: Registry, weights: Weights, asked: dict[str, int], named: str
 ) -> None:
-    assert check(EngineArgs(model="wide:small", hardware="cpu", dtype="fp16", **asked), registry).supported
-    refusal = _refusal(registry, weights(), **asked)
+    assert check(EngineArgs(model="wide:small", hardware="cpu", dtype="fp16", **asked), with_narrow_engine).supported
+    refusal = _refusal(with_narrow_engine, weights(), engine="narrow", **asked)
     assert isinstance(refusal, HardwareError)
     assert refusal.exit_code == 4
-    assert f"engine native shares a model by tp alone in this version, and the request has {named}" in str(refusal)
+    assert f"engine narrow shares a model by tp alone in this version, and the request has {named}" in str(refusal)
 
 
-def test_more_devices_than_the_engine_takes(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("npu_zoo.dispatch.is_importable", lambda module: True)
-    with pytest.raises(HardwareError, match=r"runs on at most 1 device\(s\) of atlas_800i_a2 in this version"):
-        config_of(weights(), hardware="atlas_800i_a2", dtype="float16", world_size=2, allow_experimental=True)
+def test_more_devices_than_an_engine_takes(with_narrow_engine: Registry, weights: Weights) -> None:
+    directory = weights(num_attention_heads=8, num_key_value_heads=4, head_dim=12)
+    refusal = _refusal(with_narrow_engine, directory, engine="narrow", world_size=4)
+    assert "engine narrow runs on at most 2 device(s) of cpu in this version, and the request takes 4" in str(refusal)
+
+
+@pytest.mark.parametrize(
+    ("asked", "due"),
+    [
+        ({}, Split()),
+        ({"world_size": 2}, Split(2)),
+        ({"pipeline_parallel_size": 2}, Split(pp=2)),
+        ({"data_parallel_size": 4}, Split(dp=4)),
+        ({"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, Split(2, 2)),
+    ],
+)
+def test_the_split_is_in_the_config(registry: Registry, weights: Weights, asked: dict[str, int], due: Split) -> None:
+    args = EngineArgs(model="wide:small", weights=str(weights()), hardware="cpu", dtype="fp16", **asked)
+    config = resolve(args, registry)
+    assert config.split == due
+    assert config.world_size == due.world_size
+
+
+def test_the_machine_is_not_asked_where_nothing_is_bound(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr("npu_zoo.parallel.numa.this_topology", refuse)
+    assert config_of(weights()).binding == ("rank 0: not bound; --bind none",)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_memory_is_looked_at_once(weights: Weights, monkeypatch: pytest.MonkeyPatch, given: bool) -> None:
+    asked = []
+    monkeypatch.setattr("npu_zoo.dispatch.total_memory", lambda: asked.append(1) or 1 << 40)
+    chosen = {"weights": str(weights())} if given else {}
+    resolve(EngineArgs(model="deepseek_coder", hardware="cpu", **chosen))
+    assert asked == [1]
 
 
 def test_the_smallest_world_is_that_of_the_dtype(registry: Registry) -> None:
@@ -279,6 +317,7 @@ def test_the_defaults_of_a_config(weights: Weights) -> None:
     assert (config.max_model_len_asked, config.kv_cache_memory, config.kv_cache_fraction) == (False, None, 0.5)
     assert (config.enable_prefix_caching, config.enable_chunked_prefill, config.seed) == (True, True, 0)
     assert (config.dtype, config.device, config.world_size) == ("float16", "cpu", 1)
+    assert (config.expert_dispatch, config.collective_timeout) == ("all_gather", 300.0)
     assert config.head_layout == (6, 2, 16)
     assert not config.bundled
     assert config_of(weights(), attention="flash").enable_prefix_caching is False
@@ -288,10 +327,12 @@ def test_what_was_asked_is_in_the_config(weights: Weights) -> None:
     config = config_of(
         weights(), max_num_seqs=3, max_num_batched_tokens=77, max_model_len=99, seed=5, kv_cache_memory="3MiB",
         kv_cache_fraction=0.25, enable_prefix_caching=False, block_size=8, threads=2,
+        collective_timeout=12.5, expert_dispatch="all_gather",
     )  # fmt: skip
     assert (config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len, config.seed) == (3, 77, 99, 5)
     assert (config.kv_cache_memory, config.kv_cache_fraction) == (3 * 2**20, 0.25)
     assert (config.enable_prefix_caching, config.attention_choice.block_size, config.threads) == (False, 8, 2)
+    assert (config.collective_timeout, config.expert_dispatch) == (12.5, "all_gather")
     assert config.max_model_len_asked
 
 

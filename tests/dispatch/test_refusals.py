@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 from npu_zoo.core.config import EngineArgs
-from npu_zoo.core.errors import HardwareError, UnsupportedError, WeightsError
+from npu_zoo.core.errors import HardwareError, WeightsError
 from npu_zoo.dispatch import resolve
 
 GIB = 2**30
-EXPERTS = {"n_routed_experts": 6, "moe_intermediate_size": 8, "num_experts_per_tok": 2}
 Weights = Callable[..., Path]
 
 
@@ -67,13 +66,3 @@ def test_config_json_is_judged_before_weight_files_are_missed(weights: Weights) 
     for model, due in (("deepseek_coder:6.7b", "hidden_size: 96, not 4096"), ("deepseek_coder:custom", "is quantized")):
         with pytest.raises(WeightsError, match=due):
             resolve(EngineArgs(model=model, weights=str(directory), hardware="cpu"))
-
-
-def test_experts_that_do_not_divide(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
-    directory = weights(architectures=["DeepseekForCausalLM"], num_attention_heads=8, **EXPERTS)
-    asked = {"hardware": "atlas_800i_a2", "dtype": "fp16", "allow_experimental": True, "engine": "anywhere"}
-    monkeypatch.setattr("npu_zoo.dispatch._engine", lambda *_: None)
-    with pytest.raises(
-        UnsupportedError, match=r"expert_parallel_size=4 does not divide .* 6 routed experts.* 1, 2, 3, 6"
-    ):
-        resolve(EngineArgs(model="deepseek_moe:custom", weights=str(directory), expert_parallel_size=4, **asked))

@@ -11,6 +11,7 @@ import pytest
 from npu_zoo.core.config import EngineArgs
 from npu_zoo.core.errors import HardwareError, UnknownModelError, UsageError, WeightsError
 from npu_zoo.core.model_config import ModelConfig
+from npu_zoo.core.parallel import Split
 from npu_zoo.dispatch import parse_dtype
 from npu_zoo.registry import get_registry
 from npu_zoo.request import Request, read_request
@@ -61,28 +62,46 @@ def test_damaged_end_of_text_ids(weights: Weights) -> None:
 @pytest.mark.parametrize(
     ("model", "hardware", "asked", "due"),
     [
-        ("deepseek_coder:33b", "atlas_800i_a2", {}, (4, 1, 1, 4)),
-        ("deepseek_coder:33b", "atlas_800i_a2", {"world_size": 8}, (8, 1, 1, 8)),
-        ("deepseek_coder:33b", "atlas_800i_a2", {"tensor_parallel_size": 2}, (2, 1, 1, 2)),
-        ("deepseek_coder:6.7b", "atlas_300i_duo", {}, (2, 1, 1, 2)),
-        ("deepseek_v3:671b", "atlas_800i_a2", {}, (32, 1, 32, 32)),
-        ("deepseek_v3:671b", "atlas_800i_a2", {"quantization": "w4a16"}, (8, 1, 8, 8)),
-        ("deepseek_v3:671b", "atlas_800i_a2", {"world_size": 16}, (16, 1, 16, 16)),
-        ("deepseek_v3:671b", "atlas_800i_a2", {"world_size": 4}, (4, 1, 1, 4)),
-        ("deepseek_v3:671b", "atlas_800i_a2", {"tensor_parallel_size": 32}, (32, 1, 1, 32)),
-        ("deepseek_v3:v2-236b", "atlas_800i_a2", {}, (16, 1, 16, 16)),
-        ("deepseek_moe:16b", "atlas_800t_a2", {"world_size": 16}, (16, 1, 1, 16)),
-        ("deepseek_coder", "cpu", {}, (1, 1, 1, 1)),
-        ("deepseek_coder", "cpu", {"pipeline_parallel_size": 2}, (1, 2, 1, 2)),
-        ("deepseek_coder", "cpu", {"pipeline_parallel_size": 2, "world_size": 8}, (4, 2, 1, 8)),
-        ("deepseek_coder", "cpu", {"tensor_parallel_size": 4, "pipeline_parallel_size": 2}, (4, 2, 1, 8)),
-        ("deepseek_coder", "cpu", {"expert_parallel_size": 4}, (4, 1, 4, 4)),
-        ("deepseek_coder", "cpu", {"expert_parallel_size": 2, "world_size": 8}, (8, 1, 2, 8)),
+        ("deepseek_coder:33b", "atlas_800i_a2", {}, (4, 1, 1)),
+        ("deepseek_coder:33b", "atlas_800i_a2", {"world_size": 8}, (8, 1, 1)),
+        ("deepseek_coder:33b", "atlas_800i_a2", {"tensor_parallel_size": 2}, (2, 1, 1)),
+        ("deepseek_coder:6.7b", "atlas_300i_duo", {}, (2, 1, 1)),
+        ("deepseek_v3:671b", "atlas_800i_a2", {}, (32, 1, 32)),
+        ("deepseek_v3:671b", "atlas_800i_a2", {"quantization": "w4a16"}, (8, 1, 8)),
+        ("deepseek_v3:671b", "atlas_800i_a2", {"world_size": 16}, (16, 1, 16)),
+        ("deepseek_v3:671b", "atlas_800i_a2", {"world_size": 4}, (4, 1, 1)),
+        ("deepseek_v3:671b", "atlas_800i_a2", {"tensor_parallel_size": 32}, (32, 1, 1)),
+        ("deepseek_v3:v2-236b", "atlas_800i_a2", {}, (16, 1, 16)),
+        ("deepseek_moe:16b", "atlas_800t_a2", {"world_size": 16}, (16, 1, 1)),
+        ("deepseek_coder", "cpu", {}, (1, 1, 1)),
+        ("deepseek_coder", "cpu", {"pipeline_parallel_size": 2}, (1, 2, 1)),
+        ("deepseek_coder", "cpu", {"pipeline_parallel_size": 2, "world_size": 8}, (4, 2, 1)),
+        ("deepseek_coder", "cpu", {"tensor_parallel_size": 4, "pipeline_parallel_size": 2}, (4, 2, 1)),
+        ("deepseek_coder", "cpu", {"expert_parallel_size": 4}, (4, 1, 4)),
+        ("deepseek_coder", "cpu", {"expert_parallel_size": 2, "world_size": 8}, (8, 1, 2)),
+        ("deepseek_moe", "cpu", {"expert_parallel_size": 2, "pipeline_parallel_size": 2}, (2, 2, 2)),
+        ("deepseek_moe", "cpu", {"data_parallel_size": 2}, (1, 1, 1, 2)),
+        ("deepseek_moe", "cpu", {"data_parallel_size": 2, "tensor_parallel_size": 2}, (2, 1, 1, 2)),
+        ("deepseek_moe", "cpu", {"data_parallel_size": 2, "world_size": 8}, (4, 1, 1, 2)),
+        ("deepseek_moe", "cpu", {"data_parallel_size": 2, "expert_parallel_size": 4}, (2, 1, 4, 2)),
+        ("deepseek_moe", "cpu", {"data_parallel_size": 4, "expert_parallel_size": 2}, (1, 1, 2, 4)),
+        (
+            "deepseek_moe",
+            "cpu",
+            {"data_parallel_size": 2, "tensor_parallel_size": 2, "expert_parallel_size": 4},
+            (2, 1, 4, 2),
+        ),
+        (
+            "deepseek_moe",
+            "cpu",
+            {"data_parallel_size": 2, "pipeline_parallel_size": 2, "world_size": 8, "expert_parallel_size": 4},
+            (2, 2, 4, 2),
+        ),
     ],
 )
 def test_parallel_sizes(model: str, hardware: str, asked: dict[str, Any], due: tuple[int, ...]) -> None:
     request = fill_in(model, hardware, **asked)
-    assert (request.tp, request.pp, request.ep, request.world_size) == due
+    assert request.split == Split(*due)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +109,22 @@ def test_parallel_sizes(model: str, hardware: str, asked: dict[str, Any], due: t
     [
         ({"pipeline_parallel_size": 2, "world_size": 3}, r"world size 3 is not tp \? x pp 2"),
         ({"tensor_parallel_size": 2, "world_size": 8}, "world size 8 is not tp 2 x pp 1"),
-        ({"expert_parallel_size": 3, "world_size": 4}, "does not divide into expert parallel groups of 3"),
+        (
+            {"expert_parallel_size": 3, "world_size": 4},
+            r"the 4 ranks of a stage \(tp 4 x dp 1\) do not divide into .* groups of 3; sizes that do: 1, 2, 4$",
+        ),
+        (
+            {"expert_parallel_size": 8, "tensor_parallel_size": 2, "data_parallel_size": 3},
+            r"the 6 ranks of a stage \(tp 2 x dp 3\) do not divide into .* groups of 8; sizes that do: 1, 2, 3, 6$",
+        ),
+        (
+            {"data_parallel_size": 3, "world_size": 4},
+            r"world size 4 is not tp \? x pp 1 x dp 3; give --world-size alone, or --tp, --pp and --dp that multiply",
+        ),
+        (
+            {"data_parallel_size": 2, "tensor_parallel_size": 2, "world_size": 2},
+            "world size 2 is not tp 2 x pp 1 x dp 2",
+        ),
     ],
 )
 def test_parallel_sizes_that_do_not_multiply(asked: dict[str, int], message: str) -> None:

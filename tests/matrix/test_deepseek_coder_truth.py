@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from npu_zoo.core.features import AXES, Verdict, layout_names
+from npu_zoo.core.parallel import Split
 from npu_zoo.registry import get_registry
 
 # The MindIE README's table. Its accuracy section runs pa_fp16 on all four sizes; the table wins.
@@ -66,7 +67,7 @@ def cell(hardware: str, dtype: str, world_size: int, **others: Any) -> dict[str,
 
 def check(size: str, request: dict[str, Any]) -> Verdict:
     family, _ = get_registry().find(f"deepseek_coder:{size}")
-    layout = layout_names(request["world_size"], request["world_size"], 1, 1)
+    layout = layout_names(Split(request["world_size"]))
     return family.matrix.check(f"deepseek_coder:{size}", size, {"parallelism": layout, **request})
 
 

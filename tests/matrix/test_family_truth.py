@@ -10,6 +10,7 @@ import pytest
 
 from npu_zoo.core.config import EngineArgs
 from npu_zoo.core.features import Verdict, layout_names
+from npu_zoo.core.parallel import Split
 from npu_zoo.dispatch import check as check_args
 from npu_zoo.registry import get_registry
 
@@ -22,7 +23,7 @@ LONG = (False, True)
 SERVING = ("offline", "mindie_service", "tgi")
 WORLD_SIZES = (1, 2, 3, 4, 6, 8, 16, 32)
 
-Split = tuple[int, int, int]  # tensor, pipeline and expert parallel size
+Sizes = tuple[int, ...]  # tensor, pipeline, expert and data parallel size; what is left out is 1
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Cell:
 
     hardware: str
     dtypes: tuple[str, ...]
-    splits: tuple[Split, ...]
+    splits: tuple[Sizes, ...]
     quantization: str = "none"
     serving: tuple[str, ...] = ("offline",)
 
@@ -64,15 +65,16 @@ MINDIE_WIZARD = "WizardCoder README of the MindIE ATB model zoo"
 MINDIE_MOE = "DeepSeek-MoE README of the MindIE ATB model zoo"
 
 
-def splits() -> list[Split]:
-    """Tensor parallel, with experts dealt over all cards or over some, and in two or more stages."""
-    found: list[Split] = []
+def splits() -> list[Sizes]:
+    """Tensor parallel, with experts dealt over all cards or over some, in two or more stages, and with replicas."""
+    found: list[Sizes] = []
     for world in WORLD_SIZES:
         found += [(world, 1, 1)] + [(world, 1, world)] * (world > 1) + [(world // 2, 2, 1)] * (world % 2 == 0)
-    return [*found, (8, 1, 2), (4, 2, 4), (4, 4, 1), (1, 8, 1), (1, 16, 1)]
+    found += [(8, 1, 2), (4, 2, 4), (4, 4, 1), (1, 8, 1), (1, 16, 1)]
+    return [*found, (4, 1, 1, 2), (1, 1, 8, 8), (2, 1, 8, 4), (4, 2, 1, 2), (4, 2, 8, 2)]
 
 
-def request_of(hardware: str, dtype: str, split: Split, **others: Any) -> dict[str, Any]:
+def request_of(hardware: str, dtype: str, split: Sizes, **others: Any) -> dict[str, Any]:
     """A request that differs from the plainest one only in what is named; ``split`` stays beside the axes."""
     request: dict[str, Any] = {"hardware": hardware, "dtype": dtype, "split": split, "attention": "paged"}
     request |= {"quantization": "none", "kv_cache_dtype": "auto", "long_sequence": False, "serving": "offline"}
@@ -94,9 +96,9 @@ def truth(model: str, request: dict[str, Any]) -> bool:
 def check(model: str, request: dict[str, Any], *, allow_experimental: bool = False) -> Verdict:
     family, variant = get_registry().find(model)
     assert variant is not None
-    tp, pp, ep = request["split"]
+    split = Split(*request["split"])
     axes = {axis: value for axis, value in request.items() if axis != "split"}
-    axes |= {"world_size": tp * pp, "parallelism": layout_names(tp * pp, tp, pp, ep)}
+    axes |= {"world_size": split.world_size, "parallelism": layout_names(split)}
     return family.matrix.check(model, variant.size, axes, allow_experimental=allow_experimental)
 
 
@@ -399,3 +401,41 @@ def test_an_experimental_cell_that_the_source_denies_names_both() -> None:
 @pytest.mark.parametrize("hardware", ["cpu", "atlas_800i_a2", "atlas_800t_a2"])
 def test_demos_are_supported_where_their_family_is(model: str, hardware: str) -> None:
     assert check(model, request_of(hardware, "bfloat16", (1, 1, 1))).supported
+
+
+# The zoo's own on a CPU: every split of up to four ranks. A stage has tp x dp ranks, which ep divides.
+DENSE_ON_CPU: tuple[Sizes, ...] = (
+    (1,), (2,), (3,), (4,), (1, 2), (1, 3), (1, 4), (2, 2), (1, 1, 1, 2), (1, 1, 1, 3), (1, 1, 1, 4), (2, 1, 1, 2),
+    (1, 2, 1, 2),
+)  # fmt: skip
+EXPERTS_ON_CPU: tuple[Sizes, ...] = (
+    (2, 1, 2), (3, 1, 3), (4, 1, 2), (4, 1, 4), (2, 2, 2), (1, 1, 2, 2), (1, 1, 3, 3), (1, 1, 2, 4), (1, 1, 4, 4),
+    (2, 1, 2, 2), (2, 1, 4, 2), (1, 2, 2, 2),
+)  # fmt: skip
+NOT_ON_CPU: tuple[Sizes, ...] = ((5,), (8,), (4, 2), (2, 2, 1, 2), (8, 1, 8), (1, 1, 8, 8), (1, 5), (2, 4, 2))
+ON_CPU = {
+    "wizardcoder:34b": DENSE_ON_CPU,
+    "wizardcoder:custom": DENSE_ON_CPU,
+    "deepseek_coder:33b": DENSE_ON_CPU,
+    "deepseek_coder:demo": DENSE_ON_CPU,
+    "deepseek_moe:16b": DENSE_ON_CPU + EXPERTS_ON_CPU,
+    "deepseek_moe:demo": DENSE_ON_CPU + EXPERTS_ON_CPU,
+    "deepseek_v3:671b": DENSE_ON_CPU + EXPERTS_ON_CPU,
+    "deepseek_v3:custom": DENSE_ON_CPU + EXPERTS_ON_CPU,
+}
+
+
+@pytest.mark.parametrize("model", ON_CPU)
+def test_splits_on_a_cpu(model: str) -> None:
+    for split in (*DENSE_ON_CPU, *EXPERTS_ON_CPU, *NOT_ON_CPU):
+        verdict = check(model, request_of("cpu", "bfloat16", split))
+        assert verdict.supported == (split in ON_CPU[model]), split
+
+
+@pytest.mark.parametrize("model", ON_CPU)
+def test_quantized_weights_and_caches_are_split_on_a_cpu_like_plain_ones(model: str) -> None:
+    kinds: list[dict[str, Any]] = [{"quantization": name} for name in ("w8a16", "w4a16", "w8a8")]
+    kinds += [{"kv_cache_dtype": "int8"}] * (not model.startswith("deepseek_v3"))
+    for kind, split in itertools.product(kinds, (*DENSE_ON_CPU, *EXPERTS_ON_CPU, *NOT_ON_CPU)):
+        verdict = check(model, request_of("cpu", "bfloat16", split, **kind), allow_experimental=True)
+        assert verdict.supported == (split in ON_CPU[model]), (kind, split)

@@ -10,12 +10,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from npu_zoo.core.features import AXES, Conflict, Denial, FeatureMatrix, FeatureRow, Verdict, layout_names, split_of
+from npu_zoo.checkpoint import read_config
+from npu_zoo.core.features import (
+    AXES,
+    KINDS,
+    Conflict,
+    Denial,
+    FeatureMatrix,
+    FeatureRow,
+    Verdict,
+    layout_names,
+    split_flags,
+    splits_of,
+)
+from npu_zoo.core.model_config import ModelConfig
+from npu_zoo.core.parallel import Split
+from npu_zoo.registry import get_registry
+from npu_zoo.request import bundled_directory
 
 DOMAIN: dict[str, tuple[Any, ...]] = {
     "hardware": ("atlas_800i_a2", "atlas_300i_duo", "cpu"),
     "dtype": ("float16", "bfloat16"),
-    "parallelism": ("tp", "tp+ep"),
+    "parallelism": ("tp", "tp+ep", "tp+pp"),
     "world_size": (1, 2, 4),
     "attention": ("paged", "flash"),
     "quantization": ("none", "w8a8"),
@@ -53,12 +69,15 @@ MATRICES = st.builds(
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[FeatureMatrix, dict[str, Any]]:
-    """A matrix and a request that differs from one of its rows on at most two axes, so that many pass."""
+    """A matrix and a possible request that differs from one of its rows on at most two axes, so that many pass."""
     matrix = draw(MATRICES)
     row = draw(st.sampled_from(matrix.rows)) if matrix.rows else None
     strays = draw(st.sets(st.sampled_from(AXES), max_size=2)) if row else set(AXES)
     offered = {axis: DOMAIN[axis] if row is None or axis in strays else row.values(axis) for axis in AXES}
-    return matrix, {axis: draw(st.sampled_from(values)) for axis, values in offered.items()}
+    request = {axis: draw(st.sampled_from(values)) for axis, values in offered.items()}
+    if not splits_of(request["parallelism"], request["world_size"]):
+        request["parallelism"] = "tp"
+    return matrix, request
 
 
 OPTIONS = st.fixed_dictionaries({"enable_prefix_caching": st.booleans()})
@@ -116,7 +135,8 @@ def test_alternatives_pass_and_none_that_changes_less_was_missed(
     matrix, request = case
     verdict = check(matrix, request, experimental, options)
     everything = (dict(zip(DOMAIN, values, strict=True)) for values in itertools.product(*DOMAIN.values()))
-    passing = [other for other in everything if passes(matrix, other, experimental, options)]
+    possible = (o for o in everything if splits_of(o["parallelism"], o["world_size"]))
+    passing = [other for other in possible if passes(matrix, other, experimental, options)]
     if not verdict.supported:
         assert min(len(passing), 1) <= len(verdict.alternatives) <= 3
     assert all(alternative in passing for alternative in verdict.alternatives)
@@ -219,34 +239,98 @@ def test_nearest_keeps_what_costs_most_to_give_up() -> None:
 @pytest.mark.parametrize(
     ("split", "names"),
     [
-        ((1, 1, 1, 1), ("tp1", "tp")),
-        ((8, 8, 1, 1), ("tp8", "tp")),
-        ((8, 8, 1, 8), ("tp8+ep8", "tp+ep")),
-        ((16, 8, 2, 1), ("tp8+pp2", "tp+pp")),
-        ((2, 1, 2, 1), ("pp2", "pp")),
-        ((16, 4, 2, 4), ("tp4+pp2+ep4", "tp+pp+ep")),
+        (Split(), ("tp1", "tp")),
+        (Split(8), ("tp8", "tp")),
+        (Split(8, ep=8), ("tp8+ep8", "tp+ep")),
+        (Split(8, pp=2), ("tp8+pp2", "tp+pp")),
+        (Split(pp=2), ("pp2", "pp")),
+        (Split(dp=4), ("dp4", "dp")),
+        (Split(dp=4, ep=2), ("ep2+dp4", "ep+dp")),
+        (Split(4, 2, 8, 2), ("tp4+pp2+ep8+dp2", "tp+pp+ep+dp")),
     ],
 )
-def test_layout_names(split: tuple[int, int, int, int], names: tuple[str, ...]) -> None:
-    assert layout_names(*split) == names
+def test_layout_names(split: Split, names: tuple[str, ...]) -> None:
+    assert layout_names(split) == names
 
 
 @pytest.mark.parametrize(
-    ("layout", "world_size", "split"),
+    ("layout", "world_size", "splits"),
     [
-        ("tp", 8, (8, 1, 1)), ("tp+ep", 8, (8, 1, 8)), ("pp", 4, (1, 4, 1)), ("tp8+ep4", 8, (8, 1, 4)),
-        ("tp8+pp2", 16, (8, 2, 1)), ("tp+pp", 8, None), ("tp8+pp2", 8, None), ("tp8+ep3", 8, None),
+        ("tp", 1, [(1,)]), ("tp", 8, [(8,)]), ("pp", 1, []), ("pp", 4, [(1, 4)]), ("dp", 3, [(1, 1, 1, 3)]),
+        ("tp+ep", 8, [(8, 1, 8), (8, 1, 4), (8, 1, 2)]), ("tp+pp", 8, [(4, 2), (2, 4)]), ("tp+pp", 2, []),
+        ("tp8+ep4", 8, [(8, 1, 4)]), ("tp8+pp2", 16, [(8, 2)]), ("tp8+pp2", 8, []), ("tp8+ep3", 8, []),
+        ("ep+dp", 4, [(1, 1, 4, 4), (1, 1, 2, 4)]), ("tp+ep+dp", 4, [(2, 1, 4, 2), (2, 1, 2, 2)]),
+        ("tp4+ep8+dp2", 8, [(4, 1, 8, 2)]), ("tp+pp+ep", 4, [(2, 2, 2)]), ("tp+pp+dp", 8, [(2, 2, 1, 2)]),
     ],
 )  # fmt: skip
-def test_splits_of_layouts(layout: str, world_size: int, split: tuple[int, int, int] | None) -> None:
-    assert split_of(layout, world_size) == split
-    assert split is None or layout in layout_names(world_size, *split)
+def test_splits_of_layouts(layout: str, world_size: int, splits: list[tuple[int, ...]]) -> None:
+    assert splits_of(layout, world_size) == tuple(Split(*split) for split in splits)
+
+
+SIZES = st.integers(1, 8)
+
+
+@given(tp=SIZES, pp=SIZES, dp=SIZES, data=st.data())
+def test_a_split_is_offered_under_both_of_its_names(tp: int, pp: int, dp: int, data: st.DataObject) -> None:
+    ep = data.draw(st.sampled_from([n for n in range(1, dp * tp + 1) if dp * tp % n == 0]))
+    split = Split(tp, pp, ep, dp)
+    exact, kinds = layout_names(split)
+    assert splits_of(exact, split.world_size) == (split,)
+    assert split in splits_of(kinds, split.world_size)
+    assert row(parallelism=(exact, kinds)).parallelism == (exact, kinds)
+    words = split_flags(split).replace("--", "").split()
+    asked = dict(zip(words[::2], map(int, words[1::2]), strict=True))
+    assert Split(*(asked.get(kind, 1) for kind in KINDS)) == split
+
+
+def test_every_layout_of_a_row_is_one_of_a_world_of_it() -> None:
+    rows = [row for family in get_registry().families.values() for row in family.rows]
+    assert [
+        (row, layout) for row in rows for layout in row.parallelism if not any(map_worlds(layout, row.world_size))
+    ] == []
+    assert [
+        (row, world)
+        for row in rows
+        for world in row.world_size
+        if not any(splits_of(y, world) for y in row.parallelism)
+    ] == []
+
+
+def map_worlds(layout: str, world_sizes: tuple[int, ...]) -> list[tuple[Split, ...]]:
+    return [splits_of(layout, world) for world in world_sizes]
+
+
+def test_rows_whose_ranks_exceed_the_key_value_heads_offer_copies_of_them() -> None:
+    """Shapes that are known; of ``custom`` any may come, and vendors' rows claim copies only where they have them."""
+    for family in get_registry().families.values():
+        latent = all(v.config.mla for v in family.variants if v.config)
+        for number, row in enumerate(family.rows):
+            variants = [v for v in family.variants if v.size in row.sizes]
+            bundled = [ModelConfig.from_hf(read_config(d)) for v in variants if (d := bundled_directory(v))]
+            shapes = [shape for shape in (*bundled, *(v.config for v in variants)) if shape and not shape.mla]
+            most = max(split.tp for y in row.parallelism for world in row.world_size for split in splits_of(y, world))
+            exceeds = any(shape.num_key_value_heads < most for shape in shapes)
+            of_any_shape = "custom" in row.sizes and most > 1 and not latent
+            assert row.replicated_kv_heads == (exceeds or of_any_shape), (family.name, number)
+
+
+def test_an_alternative_is_spelt_so_that_it_asks_for_its_split() -> None:
+    matrix = FeatureMatrix(rows=(row(parallelism=("tp+pp", "ep+dp"), world_size=(2, 4), dtype=("bfloat16",)),))
+    asked = ask(world_size=4, parallelism=layout_names(Split(2, 2)))
+    flags = "  --hardware atlas_800i_a2 --dtype bfloat16 --world-size"
+    assert matrix.check("m", SIZE, asked).describe().splitlines()[2:] == [f"{flags} 4 --attention paged --tp 2 --pp 2"]
+    asked = ask(world_size=8, parallelism=layout_names(Split(ep=8, dp=8)))
+    assert matrix.check("m", SIZE, asked).describe().splitlines()[3:] == [
+        f"{flags} 4 --attention paged --ep 4 --dp 4",
+        f"{flags} 2 --attention paged --ep 2 --dp 2",
+        f"{flags} 4 --attention paged --tp 2 --pp 2",
+    ]
 
 
 def test_a_row_may_offer_an_exact_split_alone() -> None:
     matrix = FeatureMatrix(rows=(row(parallelism=("tp8+pp2",), world_size=(16,)),))
-    assert matrix.check("m", SIZE, ask(world_size=16, parallelism=layout_names(16, 8, 2, 1))).supported
-    refused = matrix.check("m", SIZE, ask(world_size=16, parallelism=layout_names(16, 4, 4, 1)))
+    assert matrix.check("m", SIZE, ask(world_size=16, parallelism=layout_names(Split(8, 2)))).supported
+    refused = matrix.check("m", SIZE, ask(world_size=16, parallelism=layout_names(Split(4, 4))))
     assert [(r.axis, r.supported) for r in refused.reasons] == [("parallelism", ("tp8+pp2",))]
 
 
@@ -257,6 +341,11 @@ def test_a_row_may_offer_an_exact_split_alone() -> None:
         ({"world_size": (0, 1)}, "world sizes start at 1"),
         ({"dtype": ("int4",)}, "dtype"),
         ({"attention": ()}, "attention"),
+        ({"parallelism": ("tp", "sp")}, "unknown layout 'sp'; join tp, pp, ep, dp in this order"),
+        ({"parallelism": ("dp+tp",)}, "unknown layout 'dp\\+tp'"),
+        ({"parallelism": ("tp+tp",)}, "unknown layout"),
+        ({"parallelism": ("tp0",)}, "unknown layout"),
+        ({"parallelism": ("tp8pp2",)}, "unknown layout"),
         ({"world_sizes": (1,)}, "world_sizes"),
     ],
 )

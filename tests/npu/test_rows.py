@@ -12,9 +12,8 @@ import pytest
 from npu_zoo import LLM
 from npu_zoo.core.config import EngineArgs
 from npu_zoo.core.errors import UnsupportedError
-from npu_zoo.core.features import split_of
+from npu_zoo.core.features import splits_of
 from npu_zoo.core.model_config import ModelConfig
-from npu_zoo.core.parallel import Split
 from npu_zoo.dispatch import resolve
 from npu_zoo.registry import get_registry
 from npu_zoo.simulator import RuleBroken
@@ -38,10 +37,10 @@ def shares() -> list[Any]:
                 if PRODUCT not in row.hardware or "none" not in row.quantization:
                     continue
                 assert variant.config
-                for split in {s for w in row.world_size for layout in row.parallelism if (s := split_of(layout, w))}:
-                    if variant.config.num_attention_heads % split[0]:
+                for split in {s for w in row.world_size for layout in row.parallelism for s in splits_of(layout, w)}:
+                    if variant.config.num_attention_heads % split.tp:
                         continue
-                    config = rank_shape(variant.config, Split(*split))
+                    config = rank_shape(variant.config, split)
                     for dtype in row.dtype:
                         heads = f"{config.num_attention_heads}-{config.num_key_value_heads}x{config.head_dim}"
                         name = f"{family.name}-{heads}-{dtype}"

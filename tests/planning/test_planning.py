@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npu_zoo.core.features import split_of
+from npu_zoo.core.features import splits_of
 from npu_zoo.core.hardware import ITEMSIZE, PRODUCTS
 from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.core.parallel import Split, stage_layers
@@ -84,6 +84,36 @@ def test_experts_are_shared_whole_or_in_part() -> None:
     replicated = (2 * 3 + 1) * 64 * 2 + 2 * 8 * 64 * 4  # norms, and two layers' routers in float32
     for split in (Split(4), Split(4, ep=4), Split(4, ep=2)):
         assert 4 * (plan_rank(config, "float16", split, WORKLOAD).weights - replicated) == whole - replicated
+
+
+def test_replicas_of_a_dense_model_share_nothing() -> None:
+    config = config_of(LLAMA)
+    whole = plan_rank(config, "bfloat16", ALONE, WORKLOAD)
+    assert plan_rank(config, "bfloat16", Split(dp=4), WORKLOAD) == whole
+    half = plan_rank(config, "bfloat16", Split(2), WORKLOAD)
+    assert plan_rank(config, "bfloat16", Split(2, dp=2), WORKLOAD) == half
+
+
+@pytest.mark.parametrize("split", [Split(dp=4), Split(dp=4, ep=2), Split(dp=4, ep=4), Split(2, dp=2, ep=4)])
+def test_replicas_share_the_experts_of_their_stage(split: Split) -> None:
+    """A rank has n / ep experts, tp x dp / ep ranks share each, and the rest is the replica's own."""
+    config = config_of(MOE)
+    routed = 2 * 8 * 3 * 64 * 32 * 2  # layers, experts, matrices of [64, 32] in two bytes
+    alone = plan_rank(config, "float16", Split(split.tp), WORKLOAD)
+    found = plan_rank(config, "float16", split, WORKLOAD)
+    assert alone.weights - found.weights == routed // split.tp - routed // 4
+    assert found.cache_per_token == alone.cache_per_token == 3 * 2 * 8 * 8 * 2 // split.tp
+
+
+@pytest.mark.parametrize(("split", "width"), [(Split(dp=2), 16), (Split(dp=2, ep=2), 32), (Split(2, dp=2, ep=2), 16)])
+def test_experts_compute_the_tokens_of_all_replicas(split: Split, width: int) -> None:
+    config, tokens, longest = config_of(MOE), 512, 64
+    stream = (4 * tokens * 64 + 2 * 8 * (tokens + longest)) * 2
+    gathered = 2 * tokens  # of both replicas
+    experts = gathered * 2 * (width + 2 * 64) * 2 + gathered * (64 + 8) * 4
+    there_and_back = 2 * gathered * 64 * 2
+    found = plan_rank(config, "float16", split, Workload(longest, 1, tokens)).activations
+    assert found == stream + experts + there_and_back
 
 
 def test_latent_attention_replicates_its_first_projections() -> None:
@@ -194,14 +224,14 @@ def vendor_rows() -> list[Any]:
 @pytest.mark.parametrize(("variant", "row"), vendor_rows())
 def test_what_a_vendor_claims_fits_the_largest_card_that_is_sold(variant: Any, row: Any) -> None:
     workload = Workload(2048, 16, 2048)
-    splits = {split for world in row.world_size for layout in row.parallelism if (split := split_of(layout, world))}
+    splits = {split for world in row.world_size for layout in row.parallelism for split in splits_of(layout, world)}
     assert splits
     for hardware in row.hardware:
         memory = max(PRODUCTS[hardware].memory_gib) * GIB
         for split in splits:
             for dtype in row.dtype:
                 for quantization in row.quantization:
-                    plan = plan_rank(variant.config, dtype, Split(*split), workload, quantization=quantization)
+                    plan = plan_rank(variant.config, dtype, split, workload, quantization=quantization)
                     assert plan.cache_tokens(memory, 0.9) > 2048, (split, dtype, quantization)
 
 

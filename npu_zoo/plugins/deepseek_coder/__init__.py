@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from npu_zoo.api import (
+    LAYOUTS_OF_FOUR,
     Attention,
     Denial,
     FamilySpec,
@@ -132,6 +133,7 @@ _BOTH: tuple[Attention, ...] = ("paged", "flash")
 
 _QUANTIZED = ("w8a16", "w4a16", "w8a8")
 
+
 ROWS = (
     FeatureRow(
         sizes=("1.3b",),
@@ -179,7 +181,9 @@ ROWS = (
         sizes=(*_SIZES, "demo", "custom"),
         hardware=("cpu",),
         dtype=("float32", "bfloat16", "float16"),
-        world_size=(1, 2, 4),
+        world_size=(1, 2, 3, 4),
+        parallelism=LAYOUTS_OF_FOUR,
+        replicated_kv_heads=True,
         attention=_BOTH,
         source="zoo",
     ),
@@ -213,6 +217,7 @@ ROWS = (
         hardware=("atlas_800i_a2", "atlas_800t_a2"),
         dtype=("float16", "bfloat16"),
         world_size=(1, 2, 4, 8),
+        replicated_kv_heads=True,
         attention=_BOTH,
         source="zoo",
         status="experimental",
@@ -222,6 +227,7 @@ ROWS = (
         hardware=("atlas_300i_duo",),
         dtype=("float16",),
         world_size=(1, 2, 4),
+        replicated_kv_heads=True,
         attention=_BOTH,
         source="zoo",
         status="experimental",
@@ -230,7 +236,9 @@ ROWS = (
         sizes=(*_SIZES, "demo", "custom"),
         hardware=("cpu",),
         dtype=("float32", "bfloat16", "float16"),
-        world_size=(1,),
+        world_size=(1, 2, 3, 4),
+        parallelism=LAYOUTS_OF_FOUR,
+        replicated_kv_heads=True,
         attention=_BOTH,
         kv_cache_dtype=("int8",),
         source="zoo",
@@ -240,7 +248,9 @@ ROWS = (
         sizes=(*_SIZES, "demo", "custom"),
         hardware=("cpu",),
         dtype=("float32", "bfloat16", "float16"),
-        world_size=(1,),
+        world_size=(1, 2, 3, 4),
+        parallelism=LAYOUTS_OF_FOUR,
+        replicated_kv_heads=True,
         attention=_BOTH,
         quantization=_QUANTIZED,
         source="zoo",

@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from npu_zoo.api import (
+    EXPERT_LAYOUTS_OF_FOUR,
+    LAYOUTS_OF_FOUR,
     Denial,
     FamilySpec,
     FeatureRow,
@@ -78,6 +80,7 @@ VARIANTS = (
 )
 
 _QUANTIZED = ("w8a16", "w4a16", "w8a8")
+_LAYOUTS = (*LAYOUTS_OF_FOUR, *EXPERT_LAYOUTS_OF_FOUR)
 
 ROWS = (
     FeatureRow(
@@ -115,7 +118,9 @@ ROWS = (
         sizes=("16b", "demo", "custom"),
         hardware=("cpu",),
         dtype=("float32", "bfloat16", "float16"),
-        world_size=(1, 2, 4),
+        world_size=(1, 2, 3, 4),
+        parallelism=_LAYOUTS,
+        replicated_kv_heads=True,
         attention=("paged", "flash"),
         source="zoo",
     ),
@@ -151,6 +156,7 @@ ROWS = (
         dtype=("float16", "bfloat16"),
         world_size=(1, 2, 4, 8),
         parallelism=("tp", "tp+ep"),
+        replicated_kv_heads=True,
         attention=("paged",),
         source="zoo",
         status="experimental",
@@ -159,7 +165,9 @@ ROWS = (
         sizes=("16b", "demo", "custom"),
         hardware=("cpu",),
         dtype=("float32", "bfloat16", "float16"),
-        world_size=(1,),
+        world_size=(1, 2, 3, 4),
+        parallelism=_LAYOUTS,
+        replicated_kv_heads=True,
         attention=("paged", "flash"),
         kv_cache_dtype=("int8",),
         source="zoo",
@@ -169,7 +177,9 @@ ROWS = (
         sizes=("16b", "demo", "custom"),
         hardware=("cpu",),
         dtype=("float32", "bfloat16", "float16"),
-        world_size=(1,),
+        world_size=(1, 2, 3, 4),
+        parallelism=_LAYOUTS,
+        replicated_kv_heads=True,
         attention=("paged", "flash"),
         quantization=_QUANTIZED,
         source="zoo",

@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from npu_zoo.api import (
+    EXPERT_LAYOUTS_OF_FOUR,
+    LAYOUTS_OF_FOUR,
     Denial,
     FamilySpec,
     FeatureRow,
@@ -198,6 +200,7 @@ def _row_671b(world_size: int, quantization: str, note: str, derived: tuple[str,
 
 
 _QUANTIZED = ("w8a16", "w4a16", "w8a8")
+_LAYOUTS = (*LAYOUTS_OF_FOUR, *EXPERT_LAYOUTS_OF_FOUR)
 
 ROWS = (
     _row_671b(32, "none", "bfloat16 weights: 1.34 TB on 64 GB cards", ("world_size",)),
@@ -207,7 +210,8 @@ ROWS = (
         sizes=_ALL,
         hardware=("cpu",),
         dtype=("float32", "bfloat16", "float16"),
-        world_size=(1, 2, 4),
+        world_size=(1, 2, 3, 4),
+        parallelism=_LAYOUTS,
         attention=("paged",),
         source="zoo",
         note="latents are kept in blocks only",
@@ -264,7 +268,8 @@ ROWS = (
         sizes=_ALL,
         hardware=("cpu",),
         dtype=("float32", "bfloat16", "float16"),
-        world_size=(1,),
+        world_size=(1, 2, 3, 4),
+        parallelism=_LAYOUTS,
         attention=("paged",),
         quantization=_QUANTIZED,
         source="zoo",

@@ -155,8 +155,6 @@ def register_engines() -> list[EngineSpec]:
             name="native",
             implementation="npu_zoo.engine.engine:NativeEngine",
             chips=("cpu", "cuda", "ascend910b", "ascend310p"),
-            max_world_size={"ascend910b": 1, "ascend310p": 1, "cuda": 1},
-            parallelism=("tp",),
             requires=("torch", "transformers"),
             description="continuous batching over a paged KV cache, in torch",
         )

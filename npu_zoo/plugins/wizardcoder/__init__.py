@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from npu_zoo.api import (
+    LAYOUTS_OF_FOUR,
     Denial,
     FamilySpec,
     FeatureRow,
@@ -103,6 +104,7 @@ _ALL = ("34b", *_SIBLINGS, "demo", "custom")
 
 _QUANTIZED = ("w8a16", "w4a16", "w8a8")
 
+
 ROWS = (
     FeatureRow(
         sizes=("34b",),
@@ -124,7 +126,9 @@ ROWS = (
         sizes=_ALL,
         hardware=("cpu",),
         dtype=("float32", "bfloat16", "float16"),
-        world_size=(1, 2, 4),
+        world_size=(1, 2, 3, 4),
+        parallelism=LAYOUTS_OF_FOUR,
+        replicated_kv_heads=True,
         attention=("paged", "flash"),
         source="zoo",
     ),
@@ -176,6 +180,7 @@ ROWS = (
         hardware=("atlas_800i_a2", "atlas_800t_a2"),
         dtype=("float16", "bfloat16"),
         world_size=(1, 2, 4, 8),
+        replicated_kv_heads=True,
         attention=("paged",),
         source="zoo",
         status="experimental",
@@ -185,6 +190,7 @@ ROWS = (
         hardware=("atlas_300i_duo",),
         dtype=("float16",),
         world_size=(1, 2, 4),
+        replicated_kv_heads=True,
         attention=("paged",),
         source="zoo",
         status="experimental",
@@ -193,7 +199,9 @@ ROWS = (
         sizes=_ALL,
         hardware=("cpu",),
         dtype=("float32", "bfloat16", "float16"),
-        world_size=(1,),
+        world_size=(1, 2, 3, 4),
+        parallelism=LAYOUTS_OF_FOUR,
+        replicated_kv_heads=True,
         attention=("paged", "flash"),
         kv_cache_dtype=("int8",),
         source="zoo",
@@ -203,7 +211,9 @@ ROWS = (
         sizes=_ALL,
         hardware=("cpu",),
         dtype=("float32", "bfloat16", "float16"),
-        world_size=(1,),
+        world_size=(1, 2, 3, 4),
+        parallelism=LAYOUTS_OF_FOUR,
+        replicated_kv_heads=True,
         attention=("paged", "flash"),
         quantization=_QUANTIZED,
         source="zoo",
