@@ -17,11 +17,11 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from npu_zoo.parallel.link import Done, Failed, Heartbeat, Message, Ready, Setup
+from npu_zoo.parallel.link import Message, Setup
+from npu_zoo.parallel.peers import Failure, Peer
 
 NOT_HEARD = "starting its interpreter"
 _SUDDEN = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
@@ -29,26 +29,8 @@ _SECONDS_FOR_DESCENDANTS = 1.0
 _SECONDS_BETWEEN_LOOKS = 0.02
 
 
-@dataclass(frozen=True)
-class Failure:
-    """What went wrong with a rank.
-
-    Attributes:
-        at: when, as ``time.monotonic`` has it.
-        what: what happened, as the rest of a sentence that begins with the rank; further lines are a traceback.
-        sudden: whether a signal ended it that no other rank's failure brings about.
-        silent: whether it only stopped getting on, as do ranks that wait for another.
-    """
-
-    rank: int
-    at: float
-    what: str
-    sudden: bool = False
-    silent: bool = False
-
-
-class Child:
-    """A worker's process. Everything it changes is guarded by ``changed``, which is notified of each change.
+class Child(Peer):
+    """A worker's process.
 
     Args:
         setup: what it is started with.
@@ -56,33 +38,18 @@ class Child:
         changed: shared by the children of a group.
 
     Attributes:
-        ready: it can take work.
-        done: its function returned.
-        ended: it is gone and reaped, and its socket is closed.
-        failure: the first thing that went wrong before it was asked to stop.
         start_error: why it could not be started.
     """
 
     def __init__(self, setup: Setup, environ: Mapping[str, str], changed: threading.Condition) -> None:
-        self.rank = setup.rank
-        self.ready = self.done = self.ended = False
-        self.failure: Failure | None = None
+        super().__init__(setup.rank, socket.gethostname(), NOT_HEARD, changed)
         self.start_error: Exception | None = None
         self._setup: Setup | None = setup
         self._environ = environ
-        self._changed = changed
-        self._asked = False
         self._pid: int | None = None
         self._socket, self._theirs = socket.socketpair()
-        self._heartbeat: Heartbeat | None = None
-        self._heard_at = self._forgiven_at = time.monotonic()
         self._gone_at = math.inf
         self._thread = threading.Thread(target=self._keep, name=f"rank {self.rank}", daemon=True)
-
-    @property
-    def stage(self) -> str:
-        """What the worker does, as far as it was heard."""
-        return self._heartbeat.stage if self._heartbeat else NOT_HEARD
 
     def start(self) -> None:
         """Begin to start the process; ``pid`` or ``start_error`` is set soon after."""
@@ -111,30 +78,6 @@ class Child:
             if self._pid is not None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(self._pid, number)
-
-    def forgive(self, now: float) -> None:
-        """Count no silence from before ``now``, since the parent itself stood still."""
-        self._heard_at = self._forgiven_at = now
-
-    def silence(self, now: float, hang_timeout: float) -> Failure | None:
-        """What is wrong where the worker has been silent for longer than ``hang_timeout`` seconds.
-
-        Before its first heartbeat it is the caller who waits for it, and after its end there is nothing to hear.
-        """
-        beat = self._heartbeat
-        if beat is None or self.done or self.ended:
-            return None
-        where = f"at '{beat.stage}'" + (f" ({beat.position})" if beat.position else "")
-        if now - self._heard_at > hang_timeout:
-            what = f"stopped or has locked its interpreter: no heartbeat for {now - self._heard_at:.3g} s, {where}"
-            return Failure(self.rank, self._heard_at, what, silent=True)
-        if beat.last_beat is None:
-            return None
-        since = max(beat.last_beat, self._forgiven_at)
-        if beat.sent_at - since <= hang_timeout:
-            return None
-        what = f"hangs: its step has not got on for {beat.sent_at - since:.3g} s, {where}"
-        return Failure(self.rank, since, what, silent=True)
 
     def _keep(self) -> None:
         hearing = threading.Thread(target=self._converse, name=f"link to rank {self.rank}", daemon=True)
@@ -176,7 +119,7 @@ class Child:
         self._setup = None  # a payload may be large
         with self._socket.makefile("rb") as stream, contextlib.suppress(EOFError, OSError, pickle.UnpicklingError):
             while True:
-                self._hear(_read(stream))
+                self._hear(read_message(stream))
         self._gone_at = min(self._gone_at, time.monotonic())
 
     def _await_exit(self, pid: int) -> None:
@@ -187,28 +130,11 @@ class Child:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)  # a process of the worker's may hold its end open
 
-    def _hear(self, message: Message) -> None:
-        with self._changed:
-            self._heard_at = time.monotonic()
-            if isinstance(message, Heartbeat):
-                self._heartbeat = message
-            elif isinstance(message, Ready):
-                self.ready = True
-            elif isinstance(message, Done):
-                self.done = True
-            else:
-                self._fail(Failure(self.rank, message.at, _told(message)))
-            self._changed.notify_all()
-
     def _conclude(self, code: int) -> None:
         with self._changed:
             if code or not self.done:
                 what = f"{describe_end(code)}, at '{self.stage}'"
-                self._fail(Failure(self.rank, self._gone_at, what, sudden=-code in _SUDDEN))
-
-    def _fail(self, failure: Failure) -> None:
-        if not self._asked and self.failure is None:
-            self.failure = failure
+                self._fail(Failure(self.rank, self._gone_at, what, self.host, sudden=-code in _SUDDEN))
 
     def _close(self, error: Exception | None) -> None:
         with self._changed:
@@ -259,11 +185,7 @@ def _start_or_kill(thread: threading.Thread, process: subprocess.Popen[bytes]) -
         raise
 
 
-def _read(stream: IO[bytes]) -> Message:
+def read_message(stream: IO[bytes]) -> Message:
+    """The next message of a rank that is trusted; raises what unpickling raises, and EOFError at the end."""
     message: Message = pickle.load(stream)
     return message
-
-
-def _told(failed: Failed) -> str:
-    indented = "".join(f"\n  {line}" for line in failed.traceback.splitlines())
-    return f"{failed.what}, at '{failed.stage}'{indented}"

@@ -13,28 +13,19 @@ import pickle
 import signal
 import sys
 import threading
-import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
-from npu_zoo.core.errors import WorkerError
 from npu_zoo.parallel.children import Child
 from npu_zoo.parallel.link import Setup
-from npu_zoo.parallel.supervision import SETTLE_S, Supervisor
-
-HANG_TIMEOUT_S = 30.0
-HEARTBEAT_S = 1.0
-GRACE_S = 3.0
-_BEATS_PER_TIMEOUT = 4
-
-Progress = Callable[[Mapping[int, str]], None]
-"""Told what each rank does, by rank."""
+from npu_zoo.parallel.supervised import GRACE_S, HANG_TIMEOUT_S, HEARTBEAT_S, SupervisedRanks, heartbeat_interval
+from npu_zoo.parallel.supervision import Supervisor
 
 
-class WorkerGroup:
+class WorkerGroup(SupervisedRanks):
     """Worker processes of consecutive ranks. Ends with its ``with`` block, with :meth:`shutdown`, or with the parent.
 
     Args:
@@ -45,7 +36,9 @@ class WorkerGroup:
         environs: variables that each worker has besides the parent's.
         first_rank: the rank of the first worker.
         hang_timeout: seconds without a heartbeat, or within one step, after which a rank counts as hanging.
-        heartbeat_interval: seconds between two heartbeats; fewer where ``hang_timeout`` asks for more of them.
+        interval: seconds between two heartbeats; fewer where ``hang_timeout`` asks for more of them.
+        idle_is_hanging: whether a rank hangs too that neither computes nor waits for others within a step; False where
+            steps run on a device, which is waited for without a CPU.
 
     Raises:
         EngineError: a process cannot be started; none is left then.
@@ -59,21 +52,22 @@ class WorkerGroup:
         environs: list[dict[str, str]] | None = None,
         first_rank: int = 1,
         hang_timeout: float = HANG_TIMEOUT_S,
-        heartbeat_interval: float = HEARTBEAT_S,
+        interval: float = HEARTBEAT_S,
+        idle_is_hanging: bool = True,
     ) -> None:
         wanted = [{**os.environ, **own} for own in ([{}] * len(payloads) if environs is None else environs)]
         path = tuple(entry or str(Path.cwd()) for entry in sys.path)
-        interval = min(heartbeat_interval, hang_timeout / _BEATS_PER_TIMEOUT)
+        interval = heartbeat_interval(hang_timeout, interval)
         setups = [
             Setup(rank, target, pickle.dumps(payload), path, environ.get("PYTHONPATH"), interval)
             for rank, (payload, environ) in enumerate(zip(payloads, wanted, strict=True), first_rank)
         ]
         # The whole path, not just the package's folder: what stands before the standard library shadows it.
         environs = [{**environ, "PYTHONPATH": os.pathsep.join(path)} for environ in wanted]
-        self._supervisor = Supervisor(setups, environs, hang_timeout)
+        super().__init__(Supervisor(hang_timeout, idle_is_hanging=idle_is_hanging))
         self._finalizer = weakref.finalize(self, self._supervisor.end, GRACE_S)
         try:
-            self._supervisor.start()
+            start_children(self._supervisor, setups, environs)
         except BaseException:
             self._supervisor.end(0)
             raise
@@ -81,86 +75,36 @@ class WorkerGroup:
     @property
     def pids(self) -> dict[int, int]:
         """The processes that live, by rank."""
-        return {child.rank: child.pid for child in self._supervisor.children if child.pid is not None}
+        return {child.rank: child.pid for child in _children(self._supervisor) if child.pid is not None}
 
-    def stages(self) -> dict[int, str]:
-        """What each rank that has not ended does, as far as it was heard."""
-        return {child.rank: child.stage for child in self._supervisor.children if not child.ended}
 
-    def check(self, wait: float = 0.0) -> None:
-        """Return where no rank has failed.
+def start_children(supervisor: Supervisor, setups: Sequence[Setup], environs: Sequence[Mapping[str, str]]) -> None:
+    """Start a supervisor's children, and have it watch them.
 
-        Args:
-            wait: seconds to wait for a failure to become known, for a caller whose own error may come from one.
+    Args:
+        setups: one per child.
+        environs: their whole environments.
 
-        Raises:
-            WorkerError: names rank, host and what happened, of the first that failed.
-        """
-        supervisor = self._supervisor
-        supervisor.wait_for(lambda: supervisor.failure is not None or supervisor.ending, wait)
-        if supervisor.failure is not None:
-            raise supervisor.failure
+    Raises:
+        EngineError: a process or thread cannot be started; the supervisor has to end those that were.
+    """
+    for setup, environ in zip(setups, environs, strict=True):
+        try:
+            child = Child(setup, environ, supervisor.changed)
+        except OSError as error:
+            raise supervisor.start_error(f"the process of rank {setup.rank}", error) from error
+        supervisor.peers.append(child)
+        child.start()
+    children = _children(supervisor)
+    supervisor.wait_for(lambda: all(child.pid or child.ended for child in children))
+    for child in children:
+        if child.start_error is not None:
+            raise supervisor.start_error(f"the process of rank {child.rank}", child.start_error) from child.start_error
+    supervisor.start()
 
-    def watch(self, on_failure: Callable[[WorkerError], None]) -> None:
-        """Have a thread call ``on_failure`` once, with the first failure, as soon as it is known.
 
-        It is not called where the group is shut down without one. It may call :meth:`shutdown`.
-        """
-        arguments = (self._supervisor, on_failure)
-        threading.Thread(target=_tell, args=arguments, name="watch of the ranks", daemon=True).start()
-
-    def wait_ready(self, timeout: float, progress: Progress | None = None) -> None:
-        """Wait until every worker has called ``link.send_ready()``.
-
-        Args:
-            timeout: seconds.
-            progress: called in this thread whenever a rank says that it does something else.
-
-        Raises:
-            WorkerError: a rank failed, or was not ready in time; it is named with what it was doing.
-        """
-        deadline = time.monotonic() + timeout
-        told: dict[int, str] = {}
-        while unready := self._unready():
-            self.check()
-            stages = self.stages()
-            if progress is not None and stages != told:
-                progress(stages)
-            told = stages
-            if time.monotonic() >= deadline or any(child.ended for child in unready):
-                self.check(wait=SETTLE_S * 2)
-                raise self._late(unready, timeout)
-            self._wait_for_change(unready, told, deadline)
-
-    def shutdown(self, grace: float = GRACE_S) -> None:
-        """End all workers: ask them, send SIGTERM, and after ``grace`` seconds SIGKILL. Again, it does nothing."""
-        self._supervisor.end(grace)
-
-    def __enter__(self) -> WorkerGroup:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.shutdown()
-
-    def _unready(self) -> list[Child]:
-        return [child for child in self._supervisor.children if not child.ready]
-
-    def _wait_for_change(self, unready: Sequence[Child], told: Mapping[int, str], deadline: float) -> None:
-        supervisor = self._supervisor
-
-        def changed() -> bool:
-            return supervisor.failure is not None or self._unready() != unready or self.stages() != told
-
-        supervisor.wait_for(changed, max(0, deadline - time.monotonic()))
-
-    def _late(self, unready: Sequence[Child], timeout: float) -> WorkerError:
-        host = self._supervisor.host
-        ranks = ", ".join(str(child.rank) for child in unready)
-        lines = [f"rank {ranks} on {host} is not ready, after {timeout:g} s at most"]
-        lines += [f"rank {child.rank}: {'ended' if child.ended else child.stage}" for child in unready]
-        return WorkerError("\n  ".join(lines), unready[0].rank, host)
+def _children(supervisor: Supervisor) -> list[Child]:
+    return [peer for peer in supervisor.peers if isinstance(peer, Child)]
 
 
 @contextlib.contextmanager
@@ -183,9 +127,3 @@ def exit_on_sigterm() -> Iterator[None]:
 
 def _exit(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
-
-
-def _tell(supervisor: Supervisor, on_failure: Callable[[WorkerError], None]) -> None:
-    supervisor.wait_for(lambda: supervisor.failure is not None or supervisor.ending)
-    if supervisor.failure is not None:
-        on_failure(supervisor.failure)

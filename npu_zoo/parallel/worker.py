@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 import npu_zoo
-from npu_zoo.parallel.link import Link, Setup
+from npu_zoo.parallel.link import Link, Setup, WorkerLink
 
 _PR_SET_PDEATHSIG = 1
 _TERMINATED = 128 + signal.SIGTERM
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     _import_as_the_parent(setup)
     signal.signal(signal.SIGTERM, _exit)
-    link = Link(setup.rank, connection, parent, setup.interval)
+    link = WorkerLink(setup.rank, connection, parent, setup.interval)
     try:
         if sys.stderr is not None:
             faulthandler.enable()

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from npu_zoo.core.errors import EngineError, WorkerError
-from npu_zoo.parallel import children
+from npu_zoo.parallel import children, peers
 from npu_zoo.parallel.link import Heartbeat, Setup
 from npu_zoo.parallel.processes import WorkerGroup, exit_on_sigterm
 from npu_zoo.parallel.supervision import Supervisor
@@ -244,7 +244,7 @@ def test_a_late_rank_is_named_with_what_it_does() -> None:
         seen.append(dict(stages))
 
     with WorkerGroup("stand_in_workers:load_for_long", [2] * 3) as group:
-        assert wait_until(lambda: not {1, 3} & {child.rank for child in group._unready()}, START_S)
+        assert wait_until(lambda: not {1, 3} & {peer.rank for peer in group._unready()}, START_S)
         with pytest.raises(WorkerError, match=r"rank 2 on .* is not ready") as caught:
             group.wait_ready(0.5, progress)
     assert caught.value.rank == 2
@@ -546,7 +546,7 @@ def test_sigterm_s_meaning_is_given_back(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_neither_side_needs_torch() -> None:
-    modules = ("processes", "worker", "arrivals", "environment")
+    modules = ("processes", "worker", "launched", "environment")
     program = f"import sys, {', '.join(f'npu_zoo.parallel.{name}' for name in modules)}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert {"torch", "torch_npu", "transformers", "pydantic"} & set(done.stdout.split()) == set()
@@ -558,20 +558,20 @@ def test_unequal_counts_are_refused() -> None:
 
 
 def test_what_comes_first_is_decided_by_time_and_cause() -> None:
-    supervisor = Supervisor([], [], 1.0)
-    raised = children.Failure(1, 10.0, "raised ConnectionError")
-    killed = children.Failure(2, 10.1, "was killed", sudden=True)
-    earlier = children.Failure(3, 9.0, "raised ValueError")
+    supervisor = Supervisor(1.0)
+    raised = peers.Failure(1, 10.0, "raised ConnectionError")
+    killed = peers.Failure(2, 10.1, "was killed", sudden=True)
+    earlier = peers.Failure(3, 9.0, "raised ValueError")
     assert supervisor._first([raised, killed]).rank == 2
     assert supervisor._first([raised, killed, earlier]).rank == 3
-    late = children.Failure(4, 12.0, "was killed", sudden=True)
+    late = peers.Failure(4, 12.0, "was killed", sudden=True)
     assert supervisor._first([late, raised]).rank == 1
 
 
 def test_silence_from_before_a_standstill_of_the_parent_is_forgiven() -> None:
-    supervisor = Supervisor([], [], 30.0)
+    supervisor = Supervisor(30.0)
     child = children.Child(Setup(1, "", b"", (), None, 1.0), {}, supervisor.changed)
-    supervisor.children.append(child)
+    supervisor.peers.append(child)
     now = time.monotonic()
     child._heartbeat = Heartbeat("all_reduce", sent_at=now, last_beat=now - 100, position="")
     child._heard_at = now - 50
@@ -587,7 +587,7 @@ def test_silence_from_before_a_standstill_of_the_parent_is_forgiven() -> None:
 
 
 def test_a_rank_that_gets_on_in_time_has_not_failed() -> None:
-    supervisor = Supervisor([], [], 30.0)
+    supervisor = Supervisor(30.0)
     supervisor._settle([])
     assert supervisor.failure is None
 
