@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from multiprocessing import shared_memory
 from pathlib import Path
@@ -168,6 +169,31 @@ def hang_in_turn(payload: object, link: Link) -> None:
     time.sleep(0.0 if link.rank == 2 else 0.3)
     link.beat("all_reduce" if link.rank == 1 else "reading a file")
     time.sleep(FOR_EVER)
+
+
+def step_in_ways(payload: object, link: Link) -> None:
+    """Rank 1 sleeps in its step; the others compute, wait for others, rest, and take short steps."""
+    link.send_ready()
+    if link.rank == 3:
+        link.waiting = lambda: "all_reduce of group tp"
+    if link.rank == 4:
+        link.stopping.wait()
+    while link.rank == 5 and not link.stopping.is_set():
+        with link.stepping("decode step"):
+            time.sleep(0.01)
+    with link.stepping("decode step 7"):
+        while link.rank == 2 and not link.stopping.is_set():
+            sum(range(1000))
+        link.stopping.wait()
+
+
+def compute_elsewhere(payload: object, link: Link) -> None:
+    """A thread computes, and the main one waits for it."""
+    link.send_ready()
+    with link.stepping("decode step 7"):
+        thread = threading.Thread(target=lambda: [sum(range(1000)) for _ in range(200_000)])
+        thread.start()
+        thread.join()
 
 
 def raise_after_a_neighbour(payload: tuple[str, str], link: Link) -> None:

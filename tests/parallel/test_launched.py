@@ -18,17 +18,15 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+from npu_zoo.core.errors import HardwareError, WorkerError
+from npu_zoo.parallel import joining
+from npu_zoo.parallel.addresses import local_address
+from npu_zoo.parallel.environment import LaunchEnvironment
+from npu_zoo.parallel.launched import LaunchedGroup, LaunchedPeer, launched_link
+from npu_zoo.parallel.link import Heartbeat
 
-from launched_rank import Server  # type: ignore[import-not-found,unused-ignore]  # noqa: E402
-from namespaces import Host, two_hosts  # type: ignore[import-not-found,unused-ignore]  # noqa: E402
-
-from npu_zoo.core.errors import HardwareError, WorkerError  # noqa: E402
-from npu_zoo.parallel import joining  # noqa: E402
-from npu_zoo.parallel.addresses import local_address  # noqa: E402
-from npu_zoo.parallel.environment import LaunchEnvironment  # noqa: E402
-from npu_zoo.parallel.launched import LaunchedGroup, LaunchedPeer, launched_link  # noqa: E402
-from npu_zoo.parallel.link import Heartbeat  # noqa: E402
+from .launched_rank import Server
+from .namespaces import Host, two_hosts
 
 HERE = Path(__file__).parent
 HOST = socket.gethostname()

@@ -7,6 +7,7 @@ import gc
 import itertools
 import json
 import os
+import pickle
 import random
 import signal
 import socket
@@ -15,12 +16,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from npu_zoo.core.errors import EngineError, WorkerError
 from npu_zoo.parallel import children, peers
+from npu_zoo.parallel.collectives import CollectiveTimeout, Missing
 from npu_zoo.parallel.link import Heartbeat, Setup
 from npu_zoo.parallel.processes import WorkerGroup, exit_on_sigterm
 from npu_zoo.parallel.supervision import Supervisor
@@ -195,6 +199,29 @@ def test_long_work_and_rest_are_no_hang() -> None:
     with WorkerGroup("stand_in_workers:be_busy", [None] * 3, hang_timeout=1.2) as group:
         group.wait_ready(START_S)
         assert wait_until(lambda: not group.pids)
+        group.check(wait=0.3)
+
+
+def test_a_step_that_neither_computes_nor_waits_is_a_hang() -> None:
+    with WorkerGroup("stand_in_workers:step_in_ways", [None] * 5, hang_timeout=2.0) as group:
+        group.wait_ready(START_S)
+        error = failure_of(group, START_S)
+        assert {1, 2} <= {found.rank for found in group.missing()} <= {1, 2, 5}
+    assert str(error).startswith(f"rank 1 on {HOST} hangs: its step has neither computed nor waited for others for ")
+    assert len(str(error).splitlines()) == 1
+
+
+def test_a_device_is_waited_for_without_a_cpu() -> None:
+    group = WorkerGroup("stand_in_workers:step_in_ways", [None], hang_timeout=0.5, idle_is_hanging=False)
+    with group:
+        group.wait_ready(START_S)
+        group.check(wait=2.0)
+
+
+def test_a_step_that_computes_in_another_thread_is_no_hang() -> None:
+    with WorkerGroup("stand_in_workers:compute_elsewhere", [None], hang_timeout=1.0) as group:
+        group.wait_ready(START_S)
+        assert wait_until(lambda: not group.pids, START_S)
         group.check(wait=0.3)
 
 
@@ -584,6 +611,86 @@ def test_silence_from_before_a_standstill_of_the_parent_is_forgiven() -> None:
     child._hear(Heartbeat("all_reduce", sent_at=resumed + 31, last_beat=now - 100, position=""))
     assert "has not got on for 31 s" in getattr(child.silence(time.monotonic(), 30.0), "what", "")
     supervisor.end(0)
+
+
+class StandIn(peers.Peer):
+    def ask(self) -> None: ...
+
+    def send_signal(self, number: signal.Signals) -> None: ...
+
+
+def heard(*beats: Heartbeat) -> peers.Peer:
+    peer = StandIn(1, "node7", "starting", threading.Condition())
+    for beat in beats:
+        peer._hear(beat)
+    return peer
+
+
+def beat(at: float, **state: Any) -> Heartbeat:
+    return replace(Heartbeat("step", at, None, "model.py:12 in forward", stepping=True), **state)
+
+
+@pytest.mark.parametrize(
+    ("state", "hangs"),
+    [
+        ({}, True),
+        ({"cpu_time": 0.1, "main_cpu_time": 0.04}, True),  # threads of idle process groups look around
+        ({"main_cpu_time": 0.06}, False),
+        ({"cpu_time": 2.0}, False),
+        ({"steps": 1}, False),
+        ({"position": "model.py:13 in forward"}, False),
+        ({"stage": "another"}, False),
+        ({"stepping": False}, False),
+        ({"waiting": "all_reduce"}, False),
+    ],
+)
+def test_what_shows_that_a_step_gets_on(state: dict[str, Any], hangs: bool) -> None:
+    now = time.monotonic()
+    peer = heard(beat(now), *(beat(now + second, **(state if second >= 5 else {})) for second in range(1, 10)))
+    assert (peer.silence(now, 7.5) is not None) == hangs
+    assert peer.silence(now, 8.5, idle_is_hanging=False) is None
+    assert peer.silence(now, 9.5) is None
+
+
+def test_a_host_that_stood_still_is_no_hang() -> None:
+    now = time.monotonic()
+    peer = heard(beat(now), beat(now + 1), beat(now + 60))
+    assert peer.silence(now, 8.0) is None
+
+
+def test_who_is_missing_is_told_in_one_line() -> None:
+    late = heard(beat(0.0))
+    assert late.missing() == Missing(1, "node7", "step", "model.py:12 in forward")
+    assert heard(beat(0.0, waiting="all_reduce")).missing() is None
+    assert heard(beat(0.0, stepping=False)).missing() is None
+    assert heard().missing() is None
+    error = CollectiveTimeout(
+        "all_reduce of group tp", 5, missing=[Missing(2, "hostB", "step", "model.py:12 in forward")]
+    )
+    assert str(error) == (
+        "all_reduce of group tp was not done within 5 s (--collective-timeout): "
+        "rank 2 on hostB did not come to it; it is at model.py:12 in forward"
+    )
+    assert (error.rank, error.host) == (2, "hostB")
+    copy = pickle.loads(pickle.dumps(error))
+    assert (str(copy), copy.rank, copy.missing) == (str(error), 2, error.missing)
+    several = CollectiveTimeout(
+        "send", 0.5, missing=[Missing(1, "a", "step", ""), Missing(2, "b", "step", "x.py:1 in f")]
+    )
+    assert "rank 1 on a, rank 2 on b did not come to it; rank 1 is at 'step', rank 2 is at x.py:1 in f" in str(several)
+    assert "all ranks came to it" in str(CollectiveTimeout("send", 0.5, missing=[]))
+    assert str(CollectiveTimeout("send", 0.5)) == "send was not done within 0.5 s (--collective-timeout)"
+
+
+def test_rank_0_itself_may_be_missing() -> None:
+    supervisor = Supervisor(8.0)
+    supervisor.peers.append(heard(beat(0.0, waiting="all_reduce")))
+    assert supervisor.missing(own=True) == []
+    supervisor.waiting = lambda: None
+    assert [found.rank for found in supervisor.missing(own=True)] == [0]
+    assert supervisor.missing([1], own=True) == supervisor.missing() == []
+    supervisor.waiting = lambda: "all_reduce"
+    assert supervisor.missing(own=True) == []
 
 
 def test_a_rank_that_gets_on_in_time_has_not_failed() -> None:
