@@ -3,82 +3,56 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
-import torch
 from torch import Tensor
 
 from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.engine import Progress
+from npu_zoo.core.errors import WorkerError
+from npu_zoo.engine.commands import Command, ComputeLogits, Execute, Report
 from npu_zoo.engine.outputs import last_stage_rank
 from npu_zoo.engine.runner import ModelRunner
+from npu_zoo.engine.starting import Assignment, join_ranks, launch_environment, start_ranks
 from npu_zoo.engine.step import StepRow
-from npu_zoo.parallel.groups import Host, Joined, join, open_store
+from npu_zoo.parallel.collectives import CollectiveTimeout
+from npu_zoo.parallel.environment import LaunchEnvironment
+from npu_zoo.parallel.groups import Host, Joined, open_store, prefixed
+from npu_zoo.parallel.launched import join_store, launched_link
 from npu_zoo.parallel.link import Link
 from npu_zoo.parallel.numa import apply
-from npu_zoo.parallel.processes import WorkerGroup
 
 START_TIMEOUT_S = 1800.0
-_FOLLOWER = "npu_zoo.engine.executor:follow"
 _GRACE_S = 3.0
 _LEARN_S = 5.0
 """How long a failed operation waits to learn which rank's failure made it fail."""
+_SECONDS_TO_UNWIND = 2.0
+"""How long the first rank may stay in a step after another has failed."""
+_STUCK = 70
+"""The exit code of a first rank that does not come out of a step (EX_SOFTWARE)."""
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Assignment:
-    """What a rank is started with."""
-
-    config: EngineConfig
-    rank: int
-    port: int
-
-
-@dataclass(frozen=True)
-class Execute:
-    """Compute a step."""
-
-    rows: tuple[StepRow, ...]
-
-
-@dataclass(frozen=True)
-class ComputeLogits:
-    """Take hidden states to logits, where the head is.
-
-    Attributes:
-        hidden: the bytes of ``rows`` rows; as bytes, since what pickles a tensor depends on the device's library.
-    """
-
-    hidden: bytes
-    rows: int
-
-    @classmethod
-    def of(cls, hidden: Tensor) -> ComputeLogits:
-        """From [rows, hidden_size]."""
-        return cls(hidden.cpu().contiguous().view(torch.uint8).numpy().tobytes(), len(hidden))
-
-    def tensor(self, dtype: torch.dtype) -> Tensor:
-        """The [rows, hidden_size], on the host."""
-        return torch.frombuffer(bytearray(self.hidden), dtype=dtype).view(self.rows, -1)
-
-
-@dataclass(frozen=True)
-class Report:
-    """Tell what the rank holds."""
-
-
 def create_runner(config: EngineConfig, progress: Progress | None = None) -> ModelRunner:
-    """The runner of a config's ranks."""
-    return ModelRunner(config, progress) if config.world_size == 1 else LeadingRunner(config, progress)
+    """The runner of a config's ranks.
+
+    Where a launcher started this process as another rank than the first it works for that one until the end of the
+    run, and leaves by SystemExit.
+    """
+    environment = launch_environment(config)
+    if environment is not None and environment.rank:
+        follow_launched(config, environment)
+    return ModelRunner(config, progress) if config.world_size == 1 else LeadingRunner(config, environment, progress)
 
 
 class RankRunner(ModelRunner):
@@ -88,7 +62,7 @@ class RankRunner(ModelRunner):
         self._joined = joined
         super().__init__(config, progress, joined.ranks)
 
-    def obey(self, command: object) -> Any:
+    def obey(self, command: Command) -> Any:
         """Do this rank's part of a command; on the first rank the result is the whole."""
         if isinstance(command, Execute):
             return super().execute(command.rows)
@@ -122,15 +96,16 @@ class LeadingRunner(RankRunner):
         WorkerError: another rank failed; names it, with its first error.
     """
 
-    def __init__(self, config: EngineConfig, progress: Progress | None = None) -> None:
-        size, timeout = config.world_size, timedelta(seconds=config.collective_timeout)
-        store = open_store(0, size, leads=True, timeout=timeout)
-        assignments = [Assignment(config, rank, store.port) for rank in range(1, size)]
-        self._together = True
-        self._workers = WorkerGroup(_FOLLOWER, assignments)
+    def __init__(
+        self, config: EngineConfig, environment: LaunchEnvironment | None, progress: Progress | None = None
+    ) -> None:
+        self._together, self._inside = True, False
+        self._start = start_ranks(config, environment)
+        self._workers = self._start.ranks
         try:
-            joined = self._guarded(lambda: _join(store, config, 0))
-            self._workers.watch(lambda _: joined.abort())
+            joined = self._guarded(lambda: join_ranks(config, 0, self._start.store, self._start.host))
+            self._workers.waiting = lambda: joined.traffic.waiting
+            self._workers.watch(lambda failure: self._give_up(joined, failure))
             self._guarded(lambda: super(LeadingRunner, self).__init__(config, joined, progress))
             self._workers.wait_ready(START_TIMEOUT_S)
         except BaseException:
@@ -160,7 +135,7 @@ class LeadingRunner(RankRunner):
                 self._joined.close()
         self._workers.shutdown(_GRACE_S if self._together else 0)
 
-    def _command(self, command: object) -> Any:
+    def _command(self, command: Command) -> Any:
         def run() -> Any:
             self._joined.control.broadcast(command)
             return self.obey(command)
@@ -169,15 +144,37 @@ class LeadingRunner(RankRunner):
 
     def _guarded(self, work: Callable[[], T]) -> T:
         """Run something in which ranks talk; a failure of another rank is told as what it was."""
-        with _interrupts_wait():
+        with _interrupts_wait(), self._being_inside():
             together, self._together = self._together, False
             try:
                 result = work()
+            except CollectiveTimeout as error:
+                self._workers.check(wait=_LEARN_S)
+                raise self._workers.timed_out(error.operation, error.timeout, error.ranks) from error
             except RuntimeError:
                 self._workers.check(wait=_LEARN_S)
                 raise
             self._together = together
             return result
+
+    @contextlib.contextmanager
+    def _being_inside(self) -> Iterator[None]:
+        self._inside = True
+        try:
+            yield
+        finally:
+            self._inside = False
+
+    def _give_up(self, joined: Joined, failure: WorkerError) -> None:
+        """Another rank has failed: end what this one waits for, and where it does not come back, the process."""
+        joined.abort()
+        time.sleep(_SECONDS_TO_UNWIND)
+        if self._inside:
+            self._workers.shutdown(0)
+            print(
+                f"error: {failure}\nrank 0 does not come out of its step; its process ends", file=sys.stderr, flush=True
+            )
+            os._exit(_STUCK)
 
 
 @contextlib.contextmanager
@@ -197,28 +194,43 @@ def _interrupts_wait() -> Iterator[None]:
 
 
 def follow(assignment: Assignment, link: Link) -> None:
-    """What every other rank does: load its share, then compute what it is told to."""
-    config, size = assignment.config, assignment.config.world_size
-    for fault in apply(config.rank_bindings[assignment.rank]) if config.rank_bindings else ():
+    """What every other rank does that the first one started."""
+    config, rank = assignment.config, assignment.rank
+    for fault in apply(config.rank_bindings[rank]) if config.rank_bindings else ():
         warnings.warn(fault, RuntimeWarning, stacklevel=2)
+    timeout = timedelta(seconds=config.collective_timeout)
     with link.working("joining the other ranks"):
-        timeout = timedelta(seconds=config.collective_timeout)
-        store = open_store(assignment.port, size, leads=False, timeout=timeout)
-        joined = _join(store, config, assignment.rank)
+        store = open_store(assignment.port, config.world_size, leads=False, timeout=timeout)
+    _work(config, rank, store, Host(rank, config.world_size), link)
+
+
+def follow_launched(config: EngineConfig, environment: LaunchEnvironment) -> NoReturn:
+    """What every other rank does that a launcher started.
+
+    Raises:
+        SystemExit: the run is over; with 1 where it failed.
+    """
+    store = join_store(environment)
+    link = launched_link(store, environment)
+    host = Host(environment.local_rank, environment.local_world_size, link.address)
+    with link.reporting():
+        _work(config, environment.rank, prefixed(store, link.attempt), host, link)
+    raise SystemExit(int(link.failed))
+
+
+def _work(config: EngineConfig, rank: int, store: Any, host: Host, link: Link) -> None:
+    """Load this rank's share, then compute what the first one says."""
+    with link.working("joining the other ranks"):
+        joined = join_ranks(config, rank, store, host)
+    link.waiting = lambda: joined.traffic.waiting
     with link.working("loading weights"):
         runner = RankRunner(config, joined)
     link.send_ready()
     while not link.stopping.is_set():
-        command = joined.control.broadcast()
+        command: Command | None = joined.control.broadcast()
         if command is None:
             joined.close()
             return
-        with link.working("computing a step"):
+        with link.stepping("computing a step"):
             runner.obey(command)
         link.rest()
-
-
-def _join(store: Any, config: EngineConfig, rank: int) -> Joined:
-    """Meet the other ranks, all of which are on this host."""
-    timeout = timedelta(seconds=config.collective_timeout)
-    return join(store, config.split.place(rank), Host(rank, config.world_size), timeout, config.device)

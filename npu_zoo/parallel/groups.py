@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from npu_zoo.core.parallel import SINGLE, Communicator, Place, Ranks
+from npu_zoo.parallel.collectives import CollectiveTimeout
 from npu_zoo.parallel.device_groups import DeviceGroups
 from npu_zoo.parallel.traffic import Traffic
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 _IDLE = timedelta(days=365)
 """How long a rank waits for its next command: a server may have nothing to do."""
+_TIMED_OUT = "Timed out"
+"""What gloo's errors say then; they are of no class of their own."""
 
 
 class GlooGroup(Communicator):
@@ -26,7 +30,9 @@ class GlooGroup(Communicator):
 
     Args:
         store: where ranks find each other.
-        name: of the group, of which a store holds several.
+        kind: of the group, such as ``tp``.
+        members: its ranks; of a kind each rank is in one group.
+        rank: this one.
         timeout: of one operation.
         traffic: counts what is done; None where nobody asks.
         address: of this host, as the other ranks reach it; the host name's where None.
@@ -35,31 +41,32 @@ class GlooGroup(Communicator):
     def __init__(
         self,
         store: Any,
-        name: str,
+        kind: str,
+        members: Sequence[int],
         rank: int,
-        size: int,
         timeout: timedelta,
         traffic: Traffic | None = None,
         address: str | None = None,
     ) -> None:
         distributed: Any = importlib.import_module("torch.distributed")
-        self.rank, self.size = rank, size
-        self._kind, self._traffic = name.partition("/")[0], traffic or Traffic()
+        self.rank, self.size = rank, size = members.index(rank), len(members)
+        self._kind, self._members, self._traffic = kind, tuple(members), traffic or Traffic()
+        self._timeout = timeout.total_seconds()
         self._sent: list[tuple[Any, Tensor]] = []
         gloo = distributed.ProcessGroupGloo
-        prefixed = distributed.PrefixStore(name, store)
+        own = prefixed(store, f"{kind}/{members[0]}")
         if address is None:
-            self._group = gloo(prefixed, rank, size, timeout)
+            self._group = gloo(own, rank, size, timeout)
             return
         options = gloo._Options()
         options._timeout, options._threads = timeout, 2
         options._devices = [gloo.create_device(hostname=address)]
-        self._group = gloo(prefixed, rank, size, options)
+        self._group = gloo(own, rank, size, options)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """See :meth:`Communicator.all_reduce`."""
         x = x.contiguous()
-        with self._traffic.operation(self._kind, "all_reduce", x):
+        with self._operation("all_reduce", x):
             self._group.allreduce([x]).wait()
         return x
 
@@ -68,27 +75,27 @@ class GlooGroup(Communicator):
         import torch
 
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        with self._traffic.operation(self._kind, "all_gather", x):
+        with self._operation("all_gather", x):
             self._group.allgather([parts], [x.contiguous()]).wait()
         return torch.cat(parts, dim)
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """See :meth:`Communicator.reduce_scatter`; gloo has none, so each rank sums what the others send it."""
         share = [len(x) // self.size] * self.size
-        with self._traffic.operation(self._kind, "reduce_scatter", x):
+        with self._operation("reduce_scatter", x):
             parts = self._exchange(x, share, share)
         return parts.view(self.size, share[0], *x.shape[1:]).sum(0)
 
     def all_to_all(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         """See :meth:`Communicator.all_to_all`."""
-        with self._traffic.operation(self._kind, "all_to_all", x):
+        with self._operation("all_to_all", x):
             return self._exchange(x, sent, received)
 
     def send(self, x: Tensor, to: int) -> None:
         """See :meth:`Communicator.send`."""
         x = x.contiguous()
         self._sent = [(work, tensor) for work, tensor in self._sent if not work.is_completed()]
-        with self._traffic.operation(self._kind, "send", x):
+        with self._operation("send", x):
             self._sent.append((self._group.send([x], to, 0), x))
 
     def receive(self, shape: Sequence[int], dtype: torch.dtype, source: int) -> Tensor:
@@ -96,7 +103,7 @@ class GlooGroup(Communicator):
         import torch
 
         x = torch.empty(tuple(shape), dtype=dtype)
-        with self._traffic.operation(self._kind, "receive", x):
+        with self._operation("receive", x):
             self._group.recv([x], source, 0).wait()
         return x
 
@@ -131,6 +138,17 @@ class GlooGroup(Communicator):
     def abort(self) -> None:
         """End what is under way with an error, from any thread."""
         self._group.abort()
+
+    @contextlib.contextmanager
+    def _operation(self, name: str, x: Tensor) -> Iterator[None]:
+        with self._traffic.operation(self._kind, name, x):
+            try:
+                yield
+            except RuntimeError as error:
+                if _TIMED_OUT not in str(error):
+                    raise
+                operation = f"{name} of group {self._kind}"
+                raise CollectiveTimeout(operation, self._timeout, self._members) from error
 
     def _exchange(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         import torch
@@ -203,11 +221,10 @@ def join(store: Any, place: Place, host: Host, timeout: timedelta, device: str =
             return SINGLE
         if devices is not None:
             return devices.group(kind, members)
-        rank, name = members.index(place.rank), f"{kind}/{members[0]}"
-        groups.append(GlooGroup(store, name, rank, len(members), timeout, traffic, host.address))
+        groups.append(GlooGroup(store, kind, members, place.rank, timeout, traffic, host.address))
         return groups[-1]
 
-    control = GlooGroup(store, "control", place.rank, size, _IDLE, address=host.address)
+    control = GlooGroup(store, "control", range(size), place.rank, _IDLE, address=host.address)
     ranks = Ranks(
         place,
         tp=group("tp", place.tp_group),
@@ -225,3 +242,9 @@ def open_store(port: int, size: int, *, leads: bool, timeout: timedelta, address
     """The store of a run, which the leading rank holds; port 0 lets it choose one that is free."""
     distributed: Any = importlib.import_module("torch.distributed")
     return distributed.TCPStore(address, port, size, leads, timeout, wait_for_workers=False)
+
+
+def prefixed(store: Any, prefix: str) -> Any:
+    """A part of a store whose keys are apart from all others."""
+    distributed: Any = importlib.import_module("torch.distributed")
+    return distributed.PrefixStore(prefix, store)

@@ -15,6 +15,7 @@ import pytest
 from npu_zoo import LLM, SamplingParams
 from npu_zoo.core.config import EngineArgs, EngineConfig
 from npu_zoo.core.errors import WorkerError
+from npu_zoo.core.parallel import Split
 from npu_zoo.dispatch import resolve
 from npu_zoo.testing.agreement import agree
 from npu_zoo.testing.door import unchecked_config
@@ -22,9 +23,21 @@ from npu_zoo.testing.door import unchecked_config
 PROMPTS = [list(range(5, 45)), [7, 8, 9], list(range(30, 47))]
 
 
-def config_of(family: str, size: int, **options: Any) -> EngineConfig:
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+
+def config_of(family: str, split: Split | int, **options: Any) -> EngineConfig:
+    split = Split(split) if isinstance(split, int) else split
+    sizes = {
+        "tensor_parallel_size": split.tp, "pipeline_parallel_size": split.pp, "expert_parallel_size": split.ep,
+        "data_parallel_size": split.dp,
+    }  # fmt: skip
     asked = {"model": f"{family}:demo", "hardware": "cpu", "dtype": "float32", "max_model_len": 128, **options}
-    return unchecked_config(resolve(EngineArgs(**asked)), tensor_parallel_size=size, world_size=size)
+    return resolve(EngineArgs(**asked, **sizes))
+
+
+def tokens_of(llm: LLM) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY)]
 
 
 def workers(llm: LLM) -> dict[int, int]:
@@ -36,12 +49,27 @@ def gone(pid: int) -> bool:
     return not status.exists() or "State:\tZ" in status.read_text()
 
 
-@pytest.mark.parametrize("family", ["deepseek_coder", "deepseek_moe", "deepseek_v3", "wizardcoder"])
-def test_two_ranks_are_one_model(family: str) -> None:
-    with LLM.from_config(config_of(family, 1)) as one, LLM.from_config(config_of(family, 2)) as two:
-        assert agree(one, two, PROMPTS).within(1e-3)
-        pids = workers(two)
-    assert all(gone(pid) for pid in pids.values())
+DENSE = [Split(2), Split(pp=2), Split(pp=3), Split(2, pp=2), Split(dp=2)]
+EXPERTS = [
+    Split(2), Split(pp=3), Split(2, ep=2), Split(2, pp=2, ep=2), Split(dp=2, ep=2), Split(2, dp=2, ep=4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "splits"),
+    [("deepseek_coder", DENSE), ("wizardcoder", DENSE[:4]), ("deepseek_moe", EXPERTS), ("deepseek_v3", EXPERTS)],
+    ids=["deepseek_coder", "wizardcoder", "deepseek_moe", "deepseek_v3"],
+)
+def test_ranks_are_one_model(family: str, splits: list[Split]) -> None:
+    with LLM.from_config(config_of(family, 1)) as one:
+        due = tokens_of(one)
+        for split in splits:
+            with LLM.from_config(config_of(family, split)) as several:
+                pids = workers(several)
+                assert len(pids) == split.world_size - 1
+                assert tokens_of(several) == due, split
+                assert agree(one, several, PROMPTS).within(1e-3), split
+            assert all(gone(pid) for pid in pids.values())
 
 
 @pytest.mark.parametrize(
@@ -94,12 +122,12 @@ def test_ranks_share_the_weights() -> None:
 RUN = """
 import sys
 from npu_zoo.cli import main
-from npu_zoo.engine import executor
-original = executor.WorkerGroup.wait_ready
+from npu_zoo.parallel.processes import WorkerGroup
+original = WorkerGroup.wait_ready
 def tell(self, *arguments, **named):
     original(self, *arguments, **named)
     print(*self.pids.values(), flush=True)
-executor.WorkerGroup.wait_ready = tell
+WorkerGroup.wait_ready = tell
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -1,0 +1,90 @@
+"""How the ranks of a run come together: started from the first, or by a launcher such as torchrun."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from npu_zoo.core.config import EngineConfig
+from npu_zoo.parallel.environment import LaunchEnvironment
+from npu_zoo.parallel.groups import Host, Joined, join, open_store, prefixed
+from npu_zoo.parallel.launched import LaunchedGroup, join_store
+from npu_zoo.parallel.ports import launch_ports, require_launch
+from npu_zoo.parallel.processes import WorkerGroup
+from npu_zoo.parallel.supervised import SupervisedRanks
+
+_FOLLOWER = "npu_zoo.engine.executor:follow"
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a rank is started with.
+
+    Attributes:
+        port: of this host, which the ranks meet at.
+    """
+
+    config: EngineConfig
+    rank: int
+    port: int
+
+
+@dataclass(frozen=True)
+class Start:
+    """The first rank's hold on the others.
+
+    Attributes:
+        ranks: what supervises them.
+        store: shared by all.
+        host: of the first rank.
+        port: which they meet at.
+    """
+
+    ranks: SupervisedRanks
+    store: Any
+    host: Host
+    port: int
+
+
+def launch_environment(config: EngineConfig) -> LaunchEnvironment | None:
+    """This process's place among the ranks that a launcher has started; None where none has.
+
+    Raises:
+        ConfigError: the environment does not fit the run.
+    """
+    split = config.split
+    return LaunchEnvironment.from_environ(os.environ, {"tp": split.tp, "pp": split.pp, "dp": split.dp})
+
+
+def start_ranks(config: EngineConfig, environment: LaunchEnvironment | None) -> Start:
+    """Have all ranks but this one started, or find those that are.
+
+    Raises:
+        HardwareError: a port that is needed is taken.
+        EngineError: a process or socket cannot be had.
+    """
+    idle_is_hanging = config.device == "cpu"
+    if environment is None:
+        return _start_here(config, idle_is_hanging=idle_is_hanging)
+    store = join_store(environment)
+    group = LaunchedGroup(store, environment, idle_is_hanging=idle_is_hanging)
+    host = Host(environment.local_rank, environment.local_world_size, group.address)
+    return Start(group, prefixed(store, group.attempt), host, environment.master_port)
+
+
+def join_ranks(config: EngineConfig, rank: int, store: Any, host: Host) -> Joined:
+    """Meet the other ranks; every rank calls it."""
+    timeout = timedelta(seconds=config.collective_timeout)
+    return join(store, config.split.place(rank), host, timeout, config.device)
+
+
+def _start_here(config: EngineConfig, *, idle_is_hanging: bool) -> Start:
+    size = config.world_size
+    found = launch_ports(size, config.hardware, os.environ)
+    require_launch(found)
+    store = open_store(found[0].ports[0], size, leads=True, timeout=timedelta(seconds=config.collective_timeout))
+    assignments = [Assignment(config, rank, store.port) for rank in range(1, size)]
+    workers = WorkerGroup(_FOLLOWER, assignments, idle_is_hanging=idle_is_hanging)
+    return Start(workers, store, Host(0, size), store.port)
