@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import typer
 from typer.models import CommandInfo, TyperInfo
@@ -19,6 +19,7 @@ from npu_zoo.cli import (
     convert,
     doctor,
     explain,
+    launch,
     matrix,
     plan,
     plugins,
@@ -72,6 +73,7 @@ def build_app() -> typer.Typer:
     )
     app.command("run", cls=ZooCommand)(run.run)
     app.command("chat", cls=ZooCommand)(chat.chat)
+    app.command("launch", cls=ZooCommand, context_settings=launch.CONTEXT)(launch.launch)
     app.command("list", cls=ZooCommand)(matrix.list_models)
     app.command("matrix", cls=ZooCommand)(matrix.show_matrix)
     app.command("check", cls=ZooCommand)(matrix.check)
@@ -148,6 +150,12 @@ def run_app(arguments: list[str]) -> int:
         text, code = _message(error)
         print(f"error: {text}", file=sys.stderr)
         return code
+
+
+def find_command(name: str) -> Any:
+    """A command as the parser has it, plugins' ones too; None where there is none of that name."""
+    root: Any = typer.main.get_command(_with_plugins(build_app()))
+    return root.commands.get(name)
 
 
 def _invoke(arguments: list[str], options: GlobalOptions) -> int:

@@ -20,6 +20,7 @@ from npu_zoo.cli.results import printable
 from npu_zoo.core.errors import NpuZooError
 from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.dispatch import resolve
+from npu_zoo.parallel.processes import exit_on_sigterm
 from npu_zoo.settings import Settings
 
 if TYPE_CHECKING:
@@ -51,9 +52,9 @@ def chat(
         note(f"{config.model} is not tuned for conversation; its answers may not be any")
     from npu_zoo.engine.llm import LLM
 
-    with LoadingProgress() as loading:
+    with exit_on_sigterm(), LoadingProgress() as loading:
         llm = LLM.from_config(config, progress=loading)
-    with llm:
+    with exit_on_sigterm(), llm:
         if sys.stdin.isatty():
             print(f"{config.model} on {config.hardware}; /help lists commands, Ctrl-D ends")
         Conversation(llm, sampling_params, system).loop(_reader())

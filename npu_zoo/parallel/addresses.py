@@ -46,3 +46,16 @@ def _source(family: int, place: tuple[object, ...]) -> str:
             return str(probe.getsockname()[0])
     except OSError:
         return ""
+
+
+def is_this_host(name: str) -> bool:
+    """Whether a name or address is one of this host's own."""
+    try:
+        found = socket.getaddrinfo(name, _DISCARD, type=socket.SOCK_DGRAM)
+    except OSError:
+        return False
+    for family, *_, place in found:
+        loopback = ipaddress.ip_address(str(place[0]).partition("%")[0]).is_loopback
+        if loopback or _source(family, place) == place[0]:
+            return True
+    return False

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 from npu_zoo.core.errors import ConfigError
 
-_TELLING = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID")
+LAUNCHED_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID")
+"""Any of these says that a launcher has started this process."""
+
 _SIZES = ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 _NEEDED = (*_NUMBERS, "MASTER_ADDR")
@@ -56,7 +58,7 @@ class LaunchEnvironment:
             ConfigError: variables are missing, have no sense, or contradict each other or ``asked``; all are named.
         """
         given = {name: value.strip() for name, value in environ.items() if value.strip()}
-        if not any(name in given for name in _TELLING):
+        if not any(name in given for name in LAUNCHED_VARIABLES):
             return None
         numbers, faults = _read_numbers(given)
         missing = [name for name in _NEEDED if name not in given]
@@ -136,6 +138,6 @@ def _shown(numbers: Mapping[str, int], *names: str) -> str:
 
 
 def _message(given: Mapping[str, str], faults: list[str]) -> str:
-    telling = ", ".join(name for name in _TELLING if name in given)
+    telling = ", ".join(name for name in LAUNCHED_VARIABLES if name in given)
     lines = [f"the environment says that a launcher started this rank ({telling}), but not how:", *faults]
     return "\n  ".join(lines) + f"\nstart it with torchrun, or unset {telling} to have the ranks started from here"
