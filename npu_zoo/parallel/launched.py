@@ -21,6 +21,7 @@ from typing import Any
 
 from npu_zoo.core.errors import EngineError
 from npu_zoo.parallel.addresses import local_address
+from npu_zoo.parallel.children import describe_end
 from npu_zoo.parallel.environment import LaunchEnvironment
 from npu_zoo.parallel.joining import (
     FAILED,
@@ -37,6 +38,7 @@ from npu_zoo.parallel.joining import (
 )
 from npu_zoo.parallel.link import Done, Failed, Heartbeat, Link, Ready
 from npu_zoo.parallel.peers import Failure, Peer
+from npu_zoo.parallel.signals import act_on_signals
 from npu_zoo.parallel.supervised import GRACE_S, HANG_TIMEOUT_S, SupervisedRanks, heartbeat_interval
 from npu_zoo.parallel.supervision import Supervisor
 
@@ -47,6 +49,7 @@ _MOST_UNHEARD = 16
 
 _SECONDS_TO_LEAVE = 5.0
 _SECONDS_FOR_RANK_0 = 5.0
+_SECONDS_TO_BE_HEARD = 1.0
 
 
 class LaunchedPeer(Peer):
@@ -234,6 +237,16 @@ class LaunchedLink(Link):
         super().send_error(error)
         self.stopping.wait(_SECONDS_FOR_RANK_0)
 
+    def leave(self, number: signal.Signals) -> None:
+        """End this process for a signal, and tell rank 0; a Ctrl-C is left to rank 0 for a while, which may have it."""
+        asked = self.stopping.wait(_SECONDS_FOR_RANK_0) if number == signal.SIGINT else self.stopping.is_set()
+        if not asked:
+            self._send(Failed(describe_end(-number), self._state.stage, "", time.monotonic()))
+            self.stopping.wait(_SECONDS_TO_BE_HEARD)
+        elif number == signal.SIGINT:
+            return
+        os._exit(128 + number)
+
     def _send_heartbeat(self, heartbeat: Heartbeat) -> None:
         if self._unheard < _MOST_UNHEARD:
             self._unheard += 1
@@ -278,7 +291,9 @@ def launched_link(
     hang_timeout: float = HANG_TIMEOUT_S,
     timeout: float = JOIN_TIMEOUT_S,
 ) -> LaunchedLink:
-    """Join the ranks that rank 0's :class:`LaunchedGroup` supervises. A Ctrl-C is rank 0's from now on.
+    """Join the ranks that rank 0's :class:`LaunchedGroup` supervises.
+
+    From now on SIGTERM ends this process at once, and a Ctrl-C where rank 0 does not end the run, as it has its own.
 
     Args:
         store: shared by all ranks, see :func:`join_store`.
@@ -292,9 +307,9 @@ def launched_link(
     """
     address = local_address(environment.master_addr, environment.num_nodes)
     connection, meeting = find_supervisor(store, environment.rank, environment.master_addr, timeout)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return LaunchedLink(environment.rank, connection, meeting, address, heartbeat_interval(hang_timeout))
+    link = LaunchedLink(environment.rank, connection, meeting, address, heartbeat_interval(hang_timeout))
+    act_on_signals([signal.SIGTERM, signal.SIGINT], link.leave)
+    return link
 
 
 def join_store(environment: LaunchEnvironment, timeout: float = JOIN_TIMEOUT_S) -> Any:

@@ -1,7 +1,7 @@
-"""One rank of the tests, as a launcher starts it: ``python launched_rank.py [serve:]PORT DOES HANG_TIMEOUT``.
+"""One rank of the tests, as a launcher starts it: ``python launched_rank.py [serve:]PORT|torch DOES HANG_TIMEOUT``.
 
-Its place comes from torchrun's variables. The store is a few lines of TCP that the tests hold, or rank
-0 with ``serve:``. What becomes of a rank is printed as JSON lines.
+Its place comes from torchrun's variables. The store is a few lines of TCP that the tests hold, or rank 0 with
+``serve:``. What becomes of a rank is printed as JSON lines.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from npu_zoo.core.errors import WorkerError
 from npu_zoo.parallel.collectives import CollectiveTimeout
 from npu_zoo.parallel.environment import LaunchEnvironment
-from npu_zoo.parallel.launched import LaunchedGroup, LaunchedLink, launched_link
+from npu_zoo.parallel.launched import LaunchedGroup, LaunchedLink, join_store, launched_link
 
 FOR_EVER = 600.0
 
@@ -146,12 +146,18 @@ def work(link: LaunchedLink, does: str) -> None:
     link.stopping.wait()
 
 
+def find_store(port: str, place: LaunchEnvironment) -> Any:
+    if port == "torch":
+        return join_store(place, 60)
+    number = int(port.removeprefix("serve:"))
+    serves = port.startswith("serve:") and place.rank == 0
+    return Server(place.master_addr, number) if serves else Client(place.master_addr, number)
+
+
 def main(port: str, does: str, hang_timeout: str) -> int:
     place = LaunchEnvironment.from_environ(os.environ)
     assert place is not None
-    number = int(port.removeprefix("serve:"))
-    serves = port.startswith("serve:") and place.rank == 0
-    store = Server(place.master_addr, number) if serves else Client(place.master_addr, number)
+    store = find_store(port, place)
     if place.rank == 0:
         lead(store, place, does, float(hang_timeout))
         return 0

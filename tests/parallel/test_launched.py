@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 
-from npu_zoo.core.errors import HardwareError, WorkerError
+from npu_zoo.core.errors import EngineError, HardwareError, WorkerError
 from npu_zoo.parallel import joining
 from npu_zoo.parallel.addresses import local_address
 from npu_zoo.parallel.environment import LaunchEnvironment
-from npu_zoo.parallel.launched import LaunchedGroup, LaunchedPeer, launched_link
+from npu_zoo.parallel.launched import LaunchedGroup, LaunchedPeer, join_store, launched_link
 from npu_zoo.parallel.link import Heartbeat
 
 from .launched_rank import Server
@@ -86,7 +86,11 @@ def start(
     local = size if host is None else 1
     place = {"RANK": number, "WORLD_SIZE": size, "LOCAL_RANK": number % local, "LOCAL_WORLD_SIZE": local}
     environ = {**os.environ, **{name: str(value) for name, value in place.items()}}
-    environ |= {"MASTER_ADDR": master, "MASTER_PORT": "29500", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environ |= {
+        "MASTER_ADDR": master,
+        "MASTER_PORT": os.environ.get("STORE_PORT", "29500"),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     command = [sys.executable, str(HERE / "launched_rank.py"), port, does, str(timeout)]
     process = subprocess.Popen(
         command if host is None else host.command(*command),
@@ -181,6 +185,26 @@ def test_a_stopped_rank_is_named() -> None:
         assert third.end() == 1
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_a_rank_is_named_though_its_main_thread_is_stuck(number: signal.Signals) -> None:
+    with ranks(["wait", "wait_in_step", "rest"]) as (first, second, third):
+        first.told("ready")
+        second.process.send_signal(number)
+        assert first.told("error").startswith(f"rank 1 on {HOST} was ended by {number.name}")
+        assert (first.end(), second.end(), third.end()) == (0, 128 + number, 1)
+
+
+def test_a_ctrl_c_that_rank_0_has_too_is_left_to_it() -> None:
+    with ranks(["wait", "rest", "rest"]) as (first, *others):
+        first.told("ready")
+        for rank in (*others, first):
+            rank.process.send_signal(signal.SIGINT)
+        assert first.end() != 0
+        assert "KeyboardInterrupt" in first.errors
+        assert [rank.end() for rank in others] == [1, 1]
+        assert [rank.errors for rank in others] == ["", ""]
+
+
 @pytest.mark.parametrize("does", ["rest", "be_deaf", "wait_in_step"])
 def test_nobody_outlives_rank_0(does: str) -> None:
     with ranks(["wait", does, does]) as (first, *others):
@@ -272,6 +296,32 @@ def test_ranks_that_do_not_join_are_named() -> None:
         group.wait_ready(0.3)
     assert caught.value.rank == 1
     store.close()
+
+
+def test_torch_s_store_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Rank] = []
+    try:
+        port = free_port()
+        monkeypatch.setenv("STORE_PORT", port)
+        started += [start(number, 2, "torch", does, FAILURE_S) for number, does in enumerate(["end", "rest"])]
+        assert [rank.end(START_S) for rank in started] == [0, 0]
+        assert started[0].said[0]["attempt"] == started[1].said[0]["attempt"]
+    finally:
+        end_all(started)
+
+
+def test_ranks_that_do_not_meet_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, value)
+    alone = LaunchEnvironment(0, 2, 0, 2, "127.0.0.1", int(port), 0)
+    with pytest.raises(EngineError, match=rf"rank 0 of 2 did not meet the others at 127\.0\.0\.1:{port} in 1 s: "):
+        join_store(alone, timeout=1)
+
+
+def free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return str(server.getsockname()[1])
 
 
 def test_another_host_s_clock_is_translated() -> None:
