@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from npu_zoo.parallel.worker import die_with_parent
+
+_SECONDS_FOR_RANK_0 = 3.0
+"""How long a failed rank lets rank 0 tell of it, and end first: the launcher ends all ranks once one has ended."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -20,13 +24,17 @@ def main(arguments: Sequence[str]) -> int:
     """
     launcher, *command = arguments
     die_with_parent(int(launcher))
-    if os.environ.get("RANK") != "0":
+    leads = os.environ.get("RANK") == "0"
+    if not leads:
         nothing = os.open(os.devnull, os.O_RDONLY)
         os.dup2(nothing, 0)
         os.close(nothing)
     from npu_zoo.cli import main as run_command
 
-    return run_command(command)
+    code = run_command(command)
+    if code and not leads:
+        time.sleep(_SECONDS_FOR_RANK_0)
+    return code
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from npu_zoo.core.config import EngineArgs
@@ -36,6 +37,14 @@ def run(*arguments: str, cwd: Path | None = None, **environment: str) -> subproc
         cwd=cwd,
         env={**os.environ, **environment},
     )
+
+
+def compute(pid: int, seconds: float) -> None:
+    """Wait until a process has used its CPUs for some seconds, however busy the machine is."""
+    process = psutil.Process(pid)
+    before = sum(process.cpu_times()[:2])
+    while sum(process.cpu_times()[:2]) < before + seconds:
+        time.sleep(0.01)
 
 
 def results(text: str) -> list[dict[str, Any]]:
@@ -79,7 +88,7 @@ def test_an_interrupt_prints_what_there_is_and_ends_with_130(tmp_path: Path) -> 
     assert process.stdout is not None
     with process.stdout as stdout:
         first = stdout.readline()
-        time.sleep(0.5)  # the next two prompts are under way, hundreds of tokens from their end
+        compute(process.pid, 0.5)  # the next two prompts are under way, hundreds of tokens from their end
         process.send_signal(signal.SIGINT)
         rest = stdout.read()
     error = (tmp_path / "stderr").read_text()

@@ -39,6 +39,8 @@ def stand_in(does: str, text: str = "") -> None:
     (FOLDER / f"pid-{rank}").write_text(str(os.getpid()))
     print(f"results of {rank} of {size}: {text}", flush=True)
     print(f"a remark of {rank}", file=sys.stderr, flush=True)
+    if does.startswith("supervise"):
+        return supervise(rank, does, os.environ["TORCHELASTIC_RESTART_COUNT"] == "0")
     if does == "read":
         print(f"{rank} reads {sys.stdin.read()!r}", file=sys.stderr, flush=True)
     while does == "wait":
@@ -51,6 +53,26 @@ def stand_in(does: str, text: str = "") -> None:
         if does == "fail_once" and rank == 1:
             raise WorkerError("the first start")
         time.sleep(0.1)
+
+
+def supervise(rank, does, first_start):
+    from npu_zoo.parallel.environment import LaunchEnvironment
+    from npu_zoo.parallel.launched import LaunchedGroup, join_store, launched_link
+    place = LaunchEnvironment.from_environ(os.environ)
+    store = join_store(place, 60)
+    if rank == 0:
+        with LaunchedGroup(store, place) as group:
+            group.wait_ready(60)
+            group.check(wait=1.0 if does == "supervise_once" and not first_start else 600)
+        return
+    link = launched_link(store, place, timeout=60)
+    with link.reporting():
+        link.send_ready()
+        if rank == 1 and first_start:
+            if does == "supervise_a_kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ValueError("a bad weight")
+        link.stopping.wait()
 """
 
 
@@ -198,6 +220,30 @@ def test_a_killed_rank_of_another_node_is_named_there(site: Path) -> None:
         assert first.wait(SECONDS) == 143
 
 
+def test_supervision_spans_nodes(site: Path) -> None:
+    with launched_on_two_hosts([], ["stand-in", "supervise_a_kill"]) as (first, second):
+        assert second.wait(SECONDS) == 1
+        assert first.wait(SECONDS) == 1
+        assert f"error: rank 1 on {HOST} was killed (SIGKILL)" in second.stderr.read()
+        errors = [line for line in first.stderr.read().splitlines() if "remark" not in line]
+    assert len(errors) == 1
+    assert errors[0].startswith(f"error: rank 1 on {HOST} ended without a word")
+
+
+def test_rank_0_tells_of_another_s_error_once(site: Path) -> None:
+    ran = launch("--nproc-per-node", "3", "stand-in", "supervise")
+    assert ran.code == 1
+    told = [line for line in ran.err.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1
+    assert told[0].startswith(f"error: rank 1 on {HOST} raised ValueError: a bad weight")
+
+
+def test_a_restart_finds_its_own_rank_0(site: Path) -> None:
+    ran = launch("--nproc-per-node", "2", "--max-restarts", "1", "stand-in", "supervise_once")
+    assert ran.code == 0, ran.err
+    assert f"error: rank 1 on {HOST} raised ValueError: a bad weight" in ran.err
+
+
 def test_a_node_that_waits_for_others_can_be_interrupted(tmp_path: Path) -> None:
     arguments = ("--nnodes", "2", "--node-rank", "1", "--master-addr", "127.0.0.1", "--nproc-per-node", "1", "list")
     with launched(*arguments) as process:
@@ -249,6 +295,16 @@ def test_a_port_that_is_taken_is_refused_by_name(cli: Cli) -> None:
     assert f"port {port}, where the nodes would meet, is taken by" in two.err
     assert f"(pid {os.getpid()})" in two.err
     assert "MASTER_PORT=0 is no port" in other.err
+
+
+def test_ports_of_the_devices_are_looked_at_first(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = ("run", "--model", "deepseek_coder:33b-base", "--hardware", "atlas_800i_a2", "--tp", "8")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        monkeypatch.setenv("HCCL_HOST_SOCKET_PORT_RANGE", port)
+        ran = cli("launch", "--nnodes", "2", "--node-rank", "0", "--master-addr", "127.0.0.1", "--", *request)
+    assert ran.code == 4
+    assert f"HCCL needs {port} (HCCL_HOST_SOCKET_PORT_RANGE), and port {port} is taken by" in ran.err
 
 
 def test_help_needs_no_torch() -> None:
