@@ -65,21 +65,26 @@ def launch(
     environ = {**os.environ, **({} if master_addr is None else {"MASTER_ADDR": master_addr})}
     environ |= {} if master_port is None else {"MASTER_PORT": str(master_port)}
     nodes = _Nodes(nnodes, 0 if nnodes == 1 else node_rank, nproc, environ)
+    code = _start(nodes, request, (max_restarts, rdzv_id, tuple(command)))
+    if code:
+        raise typer.Exit(code)
+
+
+def _start(nodes: _Nodes, request: Request | None, run: tuple[int, str, tuple[str, ...]]) -> int:
+    """Start the ranks of this node, and return the exit code; a port that is lost on the way is replaced."""
     meeting = nodes.meeting(request)
     os.environ["PYTHONPATH"] = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it is read when torch is imported
     from npu_zoo.cli.elastic import Launch, PortTaken, start
 
-    for left in reversed(range(_TRIES)):
+    for _ in range(_TRIES - 1):
         try:
-            code = start(Launch(nnodes, nodes.node_rank, nproc, *meeting, max_restarts, rdzv_id, tuple(command)))
-            break
+            return start(Launch(nodes.nnodes, nodes.node_rank, nodes.nproc, *meeting, *run))
         except PortTaken:
-            if not left or not nodes.may_move:
+            if not nodes.may_move:
                 raise
             meeting = nodes.meeting(request)
-    if code:
-        raise typer.Exit(code)
+    return start(Launch(nodes.nnodes, nodes.node_rank, nodes.nproc, *meeting, *run))
 
 
 class _Meeting(NamedTuple):

@@ -260,7 +260,7 @@ def test_whoever_lacks_the_token_is_not_unpickled(greeting: bytes, tmp_path: Pat
         meeting = joining.Meeting(**json.loads(store.get("npu_zoo/supervisor")))
         with socket.create_connection((meeting.address, meeting.port)) as stranger:
             stranger.settimeout(START_S)
-            with contextlib.suppress(ConnectionError):
+            with contextlib.suppress(OSError):  # sent away before all of it
                 stranger.sendall(greeting + b"\x01h" + pickle.dumps(Bomb(tmp_path / "touched")))
                 stranger.shutdown(socket.SHUT_WR)
             with contextlib.suppress(ConnectionError):
