@@ -151,7 +151,7 @@ class LeadingRunner(RankRunner):
             except CollectiveTimeout as error:
                 self._workers.check(wait=_LEARN_S)
                 raise self._workers.timed_out(error.operation, error.timeout, error.ranks) from error
-            except RuntimeError:
+            except (RuntimeError, SystemExit):  # a launcher ends all of a host's ranks once one of them has ended
                 self._workers.check(wait=_LEARN_S)
                 raise
             self._together = together
@@ -166,14 +166,13 @@ class LeadingRunner(RankRunner):
             self._inside = False
 
     def _give_up(self, joined: Joined, failure: WorkerError) -> None:
-        """Another rank has failed: end what this one waits for, and where it does not come back, the process."""
+        """Another rank has failed: end all others, which ends what this one waits for; or else its process."""
+        self._workers.shutdown(0)
         joined.abort()
         time.sleep(_SECONDS_TO_UNWIND)
         if self._inside:
-            self._workers.shutdown(0)
-            print(
-                f"error: {failure}\nrank 0 does not come out of its step; its process ends", file=sys.stderr, flush=True
-            )
+            told = f"error: {failure}\nrank 0 does not come out of its step; its process ends"
+            print(told, file=sys.stderr, flush=True)
             os._exit(_STUCK)
 
 
