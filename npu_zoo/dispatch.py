@@ -33,6 +33,7 @@ from npu_zoo.core.parallel import Split
 from npu_zoo.core.quantization import CONFIG_KEY, QUANT_METHOD, QuantizationConfig
 from npu_zoo.core.specs import EngineSpec, QuantizationSpec
 from npu_zoo.fitting import cache_share, plan_request, require_fit
+from npu_zoo.parallel.environment import LaunchEnvironment
 from npu_zoo.parallel.numa import apply, describe, plan_binding
 from npu_zoo.platforms.ascend import ascend_devices, visible_devices
 from npu_zoo.platforms.detection import total_memory
@@ -111,7 +112,9 @@ def create_engine(config: EngineConfig, progress: Progress | None = None) -> Eng
         HardwareError, WeightsError: it cannot start.
     """
     apply_presets(config.environment, os.environ)
-    for fault in apply(config.rank_bindings[0]) if config.rank_bindings else ():
+    launched = LaunchEnvironment.from_environ(os.environ)
+    number = launched.local_rank if launched else 0
+    for fault in apply(config.rank_bindings[number]) if config.rank_bindings else ():
         warnings.warn(fault, RuntimeWarning, stacklevel=2)
     return cast("Engine", load_code(config.engine_class)(config, progress))
 
@@ -323,6 +326,25 @@ def _check_world_size(engine: EngineSpec, request: Request) -> None:
         )
 
 
+def _local_ranks(request: Request) -> int:
+    """The ranks of this machine: all of them, or those that a launcher has started here.
+
+    Raises:
+        ConfigError: the launcher's environment does not fit the request.
+        HardwareError: the machine has fewer devices.
+    """
+    split = request.split
+    launched = LaunchEnvironment.from_environ(os.environ, {"tp": split.tp, "pp": split.pp, "dp": split.dp})
+    count = launched.local_world_size if launched else request.world_size
+    present = len(ascend_devices()) if chip_of(request.hardware).device == "npu" else 0
+    if present and count > present:
+        raise HardwareError(
+            f"{count} ranks would run on this machine, and it shows {present} devices; several nodes share a run by "
+            "`npu-zoo launch --nnodes N`, or lower --tp, --pp or --dp"
+        )
+    return count
+
+
 def _check_fallbacks(args: EngineArgs, kernels: tuple[KernelChoice, ...]) -> None:
     fallbacks = [choice for choice in kernels if choice.fallback]
     if args.strict_kernels and fallbacks:
@@ -398,7 +420,7 @@ def _hardware_fields(args: EngineArgs, request: Request, chosen: _Chosen) -> dic
 
 def _parallel_fields(args: EngineArgs, request: Request, chosen: _Chosen) -> dict[str, Any]:
     split = request.split
-    binding = plan_binding(args.bind or "none", request.hardware, split.world_size, os.environ)
+    binding = plan_binding(args.bind or "none", request.hardware, _local_ranks(request), os.environ)
     chip = chip_of(request.hardware)
     return {
         "tensor_parallel_size": split.tp,

@@ -20,7 +20,9 @@ def print_json(value: Any) -> None:
 
 
 def note(text: str) -> None:
-    """Write a remark on stderr."""
+    """Write a remark on stderr; of the ranks that a launcher started the first one does."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     print(f"note: {text}", file=sys.stderr, flush=True)
 
 

@@ -194,7 +194,7 @@ def _interrupts_wait() -> Iterator[None]:
 
 def follow(assignment: Assignment, link: Link) -> None:
     """What every other rank does that the first one started."""
-    config, rank = assignment.config, assignment.rank
+    config, rank = assignment.config, assignment.rank  # all ranks are of this machine
     for fault in apply(config.rank_bindings[rank]) if config.rank_bindings else ():
         warnings.warn(fault, RuntimeWarning, stacklevel=2)
     timeout = timedelta(seconds=config.collective_timeout)

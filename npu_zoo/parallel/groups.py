@@ -137,7 +137,16 @@ class GlooGroup(Communicator):
 
     def abort(self) -> None:
         """End what is under way with an error, from any thread."""
-        self._group.abort()
+        group = self._group
+        if group is not None:
+            group.abort()
+
+    def close(self) -> None:
+        """Leave the group, once what was sent has gone; its threads must not outlive the interpreter."""
+        for work, _ in self._sent:
+            work.wait()
+        self._sent.clear()
+        self._group = None
 
     @contextlib.contextmanager
     def _operation(self, name: str, x: Tensor) -> Iterator[None]:
@@ -184,7 +193,9 @@ class Joined:
             group.abort()
 
     def close(self) -> None:
-        """Leave the groups."""
+        """Leave the groups, when all ranks do."""
+        for group in (self.control, *self.groups):
+            group.close()
         if self.devices is not None:
             self.devices.close()
 

@@ -32,7 +32,9 @@ def run_ranks(split: Split, work: Callable[[Joined], T]) -> list[T]:
         client = open_store(store.port, split.world_size, leads=False, timeout=_TIMEOUT)
         joined = join(client, split.place(number), Host(number, split.world_size), _TIMEOUT)
         try:
-            return work(joined)
+            result = work(joined)
+            joined.close()
+            return result
         except BaseException as error:
             failures.append(error)
             joined.abort()  # or the others would wait for it

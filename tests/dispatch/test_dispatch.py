@@ -265,6 +265,33 @@ def test_hardware_whose_software_is_not_installed(weights: Weights, monkeypatch:
         config_of(weights(), hardware="atlas_800i_a2", dtype="float16", allow_experimental=True)
 
 
+LAUNCHED = {
+    "RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1",
+    "MASTER_PORT": "20030",
+}  # fmt: skip
+
+
+def test_a_machine_of_fewer_devices_than_ranks(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("npu_zoo.dispatch.is_importable", lambda module: True)
+    monkeypatch.setattr("npu_zoo.selection.is_importable", lambda module: True)
+    monkeypatch.setattr("npu_zoo.dispatch.ascend_devices", lambda: [0])
+    asked = {"hardware": "atlas_800i_a2", "dtype": "float16", "tensor_parallel_size": 2, "allow_experimental": True}
+    shape = {"head_dim": 64}
+    with pytest.raises(HardwareError, match="2 ranks would run on this machine, and it shows 1 devices; several nodes"):
+        config_of(weights(), **asked)
+    monkeypatch.setattr("npu_zoo.dispatch.ascend_devices", lambda: [0, 1])
+    assert config_of(weights(), **asked).world_size == 2
+
+
+def test_the_ranks_that_a_launcher_started_are_bound(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
+    config = config_of(weights(), tensor_parallel_size=2, pipeline_parallel_size=2, bind="auto")
+    assert len(config.rank_bindings) == 2
+    with pytest.raises(ConfigError, match="WORLD_SIZE=4: tp 2 × pp 1 × dp 1 takes 2 ranks"):
+        config_of(weights(), tensor_parallel_size=2)
+
+
 def test_an_unknown_engine(weights: Weights) -> None:
     with pytest.raises(UsageError, match="unknown engine 'atb'; registered: native"):
         config_of(weights(), engine="atb")
