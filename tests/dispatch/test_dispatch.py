@@ -276,11 +276,10 @@ def test_a_machine_of_fewer_devices_than_ranks(weights: Weights, monkeypatch: py
     monkeypatch.setattr("npu_zoo.selection.is_importable", lambda module: True)
     monkeypatch.setattr("npu_zoo.dispatch.ascend_devices", lambda: [0])
     asked = {"hardware": "atlas_800i_a2", "dtype": "float16", "tensor_parallel_size": 2, "allow_experimental": True}
-    shape = {"head_dim": 64}
     with pytest.raises(HardwareError, match="2 ranks would run on this machine, and it shows 1 devices; several nodes"):
-        config_of(weights(), **asked)
+        config_of(weights(head_dim=64), **asked)
     monkeypatch.setattr("npu_zoo.dispatch.ascend_devices", lambda: [0, 1])
-    assert config_of(weights(), **asked).world_size == 2
+    assert config_of(weights(head_dim=64), **asked).world_size == 2
 
 
 def test_the_ranks_that_a_launcher_started_are_bound(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
