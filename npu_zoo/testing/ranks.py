@@ -25,12 +25,13 @@ def run_ranks(split: Split, work: Callable[[Joined], T]) -> list[T]:
         Exception: the first that a rank raised.
     """
     store = open_store(0, split.world_size, leads=True, timeout=_TIMEOUT)
-
+    kept: list[Joined] = []  # a group that is gone takes with it what another rank has yet to receive
     failures: list[BaseException] = []
 
     def rank(number: int) -> T:
         client = open_store(store.port, split.world_size, leads=False, timeout=_TIMEOUT)
         joined = join(client, split.place(number), Host(number, split.world_size), _TIMEOUT)
+        kept.append(joined)
         try:
             result = work(joined)
             joined.close()

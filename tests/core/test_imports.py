@@ -22,6 +22,7 @@ LINES: tuple[tuple[str, ...], ...] = (
     ("api", "registry"),
     (
         "checkpoint",
+        "communication",
         "dispatch",
         "fitting",
         "parallel",
@@ -44,7 +45,7 @@ OUTSIDE = {"plugins", "simulator"}
 
 PLUGIN_SURFACE = {"api", "nn"}
 HEAVY = {"torch", "torch_npu", "transformers", "accelerate"}
-TORCH_FREE = {"", "__main__", "api", "checkpoint", "cli", "core", "dispatch", "platforms", "plugins"}
+TORCH_FREE = {"", "__main__", "api", "checkpoint", "cli", "communication", "core", "dispatch", "platforms", "plugins"}
 TORCH_FREE |= {"fitting", "parallel", "planning", "registry", "request", "selection", "settings", "splitting"}
 
 
