@@ -23,6 +23,7 @@ from npu_zoo.core.errors import UsageError
 from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.dispatch import resolve
 from npu_zoo.parallel.processes import exit_on_sigterm
+from npu_zoo.platforms.ports import MASTER_PORT
 from npu_zoo.settings import Settings
 
 if TYPE_CHECKING:
@@ -87,9 +88,17 @@ def run(
     with exit_on_sigterm(), LoadingProgress() as loading:
         llm = LLM.from_config(config, progress=loading)
     with exit_on_sigterm(), llm:
-        if config.device != "cpu":
-            _tell_memory(llm.engine.explain(), config)
+        if config.world_size > 1 or config.device != "cpu":
+            explained = llm.engine.explain()
+            _tell_port(explained["master_port"])
+            _tell_memory(explained, config)
         generate(llm, prompts, sampling_params, writer, chat=use_chat, timed=not _simulated(config))
+
+
+def _tell_port(port: int | None) -> None:
+    """Where ranks have met, if it is not where they were to."""
+    if port is not None and port != int(os.environ.get("MASTER_PORT") or MASTER_PORT):
+        note(f"port {MASTER_PORT} is in use; the ranks meet at {port} (`npu-zoo ports` shows by whom)")
 
 
 def _tell_memory(explained: dict[str, Any], config: EngineConfig) -> None:

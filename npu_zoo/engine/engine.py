@@ -140,6 +140,7 @@ class NativeEngine(Engine):
             "kv_cache_bytes": cache.num_bytes,
             "kv_cache_tokens": cache.num_tokens,
             "max_model_len": cache.max_model_len,
+            "master_port": self.runner.master_port,
             "ranks": self.runner.report() if self.config.world_size > 1 else [],
         }
 

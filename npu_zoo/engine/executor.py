@@ -26,7 +26,7 @@ from npu_zoo.engine.starting import Assignment, join_ranks, launch_environment, 
 from npu_zoo.engine.step import StepRow
 from npu_zoo.parallel.collectives import CollectiveTimeout
 from npu_zoo.parallel.environment import LaunchEnvironment
-from npu_zoo.parallel.groups import Host, Joined, open_store, prefixed
+from npu_zoo.parallel.groups import LOOPBACK, Host, Joined, open_store, prefixed
 from npu_zoo.parallel.launched import join_store, launched_link
 from npu_zoo.parallel.link import Link
 from npu_zoo.parallel.numa import apply
@@ -122,6 +122,11 @@ class LeadingRunner(RankRunner):
         logits: Tensor = self._command(ComputeLogits.of(hidden))
         return logits
 
+    @property
+    def master_port(self) -> int:
+        """See :attr:`ModelRunner.master_port`."""
+        return self._start.port
+
     def report(self) -> list[dict[str, Any]]:
         """See :meth:`ModelRunner.report`."""
         reports: list[dict[str, Any]] = self._command(Report())
@@ -199,8 +204,8 @@ def follow(assignment: Assignment, link: Link) -> None:
         warnings.warn(fault, RuntimeWarning, stacklevel=2)
     timeout = timedelta(seconds=config.collective_timeout)
     with link.working("joining the other ranks"):
-        store = open_store(assignment.port, config.world_size, leads=False, timeout=timeout)
-    _work(config, rank, store, Host(rank, config.world_size), link)
+        store = open_store(assignment.port, config.world_size, timeout)
+    _work(config, rank, store, Host(rank, config.world_size, LOOPBACK), link)
 
 
 def follow_launched(config: EngineConfig, environment: LaunchEnvironment) -> NoReturn:

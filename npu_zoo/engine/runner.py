@@ -105,6 +105,11 @@ class ModelRunner:
         with torch.inference_mode():
             return self.model.compute_logits(hidden.to(self.device))
 
+    @property
+    def master_port(self) -> int | None:
+        """The port that ranks have met at; None where there is but one."""
+        return None
+
     def report(self) -> list[dict[str, Any]]:
         """What each rank holds."""
         return [self.own_report()]

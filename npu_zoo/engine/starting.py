@@ -9,12 +9,13 @@ from typing import Any
 
 from npu_zoo.core.config import EngineConfig
 from npu_zoo.parallel.environment import LaunchEnvironment
-from npu_zoo.parallel.groups import Host, Joined, join, open_store, prefixed
+from npu_zoo.parallel.groups import LOOPBACK, Host, Joined, join, lead_store, prefixed
 from npu_zoo.parallel.launched import LaunchedGroup, join_store
 from npu_zoo.parallel.ports import launch_ports, require_launch
 from npu_zoo.parallel.processes import WorkerGroup
 from npu_zoo.parallel.supervised import SupervisedRanks
 
+_TRIES = 20
 _FOLLOWER = "npu_zoo.engine.executor:follow"
 
 
@@ -82,9 +83,19 @@ def join_ranks(config: EngineConfig, rank: int, store: Any, host: Host) -> Joine
 
 def _start_here(config: EngineConfig, *, idle_is_hanging: bool) -> Start:
     size = config.world_size
-    found = launch_ports(size, config.hardware, os.environ)
-    require_launch(found)
-    store = open_store(found[0].ports[0], size, leads=True, timeout=timedelta(seconds=config.collective_timeout))
+    store = _lead(config)
     assignments = [Assignment(config, rank, store.port) for rank in range(1, size)]
     workers = WorkerGroup(_FOLLOWER, assignments, idle_is_hanging=idle_is_hanging)
-    return Start(workers, store, Host(0, size), store.port)
+    return Start(workers, store, Host(0, size, LOOPBACK), store.port)
+
+
+def _lead(config: EngineConfig, tries: int = _TRIES) -> Any:
+    """The store, at a port that is looked for again where somebody was faster."""
+    found = launch_ports(config.world_size, config.hardware, os.environ)
+    require_launch(found)
+    try:
+        return lead_store(found[0].ports[0], config.world_size, timedelta(seconds=config.collective_timeout))
+    except OSError:
+        if tries == 1:
+            raise
+    return _lead(config, tries - 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import pickle
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _IDLE = timedelta(days=365)
 """How long a rank waits for its next command: a server may have nothing to do."""
+LOOPBACK = "127.0.0.1"
 _TIMED_OUT = "Timed out"
 """What gloo's errors say then; they are of no class of their own."""
 
@@ -249,10 +251,27 @@ def join(store: Any, place: Place, host: Host, timeout: timedelta, device: str =
     return Joined(ranks, control, traffic, tuple(groups), devices)
 
 
-def open_store(port: int, size: int, *, leads: bool, timeout: timedelta, address: str = "127.0.0.1") -> Any:
-    """The store of a run, which the leading rank holds; port 0 lets it choose one that is free."""
+def lead_store(port: int, size: int, timeout: timedelta) -> Any:
+    """The store of ranks of this host alone, held by the first of them.
+
+    Args:
+        port: where it listens, on the loopback interface; 0 takes one that is free.
+
+    Raises:
+        OSError: the port is taken.
+    """
     distributed: Any = importlib.import_module("torch.distributed")
-    return distributed.TCPStore(address, port, size, leads, timeout, wait_for_workers=False)
+    listener = socket.create_server((LOOPBACK, port), backlog=size)
+    port = listener.getsockname()[1]
+    return distributed.TCPStore(
+        LOOPBACK, port, size, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
+
+
+def open_store(port: int, size: int, timeout: timedelta) -> Any:
+    """What :func:`lead_store` of another rank of this host has made."""
+    distributed: Any = importlib.import_module("torch.distributed")
+    return distributed.TCPStore(LOOPBACK, port, size, False, timeout, wait_for_workers=False)
 
 
 def prefixed(store: Any, prefix: str) -> Any:

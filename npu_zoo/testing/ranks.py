@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import TypeVar
 
 from npu_zoo.core.parallel import Split
-from npu_zoo.parallel.groups import Host, Joined, join, open_store
+from npu_zoo.parallel.groups import LOOPBACK, Host, Joined, join, lead_store, open_store
 
 T = TypeVar("T")
 
@@ -24,13 +24,13 @@ def run_ranks(split: Split, work: Callable[[Joined], T]) -> list[T]:
     Raises:
         Exception: the first that a rank raised.
     """
-    store = open_store(0, split.world_size, leads=True, timeout=_TIMEOUT)
+    store = lead_store(0, split.world_size, _TIMEOUT)
     kept: list[Joined] = []  # a group that is gone takes with it what another rank has yet to receive
     failures: list[BaseException] = []
 
     def rank(number: int) -> T:
-        client = open_store(store.port, split.world_size, leads=False, timeout=_TIMEOUT)
-        joined = join(client, split.place(number), Host(number, split.world_size), _TIMEOUT)
+        client = open_store(store.port, split.world_size, _TIMEOUT)
+        joined = join(client, split.place(number), Host(number, split.world_size, LOOPBACK), _TIMEOUT)
         kept.append(joined)
         try:
             result = work(joined)
