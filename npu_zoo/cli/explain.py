@@ -16,6 +16,7 @@ from npu_zoo.core.config import AttentionChoice, EngineArgs, EngineConfig, Kerne
 from npu_zoo.core.errors import HardwareError, NpuZooError, PluginError, UnsupportedError, WeightsError
 from npu_zoo.core.features import Attention, FeatureRow, Verdict
 from npu_zoo.core.hardware import DType, chip_of
+from npu_zoo.core.parallel import stage_layers
 from npu_zoo.dispatch import check, resolve
 from npu_zoo.registry import get_registry
 from npu_zoo.request import read_request
@@ -127,6 +128,7 @@ def _print(found: Explanation, args: EngineArgs) -> None:
             f"max_num_batched_tokens {config.max_num_batched_tokens}"
         )
         fields["binding"] = "\n".join(config.binding)
+        fields |= _shares(config)
     print_fields({**fields, **row_fields(found.row)})
     print()
     if isinstance(found.kernels, str):
@@ -135,6 +137,21 @@ def _print(found: Explanation, args: EngineArgs) -> None:
         _print_kernels(found.kernels)
     for text in config.notes if config else ():
         note(text)
+
+
+def _shares(config: EngineConfig) -> dict[str, str]:
+    """How ranks share the layers and the experts, where they do."""
+    split, model = config.split, config.model_config
+    fields = {}
+    if split.pp > 1:
+        stages = stage_layers(model.num_hidden_layers, split.pp)
+        fields["stages"] = "\n".join(f"layers {', '.join(map(str, stage))}" for stage in stages)
+    if model.moe and split.stage_size > 1:
+        held = model.moe.n_routed_experts // split.ep
+        part = "whole" if split.moe_tp == 1 else f"1/{split.moe_tp} of each"
+        fields["experts"] = f"{held} on a rank, {part}, reached by {config.expert_dispatch}"
+        fields["experts"] += "" if config.device == "cpu" else "; captured steps by all_gather"
+    return fields
 
 
 def _print_kernels(kernels: tuple[KernelChoice, ...]) -> None:

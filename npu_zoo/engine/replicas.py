@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 
-from npu_zoo.engine.block_manager import KVManager
+from npu_zoo.engine.block_manager import BlockManager, KVManager
 from npu_zoo.engine.sequence import Sequence
 
 
@@ -69,6 +69,13 @@ class ReplicatedKV(KVManager):
     def num_total(self) -> int:
         """See :class:`KVManager`."""
         return sum(manager.num_total for manager in self.managers)
+
+    def check(self, sequences: Iterable[Sequence]) -> None:
+        """Raise where a replica's books do not balance; see :meth:`BlockManager.check`."""
+        living = list(sequences)
+        for number, manager in enumerate(self.managers):
+            if isinstance(manager, BlockManager):
+                manager.check([sequence for sequence in living if sequence.replica == number])
 
     def _of(self, sequence: Sequence) -> KVManager:
         return self.managers[sequence.replica]

@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from npu_zoo.core.engine import CompletionOutput
 from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.engine.block_manager import BlockManager, KVManager, SlotManager
+from npu_zoo.engine.replicas import ReplicatedKV
 from npu_zoo.engine.scheduler import ScheduledRow, Scheduler
 from npu_zoo.engine.sequence import Sequence
 
@@ -93,25 +94,35 @@ class Simulation:
 
     def check_sharing(self) -> None:
         """Several sequences hold one block only where it is full for each, and at the same place."""
+        for replica in {sequence.replica for sequence in self.live}:
+            self.check_sharing_among([sequence for sequence in self.live if sequence.replica == replica])
+
+    def check_sharing_among(self, live: list[Sequence]) -> None:
         places: dict[int, int] = {}
         shared: set[int] = set()
-        for sequence in self.live:
+        for sequence in live:
             for index, block in enumerate(sequence.slots):
                 assert places.setdefault(block, index) == index
-                if block in shared or sum(block in other.slots for other in self.live) > 1:
+                if block in shared or sum(block in other.slots for other in live) > 1:
                     shared.add(block)
                     assert (index + 1) * self.slot_size <= sequence.num_tokens
                     assert sequence.num_computed_tokens >= (index + 1) * self.slot_size
 
     def place(self, sequence: Sequence, position: int) -> tuple[int, int]:
-        return sequence.slots[position // self.slot_size], position % self.slot_size
+        block = sequence.slots[position // self.slot_size]
+        return sequence.replica * 1000 + block, position % self.slot_size
 
 
 def simulation(**changes: Any) -> Simulation:
     options: dict[str, Any] = {
-        "num_blocks": 12, "block_size": 2, "caching": True, "budget": 24, "max_num_seqs": 4, "chunked": True
+        "num_blocks": 12, "block_size": 2, "caching": True, "budget": 24, "max_num_seqs": 4, "chunked": True,
+        "replicas": 1,
     } | changes  # fmt: skip
-    kv = BlockManager(options["num_blocks"], options["block_size"], enable_prefix_caching=options["caching"])
+    managers = [
+        BlockManager(options["num_blocks"], options["block_size"], enable_prefix_caching=options["caching"])
+        for _ in range(options["replicas"])
+    ]
+    kv = managers[0] if len(managers) == 1 else ReplicatedKV(managers)
     return Simulation(kv, options["block_size"], options["budget"], options["max_num_seqs"], options["chunked"])
 
 
@@ -129,6 +140,7 @@ class Machine(RuleBasedStateMachine):
         chunked=st.booleans(),
         budget=st.integers(1, 30),
         max_num_seqs=st.integers(1, 5),
+        replicas=st.integers(1, 3),
     )
     def begin(self, block_size: int, spare: int, budget: int, chunked: bool, **more: Any) -> None:
         budget = budget if chunked else budget + MAX_MODEL_LEN
@@ -295,3 +307,24 @@ def test_blocks_are_shared_only_where_that_is_asked_for(caching: bool) -> None:
     first, second = run.add([1] * 9, 4), run.add([1] * 9, 4)
     run.step()
     assert len(set(first.slots) & set(second.slots)) == (4 if caching else 0)
+
+
+def test_sequences_spread_over_replicas_and_follow_their_beginnings() -> None:
+    run = simulation(replicas=2, num_blocks=20)
+    first, second = run.add([0, 1, 2, 0, 1], 2), run.add([2, 2, 2, 2, 2], 2)
+    run.step()
+    assert {first.replica, second.replica} == {0, 1}
+    third = run.add([0, 1, 2, 0, 2], 2)
+    run.step()
+    assert third.replica == first.replica
+    assert third.num_cached_tokens == 4
+
+
+def test_a_full_replica_keeps_nobody_from_another() -> None:
+    run = simulation(replicas=2, num_blocks=12)
+    large = [run.add([first, 1] * 9, 6) for first in (0, 2)]
+    run.step()
+    assert {sequence.replica for sequence in large} == {0, 1}
+    for _ in drain(run):
+        pass
+    assert [sequence.preemptions for sequence in large] == [0, 0]
