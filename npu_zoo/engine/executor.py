@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
@@ -139,6 +140,8 @@ class LeadingRunner(RankRunner):
                 self._joined.control.broadcast(None)
                 self._joined.close()
         self._workers.shutdown(_GRACE_S if self._together else 0)
+        self._joined.drop()
+        self._start = replace(self._start, store=None)  # the port is free once nobody holds it
 
     def _command(self, command: Command) -> Any:
         def run() -> Any:

@@ -147,6 +147,10 @@ class GlooGroup(Communicator):
         """Leave the group, once what was sent has gone; its threads must not outlive the interpreter."""
         for work, _ in self._sent:
             work.wait()
+        self.drop()
+
+    def drop(self) -> None:
+        """Leave the group after its operations have failed."""
         self._sent.clear()
         self._group = None
 
@@ -193,6 +197,11 @@ class Joined:
         """End what is under way in any group of the host with an error, from any thread."""
         for group in (self.control, *self.groups):
             group.abort()
+
+    def drop(self) -> None:
+        """Leave the host's groups after their operations have failed."""
+        for group in (self.control, *self.groups):
+            group.drop()
 
     def close(self) -> None:
         """Leave the groups, when all ranks do."""

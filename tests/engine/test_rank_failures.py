@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -47,7 +48,7 @@ def gone(pid: int) -> bool:
 def fail_while_generating(config: EngineConfig, fail: Callable[[LLM], None]) -> tuple[str, float]:
     """Generate, have something fail after some tokens; returns the message and the seconds from then to it."""
     llm = LLM.from_config(config)
-    pids, moments = pids_of(llm), []
+    pids, port, moments = pids_of(llm), llm.engine.explain()["master_port"], []
 
     def on_output(output: RequestOutput) -> None:
         if not moments and len(output.outputs[0].token_ids) >= 3:
@@ -61,6 +62,8 @@ def fail_while_generating(config: EngineConfig, fail: Callable[[LLM], None]) -> 
     finally:
         llm.shutdown()
     assert all(gone(pid) for pid in pids.values())
+    with socket.create_server(("127.0.0.1", port)):  # it is free again
+        pass
     return str(caught.value), lasted
 
 
