@@ -49,18 +49,14 @@ def gone(pid: int) -> bool:
     return not status.exists() or "State:\tZ" in status.read_text()
 
 
-DENSE = [Split(2), Split(pp=2), Split(pp=3), Split(2, pp=2), Split(dp=2)]
+DENSE = [Split(2), Split(pp=2), Split(pp=3), Split(2, pp=2), Split(dp=2), Split(dp=2, pp=2)]
 EXPERTS = [
-    Split(2), Split(pp=3), Split(2, ep=2), Split(2, pp=2, ep=2), Split(dp=2, ep=2), Split(2, dp=2, ep=4),
+    Split(2), Split(pp=2), Split(pp=3), Split(2, pp=2), Split(2, ep=2), Split(2, pp=2, ep=2), Split(dp=2, ep=2),
+    Split(2, dp=2, ep=2), Split(2, dp=2, ep=4),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("family", "splits"),
-    [("deepseek_coder", DENSE), ("wizardcoder", DENSE[:4]), ("deepseek_moe", EXPERTS), ("deepseek_v3", EXPERTS)],
-    ids=["deepseek_coder", "wizardcoder", "deepseek_moe", "deepseek_v3"],
-)
-def test_ranks_are_one_model(family: str, splits: list[Split]) -> None:
+def check_splits(family: str, splits: list[Split]) -> None:
     with LLM.from_config(config_of(family, 1)) as one:
         due = tokens_of(one)
         for split in splits:
@@ -70,6 +66,30 @@ def test_ranks_are_one_model(family: str, splits: list[Split]) -> None:
                 assert tokens_of(several) == due, split
                 assert agree(one, several, PROMPTS).within(1e-3), split
             assert all(gone(pid) for pid in pids.values())
+
+
+@pytest.mark.parametrize(
+    ("family", "splits"),
+    [
+        ("deepseek_coder", [Split(2, pp=2), Split(dp=2)]),
+        ("wizardcoder", [Split(pp=3)]),
+        ("deepseek_moe", [Split(2, dp=2, ep=4)]),
+        ("deepseek_v3", [Split(2, pp=2, ep=2)]),
+    ],
+    ids=["deepseek_coder", "wizardcoder", "deepseek_moe", "deepseek_v3"],
+)
+def test_ranks_are_one_model(family: str, splits: list[Split]) -> None:
+    check_splits(family, splits)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("family", "splits"),
+    [("deepseek_coder", DENSE), ("wizardcoder", DENSE), ("deepseek_moe", EXPERTS), ("deepseek_v3", EXPERTS)],
+    ids=["deepseek_coder", "wizardcoder", "deepseek_moe", "deepseek_v3"],
+)
+def test_every_split_is_one_model(family: str, splits: list[Split]) -> None:
+    check_splits(family, splits)
 
 
 @pytest.mark.parametrize(

@@ -94,14 +94,18 @@ def test_stages_together_are_the_whole_model(family: str, split: Split, tmp_path
     assert alike(run(tmp_path / "weights", family, split), run(tmp_path / "weights", family, 1))
 
 
+WHOLE_EXPERTS = [
+    Split(2, ep=2), Split(4, ep=4), Split(4, ep=2), Split(1, dp=2, ep=2), Split(2, dp=2, ep=4), Split(2, dp=2, ep=2),
+    Split(1, dp=4, ep=4), Split(2, pp=2, ep=2), Split(1, dp=2, pp=2, ep=2),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("dispatch", ["all_gather", "all_to_all"])
 @pytest.mark.parametrize(
-    "split",
-    [Split(2, ep=2), Split(4, ep=4), Split(4, ep=2), Split(1, dp=2, ep=2), Split(2, dp=2, ep=4), Split(2, dp=2, ep=2),
-     Split(1, dp=4, ep=4), Split(2, pp=2, ep=2), Split(1, dp=2, pp=2, ep=2)],
-    ids=Split.describe,
-)  # fmt: skip
-@pytest.mark.parametrize("family", ["deepseek_moe", "deepseek_v3"])
+    ("family", "split"),
+    [("deepseek_v3", split) for split in WHOLE_EXPERTS]
+    + [("deepseek_moe", split) for split in (WHOLE_EXPERTS[0], WHOLE_EXPERTS[4], WHOLE_EXPERTS[8])],
+)
 def test_ranks_with_whole_experts(family: str, split: Split, dispatch: str, tmp_path: Path) -> None:
     write_random_model(tmp_path / "weights", get_registry().families[family], shape_of(family))
     whole = run(tmp_path / "weights", family, 1)

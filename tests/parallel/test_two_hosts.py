@@ -65,7 +65,7 @@ def processes_of(host: Any) -> list[int]:
 
 
 def without_times(line: str) -> dict[str, Any]:
-    return {key: value for key, value in json.loads(line).items() if key != "metrics"}
+    return {key: value for key, value in json.loads(line).items() if key != "timings"}
 
 
 def test_two_hosts_are_one_model(hosts: Any) -> None:
@@ -97,7 +97,7 @@ def test_the_loss_of_a_host_ends_the_run_on_the_other(hosts: Any) -> None:
         _, other = processes[1].communicate(timeout=60)
     assert processes[0].returncode
     assert processes[1].returncode
-    assert lasted < 15, err  # ten seconds, and the end of four processes on a busy machine
+    assert lasted < 20, err  # ten seconds, and the end of four processes on a busy machine
     assert "rank 2" in err or "rank 3" in err, err
     assert "is out of reach" in err, err
     assert "rank 0" in other, other

@@ -545,8 +545,7 @@ OF_TORCH_NPU = [s for s in (*ASCEND_KERNELS, *ASCEND_BACKENDS) if ".reference:" 
 """What is registered for an NPU and is more than torch's own operators."""
 
 
-def calls_of_torch_npu(path: Path) -> set[str]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+def calls_of_torch_npu(tree: ast.AST) -> set[str]:
     functions = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
     return {
         function.attr
@@ -557,11 +556,26 @@ def calls_of_torch_npu(path: Path) -> set[str]:
     }
 
 
+def calls_of_imported(tree: ast.AST) -> set[str]:
+    """Those of functions that a module has from others of the package."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("npu_zoo.nn."):
+            path = PACKAGE.parent / Path(*(node.module or "").split(".")).with_suffix(".py")
+            names = {alias.name for alias in node.names}
+            for defined in ast.parse(path.read_text(encoding="utf-8")).body if path.exists() else ():
+                if isinstance(defined, ast.FunctionDef) and defined.name in names:
+                    found |= calls_of_torch_npu(defined)
+    return found
+
+
 def modules_that_import_torch_npu() -> dict[str, set[str]]:
     found = {}
     for path in (PACKAGE / "nn").rglob("*.py"):
-        if calls := calls_of_torch_npu(path):
-            found[".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)] = calls
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if calls := calls_of_torch_npu(tree):
+            name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+            found[name] = calls | calls_of_imported(tree)
     return found
 
 
