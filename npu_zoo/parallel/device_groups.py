@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from npu_zoo.core.errors import EngineError
 from npu_zoo.core.parallel import Communicator, Place, Split
+from npu_zoo.parallel.sends import Sends
 from npu_zoo.parallel.traffic import Traffic
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class DeviceGroup(Communicator):
         self.rank, self.size = rank, len(members)
         self._group, self._kind, self._members, self._traffic = group, kind, tuple(members), traffic
         self._distributed: Any = importlib.import_module("torch.distributed")
-        self._sent: list[tuple[Any, Tensor]] = []
+        self._sends = Sends()
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """See :meth:`Communicator.all_reduce`."""
@@ -68,9 +69,8 @@ class DeviceGroup(Communicator):
     def send(self, x: Tensor, to: int) -> None:
         """See :meth:`Communicator.send`."""
         x = x.contiguous()
-        self._sent = [(work, tensor) for work, tensor in self._sent if not work.is_completed()]
         with self._traffic.operation(self._kind, "send", x):
-            self._sent.append((self._distributed.isend(x, self._members[to], group=self._group), x))
+            self._sends.add(self._distributed.isend(x, self._members[to], group=self._group), x)
 
     def receive(self, shape: Sequence[int], dtype: torch.dtype, source: int) -> Tensor:
         """See :meth:`Communicator.receive`."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from npu_zoo.core.parallel import SINGLE, Communicator, Place, Ranks
 from npu_zoo.parallel.collectives import CollectiveTimeout
 from npu_zoo.parallel.device_groups import DeviceGroups
+from npu_zoo.parallel.sends import Sends
 from npu_zoo.parallel.traffic import Traffic
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class GlooGroup(Communicator):
         self.rank, self.size = rank, size = members.index(rank), len(members)
         self._kind, self._members, self._traffic = kind, tuple(members), traffic or Traffic()
         self._timeout = timeout.total_seconds()
-        self._sent: list[tuple[Any, Tensor]] = []
+        self._sends = Sends()
         gloo = distributed.ProcessGroupGloo
         own = prefixed(store, f"{kind}/{members[0]}")
         if address is None:
@@ -96,9 +97,8 @@ class GlooGroup(Communicator):
     def send(self, x: Tensor, to: int) -> None:
         """See :meth:`Communicator.send`."""
         x = x.contiguous()
-        self._sent = [(work, tensor) for work, tensor in self._sent if not work.is_completed()]
         with self._operation("send", x):
-            self._sent.append((self._group.send([x], to, 0), x))
+            self._sends.add(self._group.send([x], to, 0), x)
 
     def receive(self, shape: Sequence[int], dtype: torch.dtype, source: int) -> Tensor:
         """See :meth:`Communicator.receive`."""
@@ -145,13 +145,13 @@ class GlooGroup(Communicator):
 
     def close(self) -> None:
         """Leave the group, once what was sent has gone; its threads must not outlive the interpreter."""
-        for work, _ in self._sent:
-            work.wait()
+        self._sends.finish()
         self.drop()
 
     def drop(self) -> None:
         """Leave the group after its operations have failed."""
-        self._sent.clear()
+        self._sends = Sends()
+        self._group = None
         self._group = None
 
     @contextlib.contextmanager
