@@ -109,7 +109,8 @@ class AllToAll:
 
     def _dispatch(self, x: Tensor) -> Tensor:
         weights, ids = self._route(x) if len(x) else _no_choice(x.device)
-        order = ids.flatten().argsort(stable=True)  # [T * top_k], where each expert's tokens stand together
+        # As floats, which are exact here: NPUs have no fast kernel that sorts integers.
+        order = ids.flatten().float().argsort(stable=True)  # [T * top_k], where each expert's tokens stand together
         tokens = order.div(ids.shape[1], rounding_mode="floor")
         sent = ids.flatten().bincount(minlength=self._num_experts)
         received = self._exchange_counts(sent)  # [ep, held]
