@@ -104,7 +104,8 @@ class LeadingRunner(RankRunner):
         self._start = start_ranks(config, environment)
         self._workers = self._start.ranks
         try:
-            joined = self._guarded(lambda: join_ranks(config, 0, self._start.store, self._start.host))
+            start = self._start
+            joined = self._guarded(lambda: join_ranks(config, 0, start.store, start.host, self._workers.check))
             self._workers.waiting = lambda: joined.traffic.waiting
             self._workers.watch(lambda failure: self._give_up(joined, failure))
             self._guarded(lambda: super(LeadingRunner, self).__init__(config, joined, progress))

@@ -75,7 +75,7 @@ class ModelRunner:
         self.config, self._ranks = config, ranks
         self._place = ranks.place
         self._layers = ranks.place.layers(config.model_config.num_hidden_layers)
-        self.device = _device(config, ranks.local_rank)
+        self.device = open_device(config, ranks.local_rank)
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self.kernels = bind_kernels(config.kernels)
         self.model = self._load_model(progress)
@@ -134,8 +134,10 @@ class ModelRunner:
             hidden = self._replay(self.graphs, rows, mine)
             return (hidden, []) if self._place.is_last_stage else NO_OUTPUTS
         split = self._place.split
-        hidden = torch.cat([self._run_batch(batch) for batch in micro_batches(rows, split.dp, split.pp)])
-        return self._finish(hidden, mine) if self._place.is_last_stage else NO_OUTPUTS
+        parts = [self._run_batch(batch) for batch in micro_batches(rows, split.dp, split.pp)]
+        if not self._place.is_last_stage:
+            return NO_OUTPUTS
+        return self._finish(parts[0] if len(parts) == 1 else torch.cat(parts), mine)  # a cat of one copies
 
     def _finish(self, hidden: Tensor, rows: Sequence[StepRow]) -> Outputs:
         """Logits and prompts' hidden states of this replica's rows."""
@@ -343,23 +345,38 @@ def free_memory(device: torch.device) -> int:
     return available_memory()
 
 
-def _device(config: EngineConfig, number: int) -> torch.device:
-    if config.device == "cuda" and not torch.cuda.is_available():
+def open_device(config: EngineConfig, number: int, ranks: int = 1) -> torch.device:
+    """The device of a rank; an NPU is this process's current one then.
+
+    Args:
+        number: of the rank among those of this host.
+        ranks: how many they are.
+
+    Raises:
+        HardwareError: there is none, or not one for each.
+    """
+    if config.device == "cpu":
+        return torch.device("cpu")
+    if config.device == "npu":
+        _import_torch_npu(config)
+    module = torch.get_device_module(config.device)
+    if not module.is_available():
         raise HardwareError(
-            "--hardware cuda was asked for, and this torch sees no CUDA device; --hardware cpu runs here"
+            f"--hardware {config.hardware} was asked for, and torch sees no device of it; --hardware cpu runs here"
+        )
+    if ranks > module.device_count():
+        raise HardwareError(
+            f"{ranks} ranks of this host need {ranks} devices of {config.hardware}, and torch sees "
+            f"{module.device_count()}; take a smaller --world-size, or look at what hides the others "
+            "(ASCEND_RT_VISIBLE_DEVICES, CUDA_VISIBLE_DEVICES)"
         )
     if config.device == "npu":
-        return _npu(config, number)
-    return torch.device(config.device, number) if config.device == "cuda" else torch.device(config.device)
+        module.set_device(number)
+    return torch.device(config.device, number)
 
 
-def _npu(config: EngineConfig, number: int) -> torch.device:
+def _import_torch_npu(config: EngineConfig) -> None:
     try:
         import torch_npu  # noqa: F401
     except (ImportError, RuntimeError) as error:
         raise HardwareError(f"torch_npu cannot be imported, so {config.hardware} is out of reach: {error}") from error
-    if not torch.get_device_module("npu").is_available():
-        raise HardwareError(f"{config.hardware} was asked for, and torch_npu sees no device; --hardware cpu runs here")
-    device = torch.device("npu", number)
-    torch.get_device_module("npu").set_device(device)
-    return device

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 from npu_zoo.core.config import EngineConfig
+from npu_zoo.core.errors import EngineError
+from npu_zoo.engine.runner import open_device
 from npu_zoo.parallel.environment import LaunchEnvironment
 from npu_zoo.parallel.groups import LOOPBACK, Host, Joined, join, lead_store, prefixed
 from npu_zoo.parallel.launched import LaunchedGroup, join_store
@@ -16,6 +20,7 @@ from npu_zoo.parallel.processes import WorkerGroup
 from npu_zoo.parallel.supervised import SupervisedRanks
 
 _TRIES = 20
+_LOOK_S = 0.05
 _FOLLOWER = "npu_zoo.engine.executor:follow"
 
 
@@ -75,17 +80,44 @@ def start_ranks(config: EngineConfig, environment: LaunchEnvironment | None) -> 
     return Start(group, prefixed(store, group.attempt), host, environment.master_port)
 
 
-def join_ranks(config: EngineConfig, rank: int, store: Any, host: Host) -> Joined:
-    """Meet the other ranks; every rank calls it."""
+def join_ranks(
+    config: EngineConfig, rank: int, store: Any, host: Host, check: Callable[[], object] | None = None
+) -> Joined:
+    """Meet the other ranks; every rank calls it.
+
+    Args:
+        check: raises where another rank has failed; the first rank has it, and waits with it for the others to be
+            there, since nothing ends an operation that waits for one that never came.
+
+    Raises:
+        HardwareError: this rank has no device.
+        EngineError: a rank is not there in time.
+    """
+    open_device(config, host.local_rank, host.local_size)
+    store.set(f"here/{rank}", b"")
+    if check is not None:
+        _await_all(store, config, check)
     timeout = timedelta(seconds=config.collective_timeout)
     return join(store, config.split.place(rank), host, timeout, config.device)
+
+
+def _await_all(store: Any, config: EngineConfig, check: Callable[[], object]) -> None:
+    deadline = time.monotonic() + config.collective_timeout
+    for rank in range(config.world_size):
+        while not store.check([f"here/{rank}"]):
+            check()
+            if time.monotonic() > deadline:
+                raise EngineError(f"rank {rank} was not there within {config.collective_timeout:g} s")
+            time.sleep(_LOOK_S)
 
 
 def _start_here(config: EngineConfig, *, idle_is_hanging: bool) -> Start:
     size = config.world_size
     store = _lead(config)
     assignments = [Assignment(config, rank, store.port) for rank in range(1, size)]
-    workers = WorkerGroup(_FOLLOWER, assignments, idle_is_hanging=idle_is_hanging)
+    # What torch warns of in every rank, the first one says for all.
+    environs = [{"TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")} for _ in assignments]
+    workers = WorkerGroup(_FOLLOWER, assignments, environs=environs, idle_is_hanging=idle_is_hanging)
     return Start(workers, store, Host(0, size, LOOPBACK), store.port)
 
 
