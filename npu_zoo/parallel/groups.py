@@ -152,7 +152,6 @@ class GlooGroup(Communicator):
         """Leave the group after its operations have failed."""
         self._sends = Sends()
         self._group = None
-        self._group = None
 
     @contextlib.contextmanager
     def _operation(self, name: str, x: Tensor) -> Iterator[None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from npu_zoo.core.config import EngineArgs, EngineConfig
 from npu_zoo.core.engine import RequestOutput
 from npu_zoo.core.errors import WorkerError
 from npu_zoo.dispatch import resolve
+from npu_zoo.platforms.ports import port_users
 from npu_zoo.testing.door import unchecked_config
 
 FAULTS = "NPU_ZOO_TEST_FAULTS"
@@ -62,8 +62,7 @@ def fail_while_generating(config: EngineConfig, fail: Callable[[LLM], None]) -> 
     finally:
         llm.shutdown()
     assert all(gone(pid) for pid in pids.values())
-    with socket.create_server(("127.0.0.1", port)):  # it is free again
-        pass
+    assert os.getpid() not in [user.pid for user in port_users(port)]
     return str(caught.value), lasted
 
 
@@ -148,6 +147,7 @@ sys.path.insert(0, sys.argv[1])
 from npu_zoo import LLM, SamplingParams
 from npu_zoo.core.config import EngineArgs
 from npu_zoo.dispatch import resolve
+from npu_zoo.platforms.ports import port_users
 from npu_zoo.testing.door import unchecked_config
 config = unchecked_config(
     resolve(EngineArgs(model="deepseek_coder:demo", hardware="cpu", tensor_parallel_size=2, collective_timeout=3.0)),
