@@ -51,6 +51,7 @@ def config_of(weights: Path, family: str, split: Split, **changes: Any) -> Engin
     asked = EngineArgs(
         model=f"{family}:custom", weights=str(weights), hardware="cpu", dtype="float32", max_model_len=64,
         kv_cache_memory="8MiB", skip_tokenizer_init=True, allow_experimental=True, block_size=None,
+        kv_cache_dtype=changes.pop("kv_cache_dtype", None),
     )  # fmt: skip
     sizes = {
         "tensor_parallel_size": split.tp, "pipeline_parallel_size": split.pp, "expert_parallel_size": split.ep,
@@ -151,6 +152,35 @@ def test_quantized_ranks(family: str, scheme: str, bound: float, tmp_path: Path)
     convert(plan_conversion(tmp_path / "plain", options), tmp_path / "weights")
     whole = run(tmp_path / "weights", family, 1)
     assert alike(run(tmp_path / "weights", family, 2), whole, bound)
+
+
+@pytest.mark.parametrize(
+    ("family", "scheme", "split"),
+    [
+        ("deepseek_coder", "w4a16", Split(2, pp=2)),
+        ("deepseek_moe", "w8a16", Split(2, dp=2, ep=4)),
+        ("deepseek_v3", "w8a16", Split(2, pp=2, ep=2)),
+    ],
+)
+def test_quantized_stages_and_experts(family: str, scheme: str, split: Split, tmp_path: Path) -> None:
+    write_random_model(tmp_path / "plain", get_registry().families[family], shape_of(family))
+    options = ConvertOptions("hf-safetensors", scheme=Scheme.of(scheme))
+    convert(plan_conversion(tmp_path / "plain", options), tmp_path / "weights")
+    assert alike(run(tmp_path / "weights", family, split), run(tmp_path / "weights", family, 1), 1e-3)
+
+
+def test_int8_caches_of_ranks(tmp_path: Path) -> None:
+    config = shape_of("deepseek_coder", head_dim=32)
+    write_random_model(tmp_path / "weights", get_registry().families["deepseek_coder"], config)
+    whole = run(tmp_path / "weights", "deepseek_coder", 1, kv_cache_dtype="int8")
+    assert alike(run(tmp_path / "weights", "deepseek_coder", Split(2, pp=2), kv_cache_dtype="int8"), whole, 0.05)
+
+
+@pytest.mark.parametrize("split", [Split(2, ep=2), Split(pp=2)], ids=Split.describe)
+def test_stages_and_experts_out_of_files_of_four_ranks(split: Split, tmp_path: Path) -> None:
+    write_random_model(tmp_path / "plain", get_registry().families["deepseek_v3"], shape_of("deepseek_v3"))
+    convert(plan_conversion(tmp_path / "plain", ConvertOptions("ascend-mp", tp=4)), tmp_path / "weights")
+    assert alike(run(tmp_path / "weights", "deepseek_v3", split), run(tmp_path / "plain", "deepseek_v3", 1))
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
