@@ -229,6 +229,99 @@ def quantization_page() -> str:
     return GENERATED + introduction + "\n".join([*lines, "", conversion + "\n".join(table)]) + "\n"
 
 
+PARALLEL_INTRODUCTION = """\
+# Runs of several ranks, measured
+
+`benchmarks/parallel.py` runs random weights in bfloat16 on {cores} cores of a CPU ({cpu}), one thread a rank, with
+torch {torch}.{others}
+A split and one rank take turns; rates are medians of {rounds} rounds, and `to one` is the median of the ratios to one
+rank in the same round.
+
+Ranks of one CPU share its memory bandwidth and its cores, and what else runs there takes its part. So these tables show
+what a split costs here, not what it gains where each rank has a device of its own. {threads} threads together read
+{bandwidth} GB/s at best.
+
+- **prefill**: one prompt of 512 tokens. **decode 1** and **8**: tokens after the first, of so many sequences at once.
+- **floor**: decode of one sequence if it took no longer than reading the weights of a token, at the bandwidth above
+  of up to as many threads as ranks that read at once; stages take turns.
+- **weights**: of the rank that has most. **memory**: what a rank's process takes beyond one with hardly any weights.
+- **in layers**: bytes that a rank gives to its groups' operations per token and layer, on average over the ranks of a
+  stage, with the embedding's one sum. **beside**: bytes per token, likewise, that go between stages, sent and received,
+  and those of logits. Both are counted by the ranks while {batch} sequences are prefilled and decoded; the closed form
+  of [parallel.md](parallel.md#what-ranks-tell-each-other) has to give the same for these steps, or the benchmark fails.
+
+"""
+
+PARALLEL_SPEED = ("split", "experts", "prefill", "to one", "decode 1", "to one", "decode 8", "to one", "floor")
+PARALLEL_SHARES = ("split", "experts", "weights, MB", "memory, MB", "in layers", "closed form", "beside", "closed form")
+PARALLEL_BATCH = 8
+
+
+def parallel_page() -> str:
+    """docs/parallel-measured.md: from benchmarks/parallel.json."""
+    record = json.loads((BENCHMARKS / "parallel.json").read_text())
+    machine, bandwidth = record["machine"], record["bandwidth"]
+    others = f" Other work ran beside it: the load was {record['load']:.1f} before the start."
+    introduction = PARALLEL_INTRODUCTION.format(
+        cores=machine["cores"],
+        cpu=machine["cpu"],
+        torch=machine["versions"]["torch"],
+        others=others if record["load"] >= 1 else "",
+        rounds=record["rounds"],
+        threads=_listed(list(bandwidth)),
+        bandwidth=_listed([f"{rate / 1e9:.0f}" for rate in bandwidth.values()]),
+        batch=PARALLEL_BATCH,
+    )
+    return GENERATED + introduction + "\n".join(_parallel_model(model, bandwidth) for model in record["models"])
+
+
+def _parallel_model(model: dict[str, Any], bandwidth: dict[str, float]) -> str:
+    size = f"{model['parameters'] / 1e6:.0f} M parameters, {model['layers']} layers, hidden size {model['hidden_size']}"
+    speed = _header(PARALLEL_SPEED) + [_speed_row(row, bandwidth) for row in model["rows"]]
+    shares = _header(PARALLEL_SHARES) + [_shares_row(row) for row in model["rows"]]
+    title = f"## `{model['family']}`: {size}"
+    overlap = next(row["stages_overlap"] for row in model["rows"] if "stages_overlap" in row)
+    stages = f"With pp 2 both stages computed at the same time, by their clocks, in {overlap:.0%} of the prompts."
+    tables = [
+        "Tokens per second:",
+        "",
+        *speed,
+        "",
+        stages,
+        "",
+        "What a rank holds and tells, in MB and bytes:",
+        "",
+        *shares,
+    ]
+    return "\n".join([title, "", *tables, ""])
+
+
+def _listed(parts: list[str]) -> str:
+    return f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _header(columns: tuple[str, ...]) -> list[str]:
+    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+
+
+def _speed_row(row: dict[str, Any], bandwidth: dict[str, float]) -> str:
+    cells = [row["split"], row["expert_dispatch"]]
+    for name in ("prefill", "decode_1", "decode_8"):
+        ratio = row.get(f"{name}_to_one")
+        cells += [f"{row[name]:.0f}" if row[name] >= 100 else f"{row[name]:.1f}", f"{ratio:.2f}" if ratio else ""]
+    best = max(rate for threads, rate in bandwidth.items() if int(threads) <= row["reading_at_once"])
+    cells.append(f"{best / row['bytes_read']:.0f}")
+    return f"| {' | '.join(cells)} |"
+
+
+def _shares_row(row: dict[str, Any]) -> str:
+    cells = [row["split"], row["expert_dispatch"]]
+    cells += [f"{row[name] / 1e6:.0f}" for name in ("weight_bytes", "resident_bytes")]
+    for name in ("per_token_and_layer", "beside_layers_per_token"):
+        cells += [f"{row[key]:,.0f}" if key in row else "" for key in (name, f"{name}_due")]
+    return f"| {' | '.join(cells)} |"
+
+
 def pages() -> dict[str, str]:
     """The generated pages by their names in docs."""
     return {
@@ -236,6 +329,7 @@ def pages() -> dict[str, str]:
         "cli.md": cli_page(),
         "simulator-operators.md": simulator_page(),
         "quantization.md": quantization_page(),
+        "parallel-measured.md": parallel_page(),
     }
 
 

@@ -52,7 +52,7 @@ def test_a_changed_page_fails_with_the_difference(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     (tmp_path / "scripts" / SCRIPT.name).write_bytes(SCRIPT.read_bytes())
     (tmp_path / "benchmarks").mkdir()
-    for record in ("quantization.json", "convert.json"):
+    for record in ("quantization.json", "convert.json", "parallel.json"):
         (tmp_path / "benchmarks" / record).write_bytes((ROOT / "benchmarks" / record).read_bytes())
     for name in ("matrix.md", "cli.md", "simulator-operators.md"):
         (tmp_path / "docs" / name).write_text((ROOT / "docs" / name).read_text().replace("atlas_800t_a2", "atlas"))
