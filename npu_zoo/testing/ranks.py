@@ -33,9 +33,7 @@ def run_ranks(split: Split, work: Callable[[Joined], T]) -> list[T]:
         joined = join(client, split.place(number), Host(number, split.world_size, LOOPBACK), _TIMEOUT)
         kept.append(joined)
         try:
-            result = work(joined)
-            joined.close()
-            return result
+            return work(joined)
         except BaseException as error:
             failures.append(error)
             joined.abort()  # or the others would wait for it
@@ -45,4 +43,6 @@ def run_ranks(split: Split, work: Callable[[Joined], T]) -> list[T]:
         futures = [pool.submit(rank, number) for number in range(split.world_size)]
     if failures:
         raise failures[0]
+    for joined in kept:
+        joined.close()
     return [future.result() for future in futures]
