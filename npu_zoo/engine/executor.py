@@ -36,8 +36,10 @@ START_TIMEOUT_S = 1800.0
 _GRACE_S = 3.0
 _LEARN_S = 5.0
 """How long a failed operation waits to learn which rank's failure made it fail."""
-_SECONDS_TO_UNWIND = 2.0
-"""How long the first rank may stay in a step after another has failed."""
+_SECONDS_TO_UNWIND = 6.0
+_SECONDS_OF_IDLENESS = 1.5
+_IDLE_SHARE = 0.1
+"""How long the first rank may stay in a step after another has failed: the longer time where it computes."""
 _STUCK = 70
 """The exit code of a first rank that does not come out of a step (EX_SOFTWARE)."""
 
@@ -108,7 +110,7 @@ class LeadingRunner(RankRunner):
             joined = self._guarded(lambda: join_ranks(config, 0, start.store, start.host, self._workers.check))
             self._workers.waiting = lambda: joined.traffic.waiting
             self._workers.watch(lambda failure: self._give_up(joined, failure))
-            self._guarded(lambda: super(LeadingRunner, self).__init__(config, joined, progress))
+            self._guarded(lambda: super(LeadingRunner, self).__init__(config, joined, self._checking(progress)))
             self._workers.wait_ready(START_TIMEOUT_S)
         except BaseException:
             self._workers.shutdown(0)
@@ -144,16 +146,27 @@ class LeadingRunner(RankRunner):
         self._joined.drop()
         self._start = replace(self._start, store=None)  # the port is free once nobody holds it
 
+    def _checking(self, progress: Progress | None) -> Progress:
+        """Progress that stops where another rank has failed, as this one would not notice before it needs it."""
+
+        def tell(stage: str, done: int, total: int) -> None:
+            self._workers.check()
+            if progress is not None:
+                progress(stage, done, total)
+
+        return tell
+
     def _command(self, command: Command) -> Any:
         def run() -> Any:
-            self._joined.control.broadcast(command)
-            return self.obey(command)
+            with self._being_inside():
+                self._joined.control.broadcast(command)
+                return self.obey(command)
 
         return self._guarded(run)
 
     def _guarded(self, work: Callable[[], T]) -> T:
         """Run something in which ranks talk; a failure of another rank is told as what it was."""
-        with _interrupts_wait(), self._being_inside():
+        with _interrupts_wait():
             together, self._together = self._together, False
             try:
                 result = work()
@@ -178,11 +191,20 @@ class LeadingRunner(RankRunner):
         """Another rank has failed: end all others, which ends what this one waits for; or else its process."""
         self._workers.shutdown(0)
         joined.abort()
-        time.sleep(_SECONDS_TO_UNWIND)
-        if self._inside:
+        if not self._unwinds():
             told = f"error: {failure}\nrank 0 does not come out of its step; its process ends"
             print(told, file=sys.stderr, flush=True)
             os._exit(_STUCK)
+
+    def _unwinds(self) -> bool:
+        """Whether this rank comes out of its step in time; False as soon as it neither does nor computes."""
+        deadline = time.monotonic() + _SECONDS_TO_UNWIND
+        while self._inside and time.monotonic() < deadline:
+            used = time.process_time()
+            time.sleep(_SECONDS_OF_IDLENESS)
+            if time.process_time() - used < _SECONDS_OF_IDLENESS * _IDLE_SHARE:
+                break
+        return not self._inside
 
 
 @contextlib.contextmanager

@@ -21,14 +21,18 @@ class FaultyForCausalLM(LlamaForCausalLM):
     def __init__(self, config: ModelConfig, context: BuildContext) -> None:
         super().__init__(config, context)
         self._rank = context.ranks.place.rank
+        if self._kind() == "load":
+            raise ValueError("the first layer is missing")
 
     def forward(self, x: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
         hidden = super().forward(x, positions, context)
+        _fail(self._kind())
+        return hidden
+
+    def _kind(self) -> str:
         path = Path(os.environ[FAULTS])
         words = path.read_text().split() if path.exists() else []
-        if words and int(words[0]) == self._rank:
-            _fail(words[1])
-        return hidden
+        return words[1] if words and int(words[0]) == self._rank else ""
 
 
 def _fail(kind: str) -> None:

@@ -126,6 +126,15 @@ def test_a_rank_that_raises_is_quoted(faulty: Callable[..., tuple[str, float]], 
     assert message.startswith(f"rank {rank} on {os.uname().nodename} raised ValueError: the ninth layer is upside down")
 
 
+def test_a_rank_that_fails_to_load_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.setenv(FAULTS, str(tmp_path / "faults"))
+    (tmp_path / "faults").write_text("1 load")
+    config = unchecked_config(config_of(), model_class="faulty_model:FaultyForCausalLM")
+    with pytest.raises(WorkerError, match=r"rank 1 on .* raised ValueError: the first layer is missing"):
+        LLM.from_config(config)
+
+
 def test_a_rank_that_sleeps_hangs(faulty: Callable[..., tuple[str, float]]) -> None:
     message, lasted = faulty(1, "sleep")
     assert lasted < SECONDS + BUSY
