@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -169,3 +170,17 @@ def test_no_rank_outlives_the_command(how: signal.Signals, code: int) -> None:
     while not gone(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert gone(pid)
+
+
+def test_ranks_that_torchrun_started() -> None:
+    asked = ["run", "--model", "deepseek_coder", "--dtype", "float32", "--prompt", "def add(a, b):", "--json"]
+    asked += ["--max-tokens", "8", "--ignore-eos"]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    commands = [["npu_zoo", *asked], [*launcher, "-m", "npu_zoo", *asked, "--tp", "2"]]
+    done = [
+        subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=120, check=False)
+        for command in commands
+    ]
+    assert [found.returncode for found in done] == [0, 0], done[1].stderr
+    alone, several = (json.loads(found.stdout) for found in done)
+    assert several["token_ids"] == alone["token_ids"]
