@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from npu_zoo.checkpoint import detect_format
-from npu_zoo.core.attention import CacheLayout, GraphAttention, LatentLayout, StepAttention
+from npu_zoo.core.attention import AttentionMetadata, CacheLayout, GraphAttention, LatentLayout, StepAttention
 from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.engine import Progress
 from npu_zoo.core.errors import HardwareError, WeightsError
@@ -132,7 +132,7 @@ class ModelRunner:
     def _compute(self, rows: Sequence[StepRow], mine: Sequence[StepRow]) -> Outputs:
         if self.graphs is not None and rows and all(row.decodes for row in rows):
             hidden = self._replay(self.graphs, rows, mine)
-            return (hidden, []) if self._place.is_last_stage else NO_OUTPUTS
+            return (hidden, []) if mine and self._place.is_last_stage else NO_OUTPUTS
         split = self._place.split
         parts = [self._run_batch(batch) for batch in micro_batches(rows, split.dp, split.pp)]
         if not self._place.is_last_stage:
@@ -202,7 +202,8 @@ class ModelRunner:
     def _forward(self, rows: Sequence[StepRow], replica_tokens: tuple[int, ...], x: Tensor | None) -> Tensor:
         tokens = list(chain.from_iterable(row.token_ids for row in rows))
         positions = list(chain.from_iterable(range(row.start, row.start + row.num_tokens) for row in rows))
-        metadata = self.attention.prepare([row.slice for row in rows])
+        # A replica without tokens attends to nothing; most operators take no rows of none.
+        metadata = self.attention.prepare([row.slice for row in rows]) if rows else AttentionMetadata([], 0)
         context = ForwardContext(self.attention, metadata, self._layers.start, replica_tokens)
         places = torch.tensor(positions, dtype=torch.long).to(self.device)
         given = torch.tensor(tokens, dtype=torch.long).to(self.device) if x is None else x

@@ -79,6 +79,7 @@ class DecoderModel(nn.Module):
     def __init__(self, config: ModelConfig, layers: Mapping[int, DecoderLayer], context: BuildContext) -> None:
         super().__init__()
         stage, last = context.ranks.place.stage, context.ranks.place.split.pp - 1
+        self._hidden_size, self._dtype = config.hidden_size, context.dtype
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, context) if stage == 0 else None
         self.rotary = RotaryEmbedding(config, context)
         self.layers = nn.ModuleDict({str(number): layer for number, layer in layers.items()})
@@ -89,10 +90,10 @@ class DecoderModel(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
         """[T] ids, or [T, hidden_size] of the stage before, to [T, hidden_size]."""
+        if not len(x):
+            return self._assist(x.new_empty(0, self._hidden_size, dtype=self._dtype), context)
         if self.embed_tokens is not None:
             x = self.embed_tokens(x)
-        if not len(x):
-            return self._assist(x, context)
         rotation = self.rotary(positions)
         residual = None
         for layer in self.layers.values():
