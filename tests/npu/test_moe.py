@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch_npu
 
+from npu_zoo.nn.kernels import ascend, reference
 from npu_zoo.simulator.errors import NoSemantics
 
 TOKENS, EXPERTS, WIDTH, INNER, K = 7, 8, 32, 16, 3
@@ -361,3 +364,71 @@ def test_the_older_routing_and_its_inverse() -> None:
     for slot in range(K):
         expected = expected + (x.double() + bias[indices[:, slot].long()].double()) * shares[:, slot, None].double()
     torch.testing.assert_close(found.cpu().double(), expected, atol=2e-2, rtol=1e-2)
+
+
+HELD = 4
+"""Of the experts, how many this rank has in the tests below; ids from there on are other ranks'."""
+
+CHOICES = {
+    "none": [[HELD, HELD, HELD]] * TOKENS,
+    "all": [[token % HELD, (token + 1) % HELD, (token + 2) % HELD] for token in range(TOKENS)],
+    "some": [[token % 3, HELD, HELD] if token % 2 else [HELD, 3, HELD] for token in range(TOKENS)],
+    "one": [[HELD, HELD, HELD]] * (TOKENS - 1) + [[HELD, 2, HELD]],
+}
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows beyond those of the experts here hold what a device's memory may hold: not a number, and infinity."""
+    sort, grouped = torch_npu.npu_moe_init_routing_v2, ascend._grouped
+
+    def poison(rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        rows = rows.clone()
+        rows[int(counts.sum()) :: 2] = float("nan")
+        rows[int(counts.sum()) + 1 :: 2] = float("inf")
+        return rows
+
+    def init_routing(*args: Any, **kwargs: Any) -> Any:
+        rows, places, counts, scales = sort(*args, **kwargs)
+        return poison(rows, counts), places, counts, scales
+
+    def product(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        return poison(grouped(x, weight, counts), counts)
+
+    monkeypatch.setattr(torch_npu, "npu_moe_init_routing_v2", init_routing)
+    monkeypatch.setattr(ascend, "_grouped", product)
+
+
+@pytest.mark.chip("ascend910b")
+@pytest.mark.parametrize("poison", [False, True], ids=["zeros", "poison"])
+@pytest.mark.parametrize("choice", list(CHOICES))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_experts_of_other_ranks_add_nothing(
+    choice: str, poison: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if poison:
+        poisoned(monkeypatch)
+    ids, shares = torch.tensor(CHOICES[choice], dtype=torch.int32), torch.rand(TOKENS, K)
+    x = torch.randn(TOKENS, WIDTH).to(dtype)
+    gate_up = [(torch.randn(2 * INNER, WIDTH) / 6).to(dtype) for _ in range(HELD)]
+    down = [(torch.randn(WIDTH, INNER) / 4).to(dtype) for _ in range(HELD)]
+    due = reference.experts(x, ids, shares, gate_up, down, reference.Linear(), reference.silu_and_mul, elsewhere=True)
+    stacked = [ascend.experts.stack([weight.npu() for weight in layer]) for layer in (gate_up, down)]
+    found = ascend.experts(
+        x.npu(), ids.npu(), shares.npu(), *stacked, ascend.PartsLinear(), ascend.silu_and_mul, elsewhere=True
+    )
+    torch.testing.assert_close(found.cpu().float(), due.float(), atol=4e-2 if dtype is torch.bfloat16 else 1e-2, rtol=0)
+    if choice == "none":
+        assert not found.cpu().any()
+
+
+@pytest.mark.chip("ascend910b")
+def test_rows_are_sorted_by_the_experts_here() -> None:
+    ids = torch.tensor(CHOICES["some"], dtype=torch.int32)
+    x = torch.randn(TOKENS, WIDTH).half()
+    rows, places, counts = ascend.sort_by_expert(x.npu(), ids.npu(), HELD, elsewhere=True)
+    assert rows.shape == (TOKENS * K, WIDTH)
+    assert counts.tolist() == [int((ids == expert).sum()) for expert in range(HELD)]
+    flat = places.cpu()
+    assert (flat == -1).tolist() == (ids == HELD).flatten().tolist()
+    for slot in (flat >= 0).nonzero().flatten().tolist():
+        assert torch.equal(rows[int(flat[slot])].cpu(), x[slot // K])
