@@ -260,9 +260,10 @@ def _check_memory(args: EngineArgs, request: Request) -> None:
     if request.hardware != "cpu":
         require_fit(args, request, config)
         return
-    needed, stored = config.num_parameters * ITEMSIZE[request.dtype], str(request.dtype)
+    copies = request.split.dp if config.moe is None else 1  # replicas share the experts, which are most of a model
+    needed, stored = config.num_parameters * ITEMSIZE[request.dtype] * copies, str(request.dtype)
     if request.quantization != "none":
-        needed = plan_request(args, request, config, Split()).weights
+        needed = plan_request(args, request, config, Split()).weights * copies
         stored = f"{request.quantization} with {request.dtype}"
     if needed > present:
         raise HardwareError(

@@ -73,10 +73,20 @@ class BlockManager(KVManager):
 
     A full block is known by a digest of all tokens up to its end. A block that nobody refers to keeps its content and
     digest until it is handed out again, the one unused for the longest time first.
+
+    Args:
+        num_blocks, block_size: of the cache.
+        enable_prefix_caching: whether blocks of equal beginnings are shared.
+        share_within_step: whether a block may be shared in the step that computes it: right where all of the step's
+            keys and values of a layer are written before any is read, which a pipeline's micro-batches do not.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool, share_within_step: bool = True
+    ) -> None:
         self.block_size = block_size
+        self._share_within_step = share_within_step
+        self._committed: list[tuple[int, bytes]] = []
         self._caching = enable_prefix_caching
         self._references = [0] * num_blocks
         self._digest_of: list[bytes | None] = [None] * num_blocks
@@ -125,17 +135,21 @@ class BlockManager(KVManager):
         first = sequence.num_computed_tokens // self.block_size
         for index in range(first, num_tokens // self.block_size):
             block, digest = sequence.slots[index], self._digest(sequence, index)
-            if self._digest_of[block] is None and digest not in self._block_of:
-                self._digest_of[block] = digest
-                self._block_of[digest] = block
+            if not self._share_within_step:
+                self._committed.append((block, digest))
+            elif self._learn(block, digest):
                 self._unsettled.append(block)
 
     def settle(self) -> None:
         """See :class:`KVManager`."""
+        for block, digest in self._committed:
+            self._learn(block, digest)
+        self._committed.clear()
         self._unsettled.clear()
 
     def discard_unsettled(self, sequences: Iterable[Sequence]) -> list[Sequence]:
         """See :class:`KVManager`."""
+        self._committed.clear()
         if not self._unsettled:
             return []
         lost = set(self._unsettled)
@@ -154,6 +168,14 @@ class BlockManager(KVManager):
                 self._free[block] = None
                 if self._digest_of[block] is None:
                     self._free.move_to_end(block, last=False)
+
+    def _learn(self, block: int, digest: bytes) -> bool:
+        """Know a block by its digest; False where it has one, or another block has this."""
+        if self._digest_of[block] is not None or digest in self._block_of:
+            return False
+        self._digest_of[block] = digest
+        self._block_of[digest] = block
+        return True
 
     def _acquire(self, block: int) -> None:
         if self._references[block] == 0:

@@ -138,7 +138,7 @@ class NativeEngine(Engine):
             "activation_bytes": activations.allocated if activations else None,
             "reserved_bytes": activations.reserved if activations else None,
             "kv_cache_bytes": cache.num_bytes,
-            "kv_cache_tokens": cache.num_tokens,
+            "kv_cache_tokens": cache.num_tokens * self.config.data_parallel_size,
             "max_model_len": cache.max_model_len,
             "master_port": self.runner.master_port,
             "ranks": self.runner.report() if self.config.world_size > 1 else [],
@@ -354,7 +354,12 @@ def create_kv_manager(config: EngineConfig, runner: ModelRunner) -> KVManager:
     def create() -> KVManager:
         if config.attention == "flash":
             return SlotManager(cache.num_slots, cache.slot_size)
-        return BlockManager(cache.num_slots, cache.slot_size, enable_prefix_caching=config.enable_prefix_caching)
+        return BlockManager(
+            cache.num_slots,
+            cache.slot_size,
+            enable_prefix_caching=config.enable_prefix_caching,
+            share_within_step=config.pipeline_parallel_size == 1,
+        )
 
     managers = [create() for _ in range(config.data_parallel_size)]
     return managers[0] if len(managers) == 1 else ReplicatedKV(managers)

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.engine import Progress
-from npu_zoo.core.errors import WorkerError
+from npu_zoo.core.errors import EngineError, WorkerError
 from npu_zoo.engine.commands import Command, ComputeLogits, Execute, Report
 from npu_zoo.engine.outputs import last_stage_rank
 from npu_zoo.engine.runner import ModelRunner
@@ -36,7 +37,7 @@ START_TIMEOUT_S = 1800.0
 _GRACE_S = 3.0
 _LEARN_S = 5.0
 """How long a failed operation waits to learn which rank's failure made it fail."""
-_SECONDS_TO_UNWIND = 6.0
+_SECONDS_TO_UNWIND = 60.0
 _SECONDS_OF_IDLENESS = 1.5
 _IDLE_SHARE = 0.1
 """How long the first rank may stay in a step after another has failed: the longer time where it computes."""
@@ -102,18 +103,23 @@ class LeadingRunner(RankRunner):
     def __init__(
         self, config: EngineConfig, environment: LaunchEnvironment | None, progress: Progress | None = None
     ) -> None:
-        self._together, self._inside = True, False
-        self._start = start_ranks(config, environment)
-        self._workers = self._start.ranks
+        self._together, self._inside, self._ended = True, False, False
+        self._start = start = start_ranks(config, environment)
+        self._workers = start.ranks
         try:
-            start = self._start
-            joined = self._guarded(lambda: join_ranks(config, 0, start.store, start.host, self._workers.check))
-            self._workers.waiting = lambda: joined.traffic.waiting
-            self._workers.watch(lambda failure: self._give_up(joined, failure))
-            self._guarded(lambda: super(LeadingRunner, self).__init__(config, joined, self._checking(progress)))
-            self._workers.wait_ready(START_TIMEOUT_S)
+            joined = self._learning(lambda: join_ranks(config, 0, start.store, start.host, self._workers.check))
         except BaseException:
             self._workers.shutdown(0)
+            raise
+        self._joined = joined
+        self._workers.waiting = lambda: joined.traffic.waiting
+        self._workers.watch(_calling(self))
+        try:
+            self._learning(lambda: super(LeadingRunner, self).__init__(config, joined, self._checking(progress)))
+            self._workers.wait_ready(START_TIMEOUT_S)
+        except BaseException:
+            self._together = False
+            self.shutdown()
             raise
 
     def execute(self, rows: Sequence[StepRow]) -> tuple[Tensor, list[Tensor]]:
@@ -137,14 +143,19 @@ class LeadingRunner(RankRunner):
         return reports
 
     def shutdown(self) -> None:
-        """End the other ranks; those that wait for a command are told that there is none."""
-        if self._together:  # else they are in the middle of a step, where they hear nothing
-            with contextlib.suppress(RuntimeError):
-                self._joined.control.broadcast(None)
-                self._joined.close()
-        self._workers.shutdown(_GRACE_S if self._together else 0)
-        self._joined.drop()
-        self._start = replace(self._start, store=None)  # the port is free once nobody holds it
+        """End the other ranks; those that wait for a command are told that there is none. Again, it does nothing."""
+        if self._ended:
+            return
+        self._ended, together = True, self._together
+        try:
+            if together:  # else they are in the middle of a step, where they hear nothing
+                with contextlib.suppress(RuntimeError):
+                    self._joined.control.broadcast(None)
+                    self._joined.close()
+        finally:
+            self._workers.shutdown(_GRACE_S if together else 0)
+            self._joined.drop()
+            self._start = replace(self._start, store=None)  # the port is free once nobody holds it
 
     def _checking(self, progress: Progress | None) -> Progress:
         """Progress that stops where another rank has failed, as this one would not notice before it needs it."""
@@ -157,27 +168,36 @@ class LeadingRunner(RankRunner):
         return tell
 
     def _command(self, command: Command) -> Any:
+        if not self._together or self._ended:
+            raise EngineError(
+                "the ranks are not together after an earlier failure, or have ended; start another engine"
+            )
+
         def run() -> Any:
-            with self._being_inside():
-                self._joined.control.broadcast(command)
-                return self.obey(command)
+            self._joined.control.broadcast(command)
+            return self.obey(command)
 
-        return self._guarded(run)
-
-    def _guarded(self, work: Callable[[], T]) -> T:
-        """Run something in which ranks talk; a failure of another rank is told as what it was."""
         with _interrupts_wait():
-            together, self._together = self._together, False
+            self._together = False
             try:
-                result = work()
-            except CollectiveTimeout as error:
-                self._workers.check(wait=_LEARN_S)
-                raise self._workers.timed_out(error.operation, error.timeout, error.ranks) from error
-            except (RuntimeError, SystemExit):  # a launcher ends all of a host's ranks once one of them has ended
-                self._workers.check(wait=_LEARN_S)
+                with self._being_inside():
+                    result = self._learning(run)
+            except BaseException:
+                self._workers.shutdown(0)  # they are in the middle of the step
                 raise
-            self._together = together
+            self._together = True
             return result
+
+    def _learning(self, work: Callable[[], T]) -> T:
+        """Run something in which ranks talk; a failure of another rank is told as what it was."""
+        try:
+            return work()
+        except CollectiveTimeout as error:
+            self._workers.check(wait=_LEARN_S)
+            raise self._workers.timed_out(error.operation, error.timeout, error.ranks) from error
+        except (RuntimeError, SystemExit):  # a launcher ends all of a host's ranks once one of them has ended
+            self._workers.check(wait=_LEARN_S)
+            raise
 
     @contextlib.contextmanager
     def _being_inside(self) -> Iterator[None]:
@@ -187,10 +207,10 @@ class LeadingRunner(RankRunner):
         finally:
             self._inside = False
 
-    def _give_up(self, joined: Joined, failure: WorkerError) -> None:
+    def give_up(self, failure: WorkerError) -> None:
         """Another rank has failed: end all others, which ends what this one waits for; or else its process."""
         self._workers.shutdown(0)
-        joined.abort()
+        self._joined.abort()
         if not self._unwinds():
             told = f"error: {failure}\nrank 0 does not come out of its step; its process ends"
             print(told, file=sys.stderr, flush=True)
@@ -207,10 +227,22 @@ class LeadingRunner(RankRunner):
         return not self._inside
 
 
+def _calling(runner: LeadingRunner) -> Callable[[WorkerError], None]:
+    """Calls a runner with a failure, and keeps none alive that nobody else has."""
+    reference = weakref.ref(runner)
+
+    def tell(failure: WorkerError) -> None:
+        found = reference()
+        if found is not None:
+            found.give_up(failure)
+
+    return tell
+
+
 @contextlib.contextmanager
 def _interrupts_wait() -> Iterator[None]:
     """Keep a Ctrl-C for the end of the block: ranks that stopped at different places would not find together again."""
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
         yield
         return
     seen: list[FrameType | None] = []

@@ -79,6 +79,7 @@ class ModelRunner:
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self.kernels = bind_kernels(config.kernels)
         self.model = self._load_model(progress)
+        ranks.minimum(0)  # some load for longer than others may wait in one operation
         self.activations = self._measure_activations()
         free = max(0, free_memory(self.device) - (self.activations.reserved if self.activations else 0))
         per_token = -ranks.minimum(-self._bytes_per_token())

@@ -13,7 +13,7 @@ from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.errors import EngineError
 from npu_zoo.engine.runner import open_device
 from npu_zoo.parallel.environment import LaunchEnvironment
-from npu_zoo.parallel.groups import LOOPBACK, Host, Joined, join, lead_store, prefixed
+from npu_zoo.parallel.groups import LOOPBACK, MEETING_TIMEOUT, Host, Joined, join, lead_store, prefixed
 from npu_zoo.parallel.launched import LaunchedGroup, join_store
 from npu_zoo.parallel.ports import launch_ports, require_launch
 from npu_zoo.parallel.processes import WorkerGroup
@@ -102,12 +102,12 @@ def join_ranks(
 
 
 def _await_all(store: Any, config: EngineConfig, check: Callable[[], object]) -> None:
-    deadline = time.monotonic() + config.collective_timeout
+    deadline = time.monotonic() + MEETING_TIMEOUT.total_seconds()
     for rank in range(config.world_size):
         while not store.check([f"here/{rank}"]):
             check()
             if time.monotonic() > deadline:
-                raise EngineError(f"rank {rank} was not there within {config.collective_timeout:g} s")
+                raise EngineError(f"rank {rank} was not there within {MEETING_TIMEOUT.total_seconds():g} s")
             time.sleep(_LOOK_S)
 
 
@@ -126,7 +126,7 @@ def _lead(config: EngineConfig, tries: int = _TRIES) -> Any:
     found = launch_ports(config.world_size, config.hardware, os.environ)
     require_launch(found)
     try:
-        return lead_store(found[0].ports[0], config.world_size, timedelta(seconds=config.collective_timeout))
+        return lead_store(found[0].ports[0], config.world_size, MEETING_TIMEOUT)
     except OSError:
         if tries == 1:
             raise

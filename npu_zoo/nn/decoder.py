@@ -129,7 +129,8 @@ class LlamaForCausalLM(CausalLM):
         }
         self.model = DecoderModel(config, layers, context)
         self.lm_head = self._make_head(context) if place.stage == place.split.pp - 1 else None
-        self.parts_elsewhere = ("lm_head",) if self.lm_head is None else ()
+        own_head = self.lm_head is not None and "lm_head" in self.lm_head.parts
+        self.parts_elsewhere = () if own_head else ("lm_head",)
 
     def _make_head(self, context: BuildContext) -> LMHead:
         config = self.config

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _IDLE = timedelta(days=365)
 """How long a rank waits for its next command: a server may have nothing to do."""
+MEETING_TIMEOUT = timedelta(seconds=300)
+"""How long ranks wait for each other when they make a group."""
 LOOPBACK = "127.0.0.1"
 _TIMED_OUT = "Timed out"
 """What gloo's errors say then; they are of no class of their own."""
@@ -36,7 +38,7 @@ class GlooGroup(Communicator):
         kind: of the group, such as ``tp``.
         members: its ranks; of a kind each rank is in one group.
         rank: this one.
-        timeout: of one operation.
+        timeout: of one operation; to meet takes as long as :data:`MEETING_TIMEOUT`.
         traffic: counts what is done; None where nobody asks.
         address: of this host, as the other ranks reach it; the host name's where None.
     """
@@ -59,12 +61,13 @@ class GlooGroup(Communicator):
         gloo = distributed.ProcessGroupGloo
         own = prefixed(store, f"{kind}/{members[0]}")
         if address is None:
-            self._group = gloo(own, rank, size, timeout)
-            return
-        options = gloo._Options()
-        options._timeout, options._threads = timeout, 2
-        options._devices = [gloo.create_device(hostname=address)]
-        self._group = gloo(own, rank, size, options)
+            self._group = gloo(own, rank, size, MEETING_TIMEOUT)
+        else:
+            options = gloo._Options()
+            options._timeout, options._threads = MEETING_TIMEOUT, 2
+            options._devices = [gloo.create_device(hostname=address)]
+            self._group = gloo(own, rank, size, options)
+        self._group._set_default_timeout(timeout)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """See :meth:`Communicator.all_reduce`."""
@@ -198,9 +201,12 @@ class Joined:
             group.abort()
 
     def drop(self) -> None:
-        """Leave the host's groups after their operations have failed."""
+        """Leave the groups after their operations have failed."""
         for group in (self.control, *self.groups):
             group.drop()
+        if self.devices is not None:
+            with contextlib.suppress(Exception):  # its operations are under way for ever
+                self.devices.close()
 
     def close(self) -> None:
         """Leave the groups, when all ranks do."""

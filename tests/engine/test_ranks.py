@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import pytest
 
 from npu_zoo import LLM, SamplingParams
 from npu_zoo.core.config import EngineArgs, EngineConfig
-from npu_zoo.core.errors import WorkerError
+from npu_zoo.core.errors import EngineError, WorkerError
 from npu_zoo.core.parallel import Split
 from npu_zoo.dispatch import resolve
 from npu_zoo.testing.agreement import agree
@@ -101,6 +102,44 @@ def test_two_ranks_in_other_ways(options: dict[str, Any]) -> None:
     with LLM.from_config(one) as whole, LLM.from_config(two) as ranks:
         assert agree(whole, ranks, PROMPTS).within(1e-3)
         assert agree(whole, ranks, PROMPTS[:1]).within(1e-3)  # from the prefix cache, where there is one
+
+
+def test_completions_of_one_prompt_in_stages() -> None:
+    prompt = [number % 90 + 5 for number in range(129)]  # two blocks, which both completions have, and one token more
+    params = SamplingParams(temperature=0.8, n=2, seed=3, max_tokens=8, ignore_eos=True)
+    found = []
+    for split in (Split(), Split(pp=2)):
+        with LLM.from_config(config_of("deepseek_coder", split, max_model_len=256)) as llm:
+            outputs = llm.generate([prompt, prompt], params)
+            found.append([completion.token_ids for output in outputs for completion in output.outputs])
+    assert found[0] == found[1]
+
+
+def test_ranks_end_with_an_engine_that_nobody_has() -> None:
+    llm = LLM.from_config(config_of("deepseek_coder", 2))
+    pids = workers(llm)
+    del llm
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while not all(gone(pid) for pid in pids.values()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert all(gone(pid) for pid in pids.values())
+
+
+def test_an_engine_whose_first_rank_failed_takes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM.from_config(config_of("deepseek_coder", 2)) as llm:
+        pids = workers(llm)
+
+        def fail(*arguments: object) -> None:
+            raise MemoryError("no room")
+
+        monkeypatch.setattr(llm.engine.runner, "_compute", fail)  # type: ignore[attr-defined]
+        with pytest.raises(MemoryError):
+            llm.generate(PROMPTS, GREEDY)
+        assert all(gone(pid) for pid in pids.values())
+        monkeypatch.undo()
+        with pytest.raises(EngineError, match="not together after an earlier failure"):
+            llm.generate(PROMPTS, GREEDY)
 
 
 def test_draws_do_not_depend_on_the_ranks() -> None:

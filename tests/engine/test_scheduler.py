@@ -33,6 +33,7 @@ class Simulation:
             kv, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, enable_chunked_prefill=chunked
         )
         self.cache: dict[tuple[int, int], tuple[int, ...]] = {}
+        self.share_within_step = True
         self.live: list[Sequence] = []
         self.finished: list[Sequence] = []
 
@@ -56,11 +57,14 @@ class Simulation:
     def step(self) -> list[ScheduledRow]:
         rows = self.scheduler.schedule()
         self.check_rows(rows)
+        if not self.share_within_step:
+            for row in rows:
+                self.check_reads(row, row.start)
         for row in rows:
             for position in range(row.start, row.start + row.num_tokens):
                 self.cache[self.place(row.sequence, position)] = tuple(row.sequence.token_ids[: position + 1])
         for row in rows:
-            self.check_reads(row)
+            self.check_reads(row, row.start + row.num_tokens)
         self.kv.settle()
         sampling = [row.sequence for row in rows if row.samples]
         for row in rows:
@@ -87,8 +91,8 @@ class Simulation:
             assert self.chunked or row.samples
             assert len(row.sequence.slots) * self.slot_size >= row.start + row.num_tokens
 
-    def check_reads(self, row: ScheduledRow) -> None:
-        for position in range(row.start + row.num_tokens):
+    def check_reads(self, row: ScheduledRow, end: int) -> None:
+        for position in range(end):
             found = self.cache[self.place(row.sequence, position)]
             assert found == tuple(row.sequence.token_ids[: position + 1])
 
@@ -116,14 +120,19 @@ class Simulation:
 def simulation(**changes: Any) -> Simulation:
     options: dict[str, Any] = {
         "num_blocks": 12, "block_size": 2, "caching": True, "budget": 24, "max_num_seqs": 4, "chunked": True,
-        "replicas": 1,
+        "replicas": 1, "share_within_step": True,
     } | changes  # fmt: skip
     managers = [
-        BlockManager(options["num_blocks"], options["block_size"], enable_prefix_caching=options["caching"])
+        BlockManager(
+            options["num_blocks"], options["block_size"], enable_prefix_caching=options["caching"],
+            share_within_step=options["share_within_step"],
+        )
         for _ in range(options["replicas"])
-    ]
+    ]  # fmt: skip
     kv = managers[0] if len(managers) == 1 else ReplicatedKV(managers)
-    return Simulation(kv, options["block_size"], options["budget"], options["max_num_seqs"], options["chunked"])
+    run = Simulation(kv, options["block_size"], options["budget"], options["max_num_seqs"], options["chunked"])
+    run.share_within_step = options["share_within_step"]
+    return run
 
 
 PROMPTS = st.lists(st.integers(0, 2), min_size=1, max_size=20)
@@ -141,6 +150,7 @@ class Machine(RuleBasedStateMachine):
         budget=st.integers(1, 30),
         max_num_seqs=st.integers(1, 5),
         replicas=st.integers(1, 3),
+        share_within_step=st.booleans(),
     )
     def begin(self, block_size: int, spare: int, budget: int, chunked: bool, **more: Any) -> None:
         budget = budget if chunked else budget + MAX_MODEL_LEN

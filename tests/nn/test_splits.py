@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from npu_zoo.core.config import EngineArgs, EngineConfig
@@ -118,6 +119,17 @@ def test_ranks_with_whole_experts(family: str, split: Split, dispatch: str, tmp_
 def test_replicas_of_the_attention(family: str, split: Split, tmp_path: Path) -> None:
     write_random_model(tmp_path / "weights", get_registry().families[family], shape_of(family))
     assert alike(run(tmp_path / "weights", family, split), run(tmp_path / "weights", family, 1))
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["with its copy", "alone"])
+def test_a_tied_head_on_a_stage_of_its_own(stored: bool, tmp_path: Path) -> None:
+    config = shape_of("deepseek_coder", tie_word_embeddings=True)
+    directory = write_random_model(tmp_path / "weights", get_registry().families["deepseek_coder"], config)
+    tensors = load_file(directory / "model.safetensors")
+    tensors.pop("lm_head.weight", None)
+    copy = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()} if stored else {}
+    save_file(tensors | copy, directory / "model.safetensors")
+    assert alike(run(directory, "deepseek_coder", Split(pp=2)), run(directory, "deepseek_coder", 1))
 
 
 @pytest.mark.parametrize("family", ["deepseek_coder", "deepseek_v3"])
