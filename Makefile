@@ -80,7 +80,7 @@ lint: $(STAMP)-dev
 docs: $(STAMP)-dev
 	$(BIN)/python scripts/generate_docs.py
 
-## make evidence run the matrix rows that one simulated NPU can run, and rewrite the families' evidence.json
+## make evidence run the matrix rows that up to four simulated NPUs can run, and rewrite the families' evidence.json
 evidence: $(NPU_STAMP)
 	$(VENV_NPU)/bin/python scripts/simulate_rows.py
 	$(MAKE) --no-print-directory docs

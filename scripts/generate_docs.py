@@ -36,7 +36,7 @@ A request is supported when one row holds all of its values together. `npu-zoo c
 - **attention** `paged` keeps keys and values in blocks behind a block table, `flash` contiguous per sequence.
 - **status** `experimental` rows need `--allow-experimental`.
 - **evidence** `claimed`: a source says so; `simulated`: the code path ran on a simulated device; `measured`: it ran on
-  that hardware.
+  that hardware. `simulated on 2` is proven with two devices; of the row's other world sizes it is a claim.
 - The source `zoo` is this project itself: what it adds to what the models' vendors state.
 
 """

@@ -107,7 +107,7 @@ def _print_rows(part: MatrixPart) -> None:
             cells.append("\n".join(f"{axis.replace('_', ' ')} {_cell(part, row, axis)}" for axis in _unusual(row)))
     columns.append("status")
     for cells, row in zip(rows, part.rows, strict=True):
-        proven = "" if row.evidence == "claimed" else f" {row.evidence}"
+        proven = "" if row.evidence == "claimed" else f" {_cell(part, row, 'evidence')}"
         cells.append(f"{row.status}{proven} {_cell(part, row, 'source')}")
     print_table([c.replace("_", " ") for c in columns], rows)
 
@@ -138,6 +138,8 @@ def _cells(part: MatrixPart, row: FeatureRow, columns: Sequence[str]) -> list[st
 def _cell(part: MatrixPart, row: FeatureRow, column: str) -> str:
     if column == "source":
         return f"[{part.sources.index(row.source) + 1}]"
+    if column == "evidence" and row.evidence_devices not in ((), row.world_size):
+        return f"{row.evidence} on {joined(row.evidence_devices)}"
     value = getattr(row, column)
     return joined(value) if isinstance(value, tuple) else str(value)
 

@@ -40,7 +40,7 @@ class EvidenceRecord(BaseModel):
 
 def row_digest(row: FeatureRow) -> str:
     """A digest of everything a row claims; its status, evidence and note are not part of the claim."""
-    claim = row.model_dump_json(exclude={"status", "evidence", "note"})
+    claim = row.model_dump_json(exclude={"status", "evidence", "evidence_devices", "note"})
     return hashlib.sha256(claim.encode()).hexdigest()[:16]
 
 
@@ -74,10 +74,19 @@ def read_records(file: Path) -> tuple[EvidenceRecord, ...]:
 
 def proven(rows: Iterable[FeatureRow], records: Iterable[EvidenceRecord]) -> tuple[FeatureRow, ...]:
     """Rows with the level that their records give them; whether a record is stale is for CI to see."""
-    levels: dict[str, EvidenceLevel] = {}
+    by_row: dict[str, list[EvidenceRecord]] = {}
     for record in records:
-        levels[record.row] = "measured" if "measured" in (record.level, levels.get(record.row)) else "simulated"
-    return tuple(row.model_copy(update={"evidence": levels.get(row_digest(row), row.evidence)}) for row in rows)
+        by_row.setdefault(record.row, []).append(record)
+    return tuple(_proven(row, by_row.get(row_digest(row), [])) for row in rows)
+
+
+def _proven(row: FeatureRow, records: list[EvidenceRecord]) -> FeatureRow:
+    if not records:
+        return row
+    level = "measured" if any(record.level == "measured" for record in records) else "simulated"
+    devices = {record.shape.get("devices") for record in records if record.level == level}
+    sizes = sorted(size for size in devices if isinstance(size, int))
+    return row.model_copy(update={"evidence": level, "evidence_devices": tuple(sizes)})
 
 
 def evidence_level(row: FeatureRow, records: Iterable[EvidenceRecord], code: str) -> tuple[EvidenceLevel, bool]:

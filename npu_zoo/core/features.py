@@ -78,6 +78,7 @@ class FeatureRow(_Frozen):
         source: the document that says so, ``derived`` from one, or ``zoo`` for what this project adds.
         status: ``experimental`` rows need ``--allow-experimental``.
         evidence: how far the claim is proven; anything above ``claimed`` needs an evidence record.
+        evidence_devices: the world sizes that it was proven with; empty where the records do not tell.
     """
 
     sizes: tuple[str, ...] = Field(min_length=1)
@@ -95,6 +96,7 @@ class FeatureRow(_Frozen):
     derived: tuple[str, ...] = ()
     status: Status = "supported"
     evidence: EvidenceLevel = "claimed"
+    evidence_devices: tuple[int, ...] = ()
     note: str = ""
 
     @field_validator("hardware")
@@ -126,6 +128,12 @@ class FeatureRow(_Frozen):
     def values(self, axis: str) -> tuple[AxisValue, ...]:
         """The row's values on one axis."""
         return tuple(getattr(self, axis))
+
+    def on(self, world_size: int) -> FeatureRow:
+        """The row as it stands for a world size: a claim, where it was proven with others alone."""
+        if not self.evidence_devices or world_size in self.evidence_devices:
+            return self
+        return self.model_copy(update={"evidence": "claimed", "evidence_devices": ()})
 
     def offers(self, axis: str, value: AxisValue | tuple[AxisValue, ...]) -> bool:
         """Whether the row has the value; of a tuple of spellings, one is enough."""
@@ -246,6 +254,7 @@ class FeatureMatrix(_Frozen):
         rows = self.of_size(size, experimental=allow_experimental)
         row, reasons = _narrow(model, rows, request)
         if row is not None and not conflicts:
+            row = row.on(int(shown["world_size"]))
             return Verdict(model=model, request=shown, supported=True, status=row.status, row=row)
         reasons = tuple(self._with_denial(reason, size, shown) for reason in reasons)
         if row is None and not allow_experimental and not conflicts:

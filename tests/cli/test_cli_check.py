@@ -21,7 +21,7 @@ def test_a_supported_request_shows_its_row(cli: Callable) -> None:
     assert data["supported"] is True
     assert data["reasons"] == []
     row = FeatureRow.model_validate(data["row"])
-    assert (row.status, row.evidence) == ("supported", "claimed")
+    assert (row.status, row.evidence) == ("supported", "simulated")
     assert "MindIE" in row.source
     assert "source       DeepSeek-Coder README of the MindIE" in cli("check", *A2, "--dtype", "bf16").out
 

@@ -137,7 +137,8 @@ def test_every_cell(model: str, hardware: str) -> None:
 def test_a_supported_cell_rests_on_a_source_and_claims_no_more(model: str, request_: dict[str, Any]) -> None:
     verdict = check(model, request_)
     assert verdict.row is not None
-    assert (verdict.status, verdict.row.status, verdict.row.evidence) == ("supported", "supported", "claimed")
+    assert (verdict.status, verdict.row.status) == ("supported", "supported")
+    assert verdict.row.evidence == "claimed" or verdict.request["world_size"] in verdict.row.evidence_devices
     assert verdict.row.source != "zoo"
 
 

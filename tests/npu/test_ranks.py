@@ -35,9 +35,9 @@ DENSE = [Split(2), Split(pp=2), Split(pp=3), Split(2, pp=2), Split(dp=2)]
 EXPERTS = [
     Split(2), Split(pp=3), Split(2, ep=2), Split(2, pp=2, ep=2), Split(dp=2, ep=2), Split(2, dp=2, ep=4),
 ]  # fmt: skip
-FAMILIES = {"deepseek_coder": DENSE, "wizardcoder": DENSE} | (
-    {} if DUO else {"deepseek_moe": EXPERTS, "deepseek_v3": EXPERTS}
-)
+FAMILIES = {"deepseek_coder": DENSE, "wizardcoder": DENSE[3:]}  # the two are of one architecture
+if not DUO:
+    FAMILIES |= {"deepseek_moe": [Split(2), *EXPERTS[3:5]], "deepseek_v3": EXPERTS}
 GRAPHED = {"hccl:allreduce", "hccl:allgather", "hccl:reducescatter"}
 """What a captured step may take part in: operations whose sizes the host knows."""
 

@@ -11,6 +11,7 @@ import npu_zoo
 from npu_zoo.core.engine import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from npu_zoo.core.evidence import EvidenceRecord, code_digest, proven, read_records, row_digest
 from npu_zoo.core.features import FeatureRow
+from npu_zoo.core.parallel import Split
 from npu_zoo.registry import get_registry
 from npu_zoo.testing.agreement import Agreement, compare
 from npu_zoo.testing.simulation import Cell, CellResult, cells_of, evidence_files, record_of, stale_records
@@ -50,7 +51,10 @@ def test_another_number_of_scores_is_an_error() -> None:
 
 def test_cells_are_the_product_of_what_a_row_offers() -> None:
     assert len(cells_of(ROW)) == 4
-    assert cells_of(ROW.model_copy(update={"world_size": (1, 2)})) == []
+    several = cells_of(ROW.model_copy(update={"world_size": (1, 8, 4), "parallelism": ("tp", "tp+ep")}))
+    assert {(cell.split, cell.devices) for cell in several} == {(Split(4), 4), (Split(4, ep=4), 4)}
+    assert cells_of(ROW.model_copy(update={"world_size": (16, 32)})) == []
+    assert cells_of(ROW.model_copy(update={"world_size": (2,), "parallelism": ("tp8+ep8",)})) == []
     assert cells_of(ROW.model_copy(update={"hardware": ("cpu",)})) == []
     assert cells_of(ROW.model_copy(update={"quantization": ("none", "w8a8")})) == []
 
