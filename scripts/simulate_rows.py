@@ -32,6 +32,11 @@ from npu_zoo.testing.simulation import Cell, CellResult, cells_of, evidence_file
 
 PLUGINS = Path(__file__).parent.parent / "npu_zoo" / "plugins"
 _AT_ONCE = 4
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "HCCL_IF_BASE_PORT": "61000",  # the default ones are among those that any process is given
+}
 _SHOWN = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 
 
@@ -84,7 +89,7 @@ def _run_process(share: tuple[str, str]) -> str:
     product, family = share
     done = subprocess.run(
         [sys.executable, __file__, "--product", product, "--family", family],
-        env={**os.environ, "NPU_ZOO_SIMULATE": product, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"},
+        env={**os.environ, "NPU_ZOO_SIMULATE": product, **_ENVIRONMENT},
         stdout=subprocess.PIPE,
         text=True,
         check=False,

@@ -36,6 +36,13 @@ def _counted(simulated_npu: object) -> None:
 
 
 @pytest.fixture
+def simulated_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes of other ranks simulate the product too."""
+    monkeypatch.setenv("NPU_ZOO_SIMULATE", PRODUCT)
+    monkeypatch.setenv("HCCL_IF_BASE_PORT", "61000")  # the default ones are among those that any process is given
+
+
+@pytest.fixture
 def chip() -> str:
     """``ascend910b`` or ``ascend310p``."""
     return "ascend310p" if PRODUCT == "atlas_300i_duo" else "ascend910b"

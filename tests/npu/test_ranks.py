@@ -59,9 +59,7 @@ def custom(family: str, weights: Path, **options: Any) -> dict[str, Any]:
     return {**own, "allow_experimental": True, **options}
 
 
-@pytest.fixture(autouse=True)
-def _simulated_in_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NPU_ZOO_SIMULATE", PRODUCT)
+pytestmark = pytest.mark.usefixtures("simulated_ranks")
 
 
 @pytest.fixture(params=FAMILIES)

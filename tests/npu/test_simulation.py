@@ -27,8 +27,8 @@ def test_a_cell_agrees_with_its_record(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["deepseek_coder"] if DUO else ["deepseek_coder", "deepseek_v3"])
-def test_a_cell_of_several_devices_agrees_with_its_record(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NPU_ZOO_SIMULATE", PRODUCT)  # for the processes of the other ranks
+@pytest.mark.usefixtures("simulated_ranks")
+def test_a_cell_of_several_devices_agrees_with_its_record(name: str) -> None:
     family = get_registry().families[name]
     row, cell = next((row, cell) for row in family.rows for cell in cells_of(row) if runs_on_two(cell))
     variant = variant_of(family, row)
