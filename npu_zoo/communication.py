@@ -121,7 +121,7 @@ def step_operations(
         passed = tokens[place.replica] * config.hidden_size * ITEMSIZE[dtype]
         if place.stage and passed:
             yield Operation("world:receive", passed)
-        if not place.stage and place.split.tp > 1:
+        if not place.stage and place.split.tp > 1 and passed:
             yield Operation("tp:all_reduce", passed)  # the embedding's
         for layer in place.layers(config.num_hidden_layers):
             expected = next(rows) if rows is not None and moe is not None and moe.has_experts(layer) else None

@@ -212,6 +212,7 @@ def test_two_nodes_meet(site: Path, arguments: list[str]) -> None:
     assert "[rank 1] a remark of 1" in "".join(node.err for node in ran)
 
 
+@pytest.mark.long
 def test_a_killed_rank_of_another_node_is_named_there(site: Path) -> None:
     with launched_on_two_hosts([], ["stand-in", "die"]) as (first, second):
         assert second.wait(SECONDS) == 1
@@ -220,6 +221,7 @@ def test_a_killed_rank_of_another_node_is_named_there(site: Path) -> None:
         assert first.wait(SECONDS) == 143
 
 
+@pytest.mark.long
 def test_supervision_spans_nodes(site: Path) -> None:
     with launched_on_two_hosts([], ["stand-in", "supervise_a_kill"]) as (first, second):
         assert second.wait(SECONDS) == 1
@@ -230,6 +232,7 @@ def test_supervision_spans_nodes(site: Path) -> None:
     assert errors[0].startswith(f"error: rank 1 on {HOST} ended without a word")
 
 
+@pytest.mark.long
 def test_rank_0_tells_of_another_s_error_once(site: Path) -> None:
     ran = launch("--nproc-per-node", "3", "stand-in", "supervise")
     assert ran.code == 1
@@ -238,12 +241,14 @@ def test_rank_0_tells_of_another_s_error_once(site: Path) -> None:
     assert told[0].startswith(f"error: rank 1 on {HOST} raised ValueError: a bad weight")
 
 
+@pytest.mark.long
 def test_a_restart_finds_its_own_rank_0(site: Path) -> None:
     ran = launch("--nproc-per-node", "2", "--max-restarts", "1", "stand-in", "supervise_once")
     assert ran.code == 0, ran.err
     assert f"error: rank 1 on {HOST} raised ValueError: a bad weight" in ran.err
 
 
+@pytest.mark.long
 def test_a_node_that_waits_for_others_can_be_interrupted(tmp_path: Path) -> None:
     arguments = ("--nnodes", "2", "--node-rank", "1", "--master-addr", "127.0.0.1", "--nproc-per-node", "1", "list")
     with launched(*arguments) as process:

@@ -99,6 +99,7 @@ def test_ranks_are_killed_again_and_again() -> None:
         assert message.startswith(f"rank {rank} ")
 
 
+@pytest.mark.long
 def test_a_stopped_rank_hangs() -> None:
     message, lasted = fail_while_generating(config_of(), kill(1, signal.SIGSTOP))
     assert lasted < SECONDS + BUSY
@@ -119,7 +120,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tup
     return run
 
 
-@pytest.mark.parametrize(("rank", "stages"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize(("rank", "stages"), [(1, 1), pytest.param(2, 2, marks=pytest.mark.long)])
 def test_a_rank_that_raises_is_quoted(faulty: Callable[..., tuple[str, float]], rank: int, stages: int) -> None:
     message, lasted = faulty(rank, "raise", stages=stages)
     assert lasted < SECONDS + BUSY
@@ -143,6 +144,7 @@ def test_a_rank_that_sleeps_hangs(faulty: Callable[..., tuple[str, float]]) -> N
     assert "faulty_model.py" in message
 
 
+@pytest.mark.long
 def test_a_collective_that_takes_too_long_names_who_is_missing(faulty: Callable[..., tuple[str, float]]) -> None:
     message, lasted = faulty(1, "spin", collective_timeout=3.0)
     assert lasted < SECONDS + BUSY
@@ -168,7 +170,7 @@ llm.generate([[5, 6]], SamplingParams(max_tokens=1900, ignore_eos=True))
 """
 
 
-@pytest.mark.parametrize("kind", ["sleep", "raise"])
+@pytest.mark.parametrize("kind", ["sleep", pytest.param("raise", marks=pytest.mark.long)])
 def test_the_first_rank_fails(kind: str, tmp_path: Path) -> None:
     environ = {**os.environ, FAULTS: str(tmp_path / "faults")}
     here = str(Path(__file__).parent)

@@ -141,6 +141,7 @@ def test_ranks_join_and_leave_when_all_is_done() -> None:
         assert not any(rank.errors for rank in (first, *others))
 
 
+@pytest.mark.long
 def test_an_error_of_rank_0_ends_the_others_quietly() -> None:
     with ranks(["raise", "rest", "be_deaf"]) as (first, *others):
         assert first.end(START_S) == 1
@@ -185,6 +186,7 @@ def test_a_stopped_rank_is_named() -> None:
         assert third.end() == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_a_rank_is_named_though_its_main_thread_is_stuck(number: signal.Signals) -> None:
     with ranks(["wait", "wait_in_step", "rest"]) as (first, second, third):
@@ -215,6 +217,7 @@ def test_nobody_outlives_rank_0(does: str) -> None:
             assert rank.errors == f"rank {rank.number} ends: rank 0 on {HOST} is gone (its process ended)\n"
 
 
+@pytest.mark.long
 def test_a_rank_0_that_is_stopped_is_waited_for() -> None:
     with ranks(["wait", "rest"], timeout=1.0) as (first, second):
         first.told("ready")
