@@ -19,8 +19,10 @@ from npu_zoo.core.config import EngineArgs, EngineConfig
 from npu_zoo.core.errors import EngineError, WorkerError
 from npu_zoo.core.parallel import Split
 from npu_zoo.dispatch import resolve
+from npu_zoo.registry import get_registry
 from npu_zoo.testing.agreement import agree
 from npu_zoo.testing.door import unchecked_config
+from npu_zoo.testing.shapes import rank_shape, write_random_model
 
 PROMPTS = [list(range(5, 45)), [7, 8, 9], list(range(30, 47))]
 
@@ -92,6 +94,34 @@ def test_ranks_are_one_model(family: str, splits: list[Split]) -> None:
 )
 def test_every_split_is_one_model(family: str, splits: list[Split]) -> None:
     check_splits(family, splits)
+
+
+def wide_model(family: str, directory: Path) -> Path:
+    """Random weights with heads and experts for four ranks, which the demos have not."""
+    spec = get_registry().families[family]
+    config = rank_shape(next(variant.config for variant in spec.variants if variant.config), Split())
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8 if config.mla or config.moe else 4}
+    config = config.model_copy(update=heads)
+    if config.moe:
+        groups = {"n_group": 2, "topk_group": 1} if config.moe.n_group > 1 else {}
+        few = {"n_routed_experts": 8, "num_experts_per_tok": 2, **groups}
+        config = config.model_copy(update={"moe": config.moe.model_copy(update=few)})
+    return write_random_model(directory, spec, config)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["deepseek_coder", "wizardcoder", "deepseek_moe", "deepseek_v3"])
+def test_four_ranks_of_a_layer_are_one_model(family: str, tmp_path: Path) -> None:
+    options = {
+        "model": f"{family}:custom", "weights": str(wide_model(family, tmp_path / "weights")),
+        "skip_tokenizer_init": True, "allow_experimental": True,
+    }  # fmt: skip
+    experts = [Split(4, ep=2), Split(4, ep=4)] if family in ("deepseek_moe", "deepseek_v3") else []
+    with LLM.from_config(config_of(family, 1, **options)) as one:
+        due = tokens_of(one)
+    for split in [Split(2), Split(4), *experts]:
+        with LLM.from_config(config_of(family, split, **options)) as several:
+            assert tokens_of(several) == due, split
 
 
 @pytest.mark.parametrize(
