@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.core.parallel import Split
@@ -53,6 +53,23 @@ def rank_shape(config: ModelConfig, split: Split) -> ModelConfig:
             "mla": mla and mla.model_copy(update={"q_lora_rank": mla.q_lora_rank and _LORA}),
         }
     )
+
+
+def shareable_shape(family: FamilySpec, **changes: Any) -> ModelConfig:
+    """A family's model as :func:`rank_shape` makes it, with eight heads and eight experts for ranks to share.
+
+    Args:
+        family: one that names the hyperparameters of a variant.
+        changes: of its hyperparameters.
+    """
+    config = rank_shape(next(variant.config for variant in family.variants if variant.config), Split())
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8 if config.mla or config.moe else 4}
+    config = config.model_copy(update={**heads, **changes})
+    if config.moe is None:
+        return config
+    groups = {"n_group": 2, "topk_group": 1} if config.moe.n_group > 1 else {}
+    few = {"n_routed_experts": 8, "num_experts_per_tok": 2, **groups}
+    return config.model_copy(update={"moe": config.moe.model_copy(update=few)})
 
 
 def write_random_model(directory: Path, family: FamilySpec, config: ModelConfig, seed: int = 0) -> Path:

@@ -19,7 +19,7 @@ from npu_zoo.engine.step import MICRO_BATCH_TOKENS, StepRow
 from npu_zoo.parallel.groups import Joined
 from npu_zoo.registry import get_registry
 from npu_zoo.testing.ranks import run_ranks
-from npu_zoo.testing.shapes import rank_shape, write_random_model
+from npu_zoo.testing.shapes import shareable_shape, write_random_model
 
 FAMILY = "deepseek_coder"
 PATIENCE_S = 60.0
@@ -27,10 +27,8 @@ Span = tuple[float, float]
 
 
 def shape_of() -> ModelConfig:
-    variants = get_registry().families[FAMILY].variants
-    config = rank_shape(next(v.config for v in variants if v.config), Split())
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
-    return config.model_copy(update={**heads, "num_hidden_layers": 4, "vocab_size": 320})
+    sizes = {"num_key_value_heads": 8, "num_hidden_layers": 4, "vocab_size": 320}
+    return shareable_shape(get_registry().families[FAMILY], **sizes)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from npu_zoo.dispatch import resolve
 from npu_zoo.registry import get_registry
 from npu_zoo.testing.agreement import agree
 from npu_zoo.testing.door import unchecked_config
-from npu_zoo.testing.shapes import rank_shape, write_random_model
+from npu_zoo.testing.shapes import shareable_shape, write_random_model
 
 PROMPTS = [list(range(5, 45)), [7, 8, 9], list(range(30, 47))]
 
@@ -99,14 +99,7 @@ def test_every_split_is_one_model(family: str, splits: list[Split]) -> None:
 def wide_model(family: str, directory: Path) -> Path:
     """Random weights with heads and experts for four ranks, which the demos have not."""
     spec = get_registry().families[family]
-    config = rank_shape(next(variant.config for variant in spec.variants if variant.config), Split())
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 8 if config.mla or config.moe else 4}
-    config = config.model_copy(update=heads)
-    if config.moe:
-        groups = {"n_group": 2, "topk_group": 1} if config.moe.n_group > 1 else {}
-        few = {"n_routed_experts": 8, "num_experts_per_tok": 2, **groups}
-        config = config.model_copy(update={"moe": config.moe.model_copy(update=few)})
-    return write_random_model(directory, spec, config)
+    return write_random_model(directory, spec, shareable_shape(spec))
 
 
 @pytest.mark.long

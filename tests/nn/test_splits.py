@@ -21,7 +21,7 @@ from npu_zoo.parallel.groups import Joined
 from npu_zoo.registry import get_registry
 from npu_zoo.testing.door import unchecked_config
 from npu_zoo.testing.ranks import run_ranks
-from npu_zoo.testing.shapes import rank_shape, write_random_model
+from npu_zoo.testing.shapes import shareable_shape, write_random_model
 from npu_zoo.weights.convert import convert
 from npu_zoo.weights.plan import ConvertOptions, plan_conversion
 from npu_zoo.weights.quantize import Scheme
@@ -37,15 +37,7 @@ NEXT = [
 
 
 def shape_of(family: str, **changes: Any) -> ModelConfig:
-    variants = get_registry().families[family].variants
-    config = rank_shape(next(v.config for v in variants if v.config), Split())
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 8 if config.mla or config.moe else 4}
-    config = config.model_copy(update={**heads, "vocab_size": 300, **changes})
-    if config.moe:
-        groups = {"n_group": 2, "topk_group": 1} if config.moe.n_group > 1 else {}
-        few = {"n_routed_experts": 8, "num_experts_per_tok": 2, **groups}
-        config = config.model_copy(update={"moe": config.moe.model_copy(update=few)})
-    return config
+    return shareable_shape(get_registry().families[family], **{"vocab_size": 300, **changes})
 
 
 def config_of(weights: Path, family: str, split: Split, **changes: Any) -> EngineConfig:

@@ -24,7 +24,7 @@ from npu_zoo.parallel.groups import Joined
 from npu_zoo.registry import get_registry
 from npu_zoo.testing.door import unchecked_config
 from npu_zoo.testing.ranks import run_ranks
-from npu_zoo.testing.shapes import rank_shape, write_random_model
+from npu_zoo.testing.shapes import shareable_shape, write_random_model
 from npu_zoo.testing.traffic import due_operations
 
 LENGTHS = (130, 3, 17)
@@ -44,16 +44,9 @@ def steps_of(split: Split) -> list[list[StepRow]]:
 
 
 def shape_of(family: str) -> ModelConfig:
-    variants = get_registry().families[family].variants
-    config = rank_shape(next(v.config for v in variants if v.config), Split())
     # More layers than stages, and a vocabulary that is padded.
-    sizes = {"num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 3, "vocab_size": 300}
-    config = config.model_copy(update=sizes)
-    if config.moe:
-        groups = {"n_group": 2, "topk_group": 1} if config.moe.n_group > 1 else {}
-        few = {"n_routed_experts": 8, "num_experts_per_tok": 2, **groups}
-        config = config.model_copy(update={"moe": config.moe.model_copy(update=few)})
-    return config
+    sizes = {"num_key_value_heads": 8, "num_hidden_layers": 3, "vocab_size": 300}
+    return shareable_shape(get_registry().families[family], **sizes)
 
 
 def config_of(weights: Path, family: str, split: Split, **changes: Any) -> EngineConfig:
