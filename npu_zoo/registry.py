@@ -47,6 +47,23 @@ _SPEC_HOOKS: dict[str, type[Any]] = {
 _HOOKS = (*_SPEC_HOOKS, "register_commands")
 
 
+@dataclass(frozen=True)
+class SpecFault:
+    """Something that a plugin may not register.
+
+    Attributes:
+        subject: the spec, such as ``register_kernels: norm``, or a family's row.
+        axis: of a row, what is at fault; empty for others.
+    """
+
+    subject: str
+    axis: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {self.message}"
+
+
 @dataclass
 class PluginRecord:
     """One plugin as it was found.
@@ -55,6 +72,7 @@ class PluginRecord:
         target: the entry point's value.
         distribution: name and version of the package that brings it.
         error: why it was dropped; None where it works.
+        faults: what a tolerant registry left out of it, by name or row, with the reason.
         registered: names of what it registered, by hook; its commands once the command line has taken them.
         imports_torch: whether torch came along when it was loaded or its hooks were called.
     """
@@ -64,6 +82,7 @@ class PluginRecord:
     distribution: str = ""
     builtin: bool = False
     error: str | None = None
+    faults: list[SpecFault] = field(default_factory=list)
     registered: dict[str, list[str]] = field(default_factory=dict)
     imports_torch: bool = False
 
@@ -86,9 +105,14 @@ class Candidate:
 
 
 class Registry:
-    """What the loaded plugins registered, by kind."""
+    """What the loaded plugins registered, by kind.
 
-    def __init__(self) -> None:
+    Args:
+        tolerant: keep of a plugin with faults what is sound, so that it can be validated. Otherwise it is dropped whole.
+    """
+
+    def __init__(self, *, tolerant: bool = False) -> None:
+        self._tolerant = tolerant
         self.plugins: dict[str, PluginRecord] = {}
         self.families: dict[str, FamilySpec] = {}
         self.kernels: dict[str, KernelSpec] = {}
@@ -114,15 +138,19 @@ class Registry:
                 plugin = candidate.load()
                 self._register(plugin, candidate.name)
                 specs = self._collect(plugin)
-            self._refuse_clashes(specs)
+            faults = [*self._clashes(specs), *_row_faults(specs)]
+            if faults and not self._tolerant:
+                raise PluginError("\n".join(map(str, faults)))
+            record.faults = faults
         # A plugin is foreign code: whatever it raises, and sys.exit too, must not take the others along.
         except (Exception, SystemExit) as error:
             record.error = _error_text(error)
             self._drop(candidate.name)
             return record
         for hook, found in specs.items():
-            self._table(hook).update({spec.name: spec for spec in found})
-            record.registered[hook] = [spec.name for spec in found]
+            kept = {spec.name: _sound(spec) for spec in reversed(found) if self._owner_of(hook, spec.name) is None}
+            self._table(hook).update(dict(reversed(kept.items())))
+            record.registered[hook] = list(reversed(kept))
         return record
 
     def collect_commands(self, new_app: Callable[[], App]) -> Iterator[tuple[PluginRecord, App]]:
@@ -206,18 +234,31 @@ class Registry:
         impls = [impl for impl in getattr(self._manager.hook, hook).get_hookimpls() if impl.plugin is plugin]
         return [impl.function(*(kwargs[name] for name in impl.argnames)) for impl in impls]
 
-    def _refuse_clashes(self, specs: dict[str, list[Any]]) -> None:
+    def _clashes(self, specs: dict[str, list[Any]]) -> Iterator[SpecFault]:
         for hook, found in specs.items():
             names = [spec.name for spec in found]
-            for name in names:
-                owner = next((r.name for r in self.plugins.values() if name in r.registered.get(hook, [])), None)
+            for name in dict.fromkeys(names):
+                owner = self._owner_of(hook, name)
                 if owner or names.count(name) > 1:
                     taken = f"is taken by plugin {owner}" if owner else "is registered twice"
-                    raise PluginError(f"{hook}: the name '{name}' {taken}")
+                    yield SpecFault(hook, "name", f"the name '{name}' {taken}")
+
+    def _owner_of(self, hook: str, name: str) -> str | None:
+        return next((r.name for r in self.plugins.values() if name in r.registered.get(hook, [])), None)
 
     def _table(self, hook: str) -> dict[str, Any]:
         table: dict[str, Any] = getattr(self, hook.removeprefix("register_"))
         return table
+
+
+def _row_faults(specs: dict[str, list[Any]]) -> Iterator[SpecFault]:
+    for family in specs.get("register_families", []):
+        for row, axis, message in family.faults():
+            yield SpecFault(f"{family.name} row {row}", axis, message)
+
+
+def _sound(spec: Any) -> Any:
+    return spec.sound() if isinstance(spec, FamilySpec) else spec
 
 
 @contextlib.contextmanager
@@ -285,9 +326,9 @@ def _distribution(point: metadata.EntryPoint) -> str:
     return f"{point.dist.name} {point.dist.version}" if point.dist else ""
 
 
-def build_registry(candidates: Iterable[Candidate]) -> Registry:
+def build_registry(candidates: Iterable[Candidate], *, tolerant: bool = False) -> Registry:
     """A registry of the given plugins, in their order."""
-    registry = Registry()
+    registry = Registry(tolerant=tolerant)
     for candidate in candidates:
         registry.add(candidate)
     return registry
@@ -296,7 +337,22 @@ def build_registry(candidates: Iterable[Candidate]) -> Registry:
 @functools.cache
 def get_registry() -> Registry:
     """This process's registry, built on first use from the installed plugins and ``NPU_ZOO_PLUGINS``."""
-    return build_registry(find_candidates(os.environ.get(PLUGINS_VARIABLE)))
+    return _in_place[-1] if _in_place else build_registry(find_candidates(os.environ.get(PLUGINS_VARIABLE)))
+
+
+_in_place: list[Registry] = []
+
+
+@contextlib.contextmanager
+def registry_in_place(registry: Registry) -> Iterator[Registry]:
+    """Make a registry this process's own for a while; engines that are made meanwhile find their plugins in it."""
+    _in_place.append(registry)
+    get_registry.cache_clear()
+    try:
+        yield registry
+    finally:
+        _in_place.remove(registry)
+        get_registry.cache_clear()
 
 
 def load_code(reference: str) -> Any:

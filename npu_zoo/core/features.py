@@ -129,6 +129,10 @@ class FeatureRow(_Frozen):
         """The row's values on one axis."""
         return tuple(getattr(self, axis))
 
+    def describe(self) -> str:
+        """Sizes, hardware and dtypes, which tell a reader which row it is."""
+        return f"{', '.join(self.sizes)} on {', '.join(self.hardware)} in {', '.join(self.dtype)}"
+
     def on(self, world_size: int) -> FeatureRow:
         """The row as it stands for a world size: a claim, where it was proven with others alone."""
         if not self.evidence_devices or world_size in self.evidence_devices:

@@ -5,7 +5,8 @@ So listing, checking and validating never import torch, and specs travel to work
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -23,6 +24,20 @@ VariantName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]*$"
 
 class _Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RowFault(NamedTuple):
+    """What is wrong with a row of a matrix by itself.
+
+    Attributes:
+        row: its number, from 1.
+        axis: the axis, or else the field, that is at fault.
+        message: in words; names the row.
+    """
+
+    row: int
+    axis: str
+    message: str
 
 
 class VariantSpec(_Spec):
@@ -101,13 +116,33 @@ class FamilySpec(_Spec):
         stray = sorted({size for row in self.rows for size in row.sizes} - sizes)
         if stray:
             raise ValueError(f"rows speak of unknown sizes {', '.join(stray)}; known: {', '.join(sorted(sizes))}")
-        if len(set(self.rows)) != len(self.rows):
-            raise ValueError("a row is registered twice")
-        for row in self.rows:
-            proven = {record.level for record in self.records if record.row == row_digest(row)}
-            if row.evidence != "claimed" and row.evidence not in proven:
-                raise ValueError(f"a row for {', '.join(row.sizes)} says {row.evidence} and has no record of it")
         return self
+
+    def faults(self) -> tuple[RowFault, ...]:
+        """Rows that no plugin may register; the registry drops a plugin that has any."""
+        return tuple(fault for number in range(len(self.rows)) for fault in self._faults_of(number))
+
+    def sound(self) -> FamilySpec:
+        """The same family without the rows that are at fault."""
+        wrong = {fault.row for fault in self.faults()}
+        rows = tuple(row for number, row in enumerate(self.rows, 1) if number not in wrong)
+        return self.model_copy(update={"rows": rows})
+
+    def _faults_of(self, number: int) -> Iterator[RowFault]:
+        row = self.rows[number]
+        digest = row_digest(row)
+        earlier = [row_digest(other) for other in self.rows[:number]]
+        if digest in earlier:
+            first = earlier.index(digest) + 1
+            yield RowFault(number + 1, "row", f"{row.describe()} is registered twice: it is row {first} once more")
+        proven = {record.level for record in self.records if record.row == digest}
+        if row.evidence != "claimed" and row.evidence not in proven:
+            yield RowFault(
+                number + 1,
+                "evidence",
+                f"{row.describe()} says {row.evidence} and has no record of it; leave evidence out of the row and let "
+                "proven(ROWS, RECORDS) set it from the records",
+            )
 
     @property
     def matrix(self) -> FeatureMatrix:

@@ -83,6 +83,7 @@ def test_installed_plugins_are_found_loaded_and_listed_without_torch(site: Path)
         "distribution": "alpha-dist 1.2",
         "builtin": False,
         "error": None,
+        "faults": [],
         "registered": {"register_families": ["alpha"]},
         "imports_torch": False,
     }

@@ -16,7 +16,16 @@ import typer
 
 from npu_zoo.api import AttentionBackendSpec, FamilySpec, FeatureRow, KernelSpec, VariantSpec, hookimpl
 from npu_zoo.core.errors import PluginError, UnknownModelError
-from npu_zoo.registry import Candidate, PluginRecord, Registry, build_registry, find_candidates, load_code
+from npu_zoo.registry import (
+    Candidate,
+    PluginRecord,
+    Registry,
+    build_registry,
+    find_candidates,
+    get_registry,
+    load_code,
+    registry_in_place,
+)
 
 BUILTIN = [candidate for candidate in find_candidates("") if candidate.builtin]
 _numbers = itertools.count()
@@ -96,6 +105,55 @@ def test_a_good_plugin_registers_everything(registry: Registry) -> None:
     )
     assert registry.owner("good_family") == "good"
     assert registry.kernels["good_family_norm"] == kernel("good_family_norm")
+
+
+# Faults that a plugin brings, and what a tolerant registry keeps of it
+
+
+class Faulty:
+    """Two kernels, one with a name of the zoo's own, and a family with three rows, two of them at fault."""
+
+    @hookimpl
+    def register_families(self) -> list[FamilySpec]:
+        good = family("faulty")
+        row = good.rows[0]
+        claims = row.model_copy(update={"dtype": ("float16",), "evidence": "measured"})
+        return [good.model_copy(update={"rows": (row, row.model_copy(update={"note": "once more"}), claims)})]
+
+    @hookimpl
+    def register_kernels(self) -> list[KernelSpec]:
+        return [kernel("reference_rms_norm"), kernel("faulty_norm")]
+
+
+FAULTS = [
+    "register_kernels: the name 'reference_rms_norm' is taken by plugin native",
+    "faulty row 2: 1b on cpu in float32 is registered twice: it is row 1 once more",
+    "faulty row 3: 1b on cpu in float16 says measured and has no record of it",
+]
+
+
+def test_every_fault_of_a_plugin_is_named_at_once(registry: Registry) -> None:
+    assert_only_this_one_fell(registry, load(registry, Faulty()), *FAULTS)
+
+
+def test_a_tolerant_registry_keeps_what_is_sound() -> None:
+    registry = build_registry(BUILTIN, tolerant=True)
+    own = registry.kernels["reference_rms_norm"]
+    record = load(registry, Faulty())
+    assert record.error is None
+    assert all(str(fault).startswith(text) for fault, text in zip(record.faults, FAULTS, strict=True))
+    assert [fault.axis for fault in record.faults] == ["name", "row", "evidence"]
+    assert registry.kernels["reference_rms_norm"] == own
+    assert registry.kernels["faulty_norm"] == kernel("faulty_norm")
+    assert [row.dtype for row in registry.families["faulty"].rows] == [("float32",)]
+
+
+def test_a_registry_in_place_is_the_process_s_own_until_it_is_left(registry: Registry) -> None:
+    before = get_registry()
+    with registry_in_place(registry):
+        assert get_registry() is registry
+    assert get_registry() is not registry
+    assert set(get_registry().families) == set(before.families)
 
 
 # Plugins that do not load
