@@ -7,6 +7,7 @@ clash drops that plugin, keeps its error, and leaves the rest working.
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import functools
 import importlib
@@ -52,13 +53,17 @@ class SpecFault:
     """Something that a plugin may not register.
 
     Attributes:
-        subject: the spec, such as ``register_kernels: norm``, or a family's row.
-        axis: of a row, what is at fault; empty for others.
+        subject: the hook that gave it, or a family's row.
+        axis: of a row, what is at fault.
+        family: whose row it is; empty for what is no row.
+        row: the row's number, from 1.
     """
 
     subject: str
     axis: str
     message: str
+    family: str = ""
+    row: int = 0
 
     def __str__(self) -> str:
         return f"{self.subject}: {self.message}"
@@ -108,7 +113,7 @@ class Registry:
     """What the loaded plugins registered, by kind.
 
     Args:
-        tolerant: keep of a plugin with faults what is sound, so that it can be validated. Otherwise it is dropped whole.
+        tolerant: keep of a plugin what is sound, so that it can be validated; otherwise it is dropped as a whole.
     """
 
     def __init__(self, *, tolerant: bool = False) -> None:
@@ -167,6 +172,12 @@ class Registry:
                 record.error = f"register_commands raised {_error_text(error)}"
             else:
                 yield record, app
+
+    def with_family(self, family: FamilySpec) -> Registry:
+        """The same plugins with a family changed or added, for tests; this registry stays as it is."""
+        found = copy.copy(self)
+        found.families = {**self.families, family.name: family}
+        return found
 
     def owner(self, family: str) -> str:
         """The name of the plugin that registered a family."""
@@ -254,7 +265,7 @@ class Registry:
 def _row_faults(specs: dict[str, list[Any]]) -> Iterator[SpecFault]:
     for family in specs.get("register_families", []):
         for row, axis, message in family.faults():
-            yield SpecFault(f"{family.name} row {row}", axis, message)
+            yield SpecFault(f"{family.name} row {row}", axis, message, family.name, row)
 
 
 def _sound(spec: Any) -> Any:

@@ -98,8 +98,8 @@ def _identify(args: EngineArgs, registry: Registry) -> tuple[FamilySpec, Variant
         variant = variant or family.variant(family.default_variant)
         assert variant is not None  # FamilySpec checks default_variant
         bundled = bundled_directory(variant)
-        return family, variant, _read_model_config(bundled, family) if bundled else variant.config
-    config = _read_model_config(Path(args.weights), family)
+        return family, variant, read_model_config(bundled, family) if bundled else variant.config
+    config = read_model_config(Path(args.weights), family)
     return family, variant or _variant_of(family, config), config
 
 
@@ -125,7 +125,12 @@ def _variant_of(family: FamilySpec, config: ModelConfig) -> VariantSpec:
     return custom
 
 
-def _read_model_config(directory: Path, family: FamilySpec) -> ModelConfig:
+def read_model_config(directory: Path, family: FamilySpec) -> ModelConfig:
+    """A checkpoint's hyperparameters, with the family's defaults and every id that ends a text.
+
+    Raises:
+        WeightsError: config.json or generation_config.json cannot be read.
+    """
     raw = read_config(directory)
     names = raw.get("architectures") or [""]
     defaults = family.config_defaults.get(names[0] if isinstance(names, list) else "", {})

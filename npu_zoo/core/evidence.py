@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,21 +45,31 @@ def row_digest(row: FeatureRow) -> str:
     return hashlib.sha256(claim.encode()).hexdigest()[:16]
 
 
-def code_digest(files: Iterable[Path]) -> str:
+def code_digest(files: Iterable[Path], digest_of: Callable[[bytes], str] | None = None) -> str:
     """A digest of Python files by their syntax trees, the same under every Python version.
 
     Comments, formatting and docstrings do not change it; a changed statement does.
+
+    Args:
+        digest_of: gives :func:`source_digest` of a file's content, from a memory of its own.
 
     Raises:
         OSError: a file cannot be read.
         SyntaxError: a file is not Python.
     """
-    digest = hashlib.sha256()
-    for path in sorted(files, key=lambda file: file.as_posix()):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        _strip_docstrings(tree)
-        digest.update(path.name.encode() + b"\0" + _dump(tree).encode() + b"\0")
-    return digest.hexdigest()[:16]
+    sources = sorted((path.name, (digest_of or source_digest)(path.read_bytes())) for path in files)
+    return hashlib.sha256("\0".join(itertools.chain.from_iterable(sources)).encode()).hexdigest()[:16]
+
+
+def source_digest(source: bytes) -> str:
+    """A digest of one file's syntax tree.
+
+    Raises:
+        SyntaxError: it is not Python.
+    """
+    tree = ast.parse(source)
+    _strip_docstrings(tree)
+    return hashlib.sha256(_dump(tree).encode()).hexdigest()
 
 
 def read_records(file: Path) -> tuple[EvidenceRecord, ...]:

@@ -24,12 +24,14 @@ class Agreement:
         worst_logprob: the largest difference of a scored token's natural-log probability.
         equal_tokens: generated tokens that are the same, up to the first difference of each prompt.
         worst_gap: where tokens differ first, how far apart the reference's two best were; 0 where none differs.
+        mean_logprob: the mean difference of the scored tokens' natural-log probabilities.
     """
 
     tokens: int
     worst_logprob: float
     equal_tokens: int
     worst_gap: float
+    mean_logprob: float = 0.0
 
     def within(self, bound: float) -> bool:
         """Whether scores and the ties that tokens differ at are all below a bound."""
@@ -38,18 +40,19 @@ class Agreement:
 
 def compare(reference: Sequence[RequestOutput], found: Sequence[RequestOutput]) -> Agreement:
     """Compare what two engines made of the same prompts, both with :data:`SCORED`."""
-    scored, worst, equal, gap, generated = 0, 0.0, 0, 0.0, 0
+    scored, worst, total, equal, gap, generated = 0, 0.0, 0.0, 0, 0.0, 0
     for expected, output in zip(reference, found, strict=True):
         pairs = list(zip(_scores(expected), _scores(output), strict=True))
         scored += len(pairs)
         worst = max([worst, *(abs(a - b) for a, b in pairs)])
+        total += sum(abs(a - b) for a, b in pairs)
         tokens, others = expected.outputs[0].token_ids, output.outputs[0].token_ids
         generated += len(tokens)
         first = next((i for i, (a, b) in enumerate(zip(tokens, others, strict=False)) if a != b), None)
         equal += len(tokens) if first is None else first
         if first is not None:
             gap = max(gap, _gap(expected, first))
-    return Agreement(scored + generated, worst, equal, gap)
+    return Agreement(scored + generated, worst, equal, gap, total / max(scored, 1))
 
 
 def agree(reference: LLM, other: LLM, prompts: Sequence[Sequence[int]]) -> Agreement:

@@ -66,19 +66,19 @@ def write_checkpoint(
     shape = {**_SHAPE, "initializer_range": 0.2, **copy.deepcopy(hyperparameters)}
     ids: dict[str, int | None] = {"bos_token_id": 1, "eos_token_id": 2}
     if tokenizer:
-        backend = _byte_level((bos_token, eos_token, *added_tokens))
+        backend = byte_level_tokenizer((bos_token, eos_token, *added_tokens))
         size = backend.get_vocab_size()
         if size > shape["vocab_size"]:
             raise UsageError(
                 f"vocab_size={shape['vocab_size']} is below the tokenizer's {size}; raise it or take tokenizer=False"
             )
         ids = {"bos_token_id": backend.token_to_id(bos_token), "eos_token_id": backend.token_to_id(eos_token)}
-        _save_tokenizer(directory, backend, bos_token, eos_token, chat_template)
+        save_tokenizer(directory, backend, bos_token, eos_token, chat_template)
     _save_model(directory, architecture, seed, {**ids, **shape})
     return directory
 
 
-def _byte_level(special_tokens: Sequence[str]) -> Backend:
+def byte_level_tokenizer(special_tokens: Sequence[str]) -> Backend:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     backend = Tokenizer(models.BPE())
@@ -91,7 +91,7 @@ def _byte_level(special_tokens: Sequence[str]) -> Backend:
     return backend
 
 
-def _save_tokenizer(directory: Path, backend: Backend, bos: str, eos: str, chat_template: str | None) -> None:
+def save_tokenizer(directory: Path, backend: Backend, bos: str, eos: str, chat_template: str | None) -> None:
     backend.save(str(directory / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos, "add_bos_token": True}
     template = {} if chat_template is None else {"chat_template": chat_template}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import npu_zoo
-from npu_zoo.core.evidence import EvidenceRecord, code_digest, row_digest
+from npu_zoo.core.evidence import EvidenceRecord, row_digest
 from npu_zoo.core.features import FeatureRow, layout_names, splits_of
 from npu_zoo.core.parallel import Split
 from npu_zoo.core.specs import FamilySpec, VariantSpec
@@ -152,15 +152,8 @@ def _worst(found: Sequence[Agreement]) -> Agreement:
         worst_logprob=max(one.worst_logprob for one in found),
         equal_tokens=sum(one.equal_tokens for one in found),
         worst_gap=max(one.worst_gap for one in found),
+        mean_logprob=max(one.mean_logprob for one in found),
     )
-
-
-def evidence_files(plugin: Path) -> list[Path]:
-    """What a family's evidence rests on: its plugin, the engine, the layers, the kernels, and how ranks talk."""
-    package = Path(npu_zoo.__file__).parent
-    rooms = [plugin, package / "engine", package / "nn", package / "plugins" / "native"]
-    single = ["core/attention.py", "core/parallel.py", "parallel/device_groups.py", "parallel/sends.py"]
-    return [*(file for room in rooms for file in room.rglob("*.py")), *(package / name for name in single)]
 
 
 def record_of(
@@ -174,7 +167,7 @@ def record_of(
 
     Args:
         shape: what ran.
-        code: :func:`npu_zoo.core.evidence.code_digest` of :func:`evidence_files`.
+        code: :func:`npu_zoo.testing.evidence.current_code`.
     """
     figures: dict[str, float] = {}
     results = list(results)
@@ -193,9 +186,3 @@ def record_of(
         figures=figures,
         code=code,
     )
-
-
-def stale_records(family: FamilySpec, plugin: Path) -> list[EvidenceRecord]:
-    """Records that speak of other code than that at hand, or of a row that the family no longer has."""
-    code, rows = code_digest(evidence_files(plugin)), {row_digest(row) for row in family.rows}
-    return [record for record in family.records if record.code != code or record.row not in rows]

@@ -14,7 +14,8 @@ from npu_zoo.core.features import FeatureRow
 from npu_zoo.core.parallel import Split
 from npu_zoo.registry import get_registry
 from npu_zoo.testing.agreement import Agreement, compare
-from npu_zoo.testing.simulation import Cell, CellResult, cells_of, evidence_files, record_of, stale_records
+from npu_zoo.testing.evidence import evidence_files, stale_records
+from npu_zoo.testing.simulation import Cell, CellResult, cells_of, record_of
 
 PLUGINS = Path(npu_zoo.__file__).parent / "plugins"
 ROW = FeatureRow(
@@ -32,7 +33,7 @@ def output(scores: list[float], tokens: list[int], best: list[tuple[float, float
 
 def test_the_worst_score_counts() -> None:
     one, other = output([-1.0, -2.0], [7], [(-0.1, -3.0)]), output([-1.25, -2.0], [7], [(-0.1, -3.0)])
-    assert compare([one], [other]) == Agreement(3, 0.25, 1, 0.0)
+    assert compare([one], [other]) == Agreement(3, 0.25, 1, 0.0, 0.125)
 
 
 def test_tokens_may_differ_where_the_two_best_are_close() -> None:
@@ -86,9 +87,9 @@ def test_records_raise_their_row_and_no_other(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(get_registry().families))
 def test_committed_evidence_is_of_the_code_at_hand(name: str) -> None:
-    family = get_registry().families[name]
+    family, plugin = get_registry().families[name], get_registry().plugins[name]
     assert family.records
-    assert stale_records(family, PLUGINS / name) == [], "run `make evidence`"
+    assert stale_records(family, plugin) == [], "run `make evidence`"
     simulated = {row_digest(row) for row in family.rows if row.evidence == "simulated"}
     assert simulated == {record.row for record in family.records}
     assert simulated == {row_digest(row) for row in family.rows if cells_of(row)}
@@ -105,7 +106,9 @@ def test_a_changed_kernel_makes_evidence_stale(tmp_path: Path) -> None:
 
 
 def test_evidence_rests_on_the_engine_the_layers_and_the_plugin() -> None:
-    found = {path.relative_to(PLUGINS.parent).as_posix() for path in evidence_files(PLUGINS / "deepseek_v3")}
+    registry = get_registry()
+    files = evidence_files(registry.families["deepseek_v3"], registry.plugins["deepseek_v3"])
+    found = {path.relative_to(PLUGINS.parent).as_posix() for path in files}
     assert {"engine/runner.py", "nn/kernels/ascend.py", "plugins/deepseek_v3/model.py", "core/attention.py"} <= found
     assert not [path for path in found if path.startswith(("simulator", "plugins/wizardcoder", "cli"))]
 

@@ -1,0 +1,5 @@
+"""placeholder until merged."""
+
+
+def row_refusals(family, number):
+    return 0, []
