@@ -79,6 +79,7 @@ def write_checkpoint(
 
 
 def byte_level_tokenizer(special_tokens: Sequence[str]) -> Backend:
+    """A ByteLevel BPE of 288 tokens with special ones behind them."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     backend = Tokenizer(models.BPE())
@@ -92,6 +93,7 @@ def byte_level_tokenizer(special_tokens: Sequence[str]) -> Backend:
 
 
 def save_tokenizer(directory: Path, backend: Backend, bos: str, eos: str, chat_template: str | None) -> None:
+    """Write tokenizer.json and tokenizer_config.json."""
     backend.save(str(directory / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos, "add_bos_token": True}
     template = {} if chat_template is None else {"chat_template": chat_template}

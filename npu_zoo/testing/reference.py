@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npu_zoo.core.config import EngineArgs, EngineConfig
+from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.errors import UsageError
 from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.core.specs import FamilySpec
 from npu_zoo.dispatch import resolve
 from npu_zoo.registry import get_registry
+from npu_zoo.settings import engine_args
 from npu_zoo.testing.tiny import write_tiny_checkpoint
 from npu_zoo.testing.variants import TINY, with_tiny_variant
 
@@ -106,13 +107,14 @@ def transformers_logits(model_class: Any, weights: Path) -> Logits:
     import torch
     import transformers
 
-    shown = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.disable_progress_bar()
+    bars: Any = transformers.logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
     try:
         model, info = model_class.from_pretrained(weights, dtype=torch.float32, output_loading_info=True)
     finally:
         if shown:
-            transformers.logging.enable_progress_bar()
+            bars.enable_progress_bar()
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
             kind = what.partition("_")[0]
@@ -143,17 +145,17 @@ def _logits_of(reference: type | str | Logits, weights: Path, *, given: bool) ->
 
 
 def _config(family: FamilySpec, weights: Path) -> EngineConfig:
-    args = EngineArgs(
-        model=f"{family.name}:{TINY}",
-        weights=str(weights),
-        hardware="cpu",
-        dtype="float32",
-        max_model_len=128,
-        kv_cache_memory="16MiB",
-        threads=1,
-        skip_tokenizer_init=True,
-    )
-    return resolve(args)
+    asked = {
+        "model": f"{family.name}:{TINY}",
+        "weights": str(weights),
+        "hardware": "cpu",
+        "dtype": "float32",
+        "max_model_len": 128,
+        "kv_cache_memory": "16MiB",
+        "threads": 1,
+        "skip_tokenizer_init": True,
+    }
+    return resolve(engine_args(asked))
 
 
 def _prompt_logits(config: EngineConfig, prompt: Sequence[int]) -> Tensor:

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Iterator, Sequence
 
 from npu_zoo.core.attention import AttentionBackend, LatentAttentionBackend
-from npu_zoo.core.config import EngineArgs
 from npu_zoo.core.engine import Engine
 from npu_zoo.core.features import FeatureRow, splits_of
 from npu_zoo.core.hardware import DType, chip_of
@@ -20,6 +19,7 @@ from npu_zoo.planning import RankPlan
 from npu_zoo.registry import get_registry, load_code
 from npu_zoo.request import Request
 from npu_zoo.selection import is_importable, select_kernels
+from npu_zoo.settings import engine_args
 from npu_zoo.splitting import split_faults
 from npu_zoo.testing.shapes import config_of
 from npu_zoo.testing.validation.claims import CannotTell, Claim, ClaimFails, Figures, Subject
@@ -137,7 +137,7 @@ def allowed_splits(
     allowed, refused = [], []
     for split in (split for layout in row.parallelism for split in splits_of(layout, world_size)):
         request = request_of(family, variant, row, config, split)
-        faults = split_faults(EngineArgs(), request, row, config, split)
+        faults = split_faults(engine_args({}), request, row, config, split)
         refused += [fault.message for fault in faults]
         allowed += [] if faults else [split]
     return allowed, list(dict.fromkeys(refused))
@@ -226,7 +226,7 @@ def fits(family_name: str, variant_name: str, row: FeatureRow, world_size: int, 
     return figures
 
 
-_SMALL = EngineArgs(max_model_len=1, max_num_batched_tokens=256, max_num_seqs=1)
+_SMALL = engine_args({"max_model_len": 1, "max_num_batched_tokens": 256, "max_num_seqs": 1})
 """A step that takes as little memory as a useful one can."""
 
 

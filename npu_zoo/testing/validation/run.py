@@ -1,0 +1,130 @@
+"""What runs claim: kernels against references, models against independent ones, and the combinations of each row."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from npu_zoo.core.features import FeatureRow
+from npu_zoo.core.hardware import PRODUCTS
+from npu_zoo.core.model_config import ModelConfig
+from npu_zoo.core.specs import FamilySpec
+from npu_zoo.registry import get_registry
+from npu_zoo.selection import is_importable
+from npu_zoo.testing.shapes import kind_of, kinds_of, tiny_config
+from npu_zoo.testing.validation.build import allowed_splits
+from npu_zoo.testing.validation.cells import Combination, run_alone, run_ranks_of
+from npu_zoo.testing.validation.claims import CannotTell, Claim, ClaimFails, Figures, Subject
+from npu_zoo.testing.validation.scope import Part
+
+LOGIT_TOLERANCE = 1e-4
+
+
+def claims(part: Part) -> Iterator[Claim]:
+    """The claims of one plugin."""
+    for kind, spec in part.specs:
+        if kind == "kernel":
+            for dtype in spec.dtypes:
+                subject = Subject(part.record.name, name=f"kernel {spec.name}", axis="dtype")
+                check = functools.partial(_equals_its_reference, spec.name, dtype)
+                yield Claim("run", subject, f"computes {spec.operation} in {dtype} as its reference does", check, True)
+    for family in part.families:
+        for config in _kinds(family):
+            subject = Subject(part.record.name, family.name, axis="model", name=describe_kind(config))
+            text = f"gives the logits and tokens of transformers' {config.architecture}"
+            yield Claim("run", subject, text, functools.partial(_equals_transformers, family.name, config), True)
+        for _, row in part.rows(family):
+            yield from row_claims(part, family, row)
+
+
+def row_claims(part: Part, family: FamilySpec, row: FeatureRow) -> Iterator[Claim]:
+    """A row's combinations on a CPU: each of one rank, and each split of several."""
+    if "cpu" not in row.hardware:
+        return
+    subject = part.subject(family, row)
+    for config in kinds_of(family, row):
+        tiny = tiny_config(config)
+        named = Subject(subject.plugin, subject.family, subject.row, "", f"{describe_kind(config)}, {row.describe()}")
+        for cell in cells_of_one(row) if 1 in row.world_size else ():
+            check = functools.partial(run_alone, family.name, row, tiny, cell)
+            yield Claim("run", named.on("dtype"), f"runs in {cell.name}", check, True)
+        for cell in cells_of_ranks(family, row, tiny):
+            check = functools.partial(run_ranks_of, family.name, row, tiny, cell)
+            yield Claim("run", named.on("world_size"), f"runs in {cell.name}", check, True)
+
+
+def cells_of_one(row: FeatureRow) -> list[Combination]:
+    """Every combination of one rank that a row offers on a CPU."""
+    axes = (row.dtype, row.attention, row.quantization, row.kv_cache_dtype, row.serving, row.long_sequence)
+    return [Combination("cpu", *values) for values in itertools.product(*axes)]
+
+
+def cells_of_ranks(family: FamilySpec, row: FeatureRow, tiny: ModelConfig) -> list[Combination]:
+    """Every split of several ranks; the other axes take turns, so that each of their values meets several ranks."""
+    variant = next(variant for variant in family.variants if variant.size in row.sizes)
+    splits = [s for size in row.world_size for s in allowed_splits(family, variant, row, tiny, size)[0] if size > 1]
+    turns = itertools.cycle(cells_of_one(row))
+    return [
+        Combination(**{**vars(cell), "split": split}) for split, cell in zip(dict.fromkeys(splits), turns, strict=False)
+    ]
+
+
+def describe_kind(config: ModelConfig) -> str:
+    """What tells a kind of model from the family's others."""
+    parts = [config.architecture]
+    parts += ["grouped heads"] if config.num_key_value_heads < config.num_attention_heads and not config.mla else []
+    parts += [] if config.rope_scaling.kind == "none" else [f"rope {config.rope_scaling.kind}"]
+    parts += [config.moe.topk_method] if config.moe else []
+    parts += ["queries' latent"] if config.mla and config.mla.q_lora_rank else []
+    return ", ".join(parts)
+
+
+def _kinds(family: FamilySpec) -> list[ModelConfig]:
+    found: dict[object, ModelConfig] = {}
+    for row in family.rows:
+        for config in kinds_of(family, row):
+            found.setdefault(kind_of(config), config)
+    return list(found.values())
+
+
+def _equals_its_reference(name: str, dtype: str) -> Figures:
+    from npu_zoo.testing.kernels import device_of, largest_error, tolerance
+
+    registry = get_registry()
+    spec = registry.kernels[name]
+    missing = [module for module in spec.requires if not is_importable(module)]
+    if missing or device_of(spec.chip) is None:
+        products = [p.name for p in PRODUCTS.values() if p.chip == spec.chip]
+        raise CannotTell(
+            f"it requires {', '.join(missing)}"
+            if missing
+            else f"this machine has no {' or '.join(products) or spec.chip}"
+        )
+    error = largest_error(spec, dtype, registry)
+    if not error <= tolerance(spec, dtype):
+        raise ClaimFails(f"results differ by {error:.3g} of their size, and {tolerance(spec, dtype):g} is allowed")
+    return {"largest_error": float(f"{error:.3g}")}
+
+
+def _equals_transformers(family_name: str, config: ModelConfig) -> Figures:
+    from npu_zoo.testing.reference import compare_with_reference, transformers_class, transformers_logits
+    from npu_zoo.testing.shapes import write_random_model
+
+    model_class = transformers_class(config.architecture)
+    if model_class is None:
+        raise CannotTell(
+            f"transformers has no class {config.architecture}; hold it against another model in a test: "
+            "npu_zoo.testing.assert_matches_reference"
+        )
+    family = get_registry().families[family_name]
+    with tempfile.TemporaryDirectory() as folder:
+        weights = write_random_model(Path(folder), family, tiny_config(config))
+        worst = compare_with_reference(family, weights, transformers_logits(model_class, weights))
+    if isinstance(worst, str):
+        raise ClaimFails(worst)
+    if not worst <= LOGIT_TOLERANCE:
+        raise ClaimFails(f"logits differ by up to {worst:.3g}, and {LOGIT_TOLERANCE:g} is allowed")
+    return {"largest_logit_difference": float(f"{worst:.3g}")}
