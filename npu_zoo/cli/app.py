@@ -27,6 +27,7 @@ from npu_zoo.cli import (
     pull,
     ranktable,
     run,
+    validate,
     weights,
 )
 from npu_zoo.cli.help import ZooCommand, ZooGroup
@@ -84,6 +85,7 @@ def build_app() -> typer.Typer:
     app.command("doctor", cls=ZooCommand)(doctor.doctor)
     app.command("ports", cls=ZooCommand)(ports.ports)
     app.command("plugins", cls=ZooCommand)(plugins.plugins)
+    app.command("validate", cls=ZooCommand)(validate.validate)
     app.add_typer(ranktable.group, name="ranktable")
     app.add_typer(weights.group, name="weights")
     app.add_typer(config.group, name="config")

@@ -8,13 +8,13 @@ import hashlib
 import importlib.util
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import npu_zoo
 from npu_zoo.core.evidence import EvidenceRecord, code_digest, row_digest, source_digest
 from npu_zoo.core.specs import FamilySpec
 from npu_zoo.registry import PluginRecord
+from npu_zoo.testing.files import write_whole
 
 _ROOMS = ("engine", "nn", "plugins/native")
 _SINGLE = ("core/attention.py", "core/parallel.py", "parallel/device_groups.py", "parallel/sends.py")
@@ -90,9 +90,4 @@ def _remembered() -> dict[str, str]:
 def _remember(memory: dict[str, str]) -> None:
     newest = dict(list(memory.items())[-_KEPT:])
     with contextlib.suppress(OSError, RuntimeError):  # what cannot be kept is computed again
-        place = _place()
-        place.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=place.parent)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(newest, file)
-        Path(name).replace(place)
+        write_whole(_place(), json.dumps(newest))

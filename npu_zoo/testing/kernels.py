@@ -88,7 +88,7 @@ def _tables(kernel: Any, trial: Trial) -> tuple[Tensor, Tensor]:
 
 def _rotary(kernel: Any, trial: Trial) -> tuple[Tensor, ...]:
     # Queries and keys come as parts of one projection, and so are not contiguous.
-    query, key, _ = trial.noise(trial.rows, 4 + 2 + 2, 16).split((4, 2, 2), dim=1)
+    query, key, _ = torch.split(trial.noise(trial.rows, 4 + 2 + 2, 16), [4, 2, 2], dim=1)
     return tuple(kernel(query, key, *_tables(kernel, trial)))
 
 

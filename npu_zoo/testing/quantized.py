@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npu_zoo.core.quantization import CONFIG_KEY
+from npu_zoo.core.errors import UsageError
+from npu_zoo.core.quantization import CONFIG_KEY, QUANT_METHOD
+from npu_zoo.registry import get_registry, load_code
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,6 +60,29 @@ def quantize_checkpoint(
         _write(source, target / "quantized", quantized, _config(bits, activations, group_size)),
         _write(source, target / "plain", plain, None),
     )
+
+
+def quantized(plain: Path, directory: Path, scheme: str) -> Path:
+    """A checkpoint in a registered scheme, made of a plain one; the plain one itself for ``none``.
+
+    Args:
+        directory: is made, where there is something to write.
+
+    Raises:
+        UsageError: the scheme's plugin reads a layout of its own and names nothing that writes it.
+    """
+    if scheme == "none":
+        return plain
+    method = get_registry().quantization_methods[scheme]
+    if method.example:
+        directory.mkdir(parents=True)
+        load_code(method.example)(plain, directory)
+        return directory
+    if method.quant_method != QUANT_METHOD:
+        raise UsageError(
+            f"{scheme} is stored in a layout of its own; name a function that writes it in QuantizationSpec.example"
+        )
+    return quantize_checkpoint(plain, directory, bits=method.weight_bits, activations=method.activation_bits)[0]
 
 
 def codes_of(weight: Tensor, bits: int, group_size: int | None) -> tuple[Tensor, Tensor]:

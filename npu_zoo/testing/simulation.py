@@ -1,4 +1,4 @@
-"""Runs what a matrix row claims on a simulated product, against the CPU, and makes evidence of it.
+"""Runs what a matrix row claims on a product, simulated or real, against the CPU, and makes evidence of it.
 
 A row of one device is simulated when every combination that it offers was: hardware, dtype and attention. Each is run
 in several ways, since chunks, shared prefixes, batches and graphs take other paths through the same kernels. A row of
@@ -7,29 +7,37 @@ several devices is run with the fewest that are more than one, in each of its la
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import itertools
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import npu_zoo
 from npu_zoo.core.evidence import EvidenceRecord, row_digest
 from npu_zoo.core.features import FeatureRow, layout_names, splits_of
+from npu_zoo.core.hardware import chip_of
 from npu_zoo.core.parallel import Split
+from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.core.specs import FamilySpec, VariantSpec
-from npu_zoo.request import bundled_directory
+from npu_zoo.request import bundled_directory, parse_dtype
 from npu_zoo.testing.agreement import Agreement, agree
+from npu_zoo.testing.quantized import quantized
 from npu_zoo.testing.shapes import rank_shape, write_random_model
+from npu_zoo.testing.variants import TINY, with_tiny_variant
 
 if TYPE_CHECKING:
     from npu_zoo.engine.llm import LLM
 
-BOUNDS: dict[str, float] = {"float16": 0.06, "bfloat16": 0.5}
+BOUNDS: dict[str, float] = {"float32": 1e-3, "float16": 0.06, "bfloat16": 0.5}
 """Natural-log probability by dtype, for models of a few layers; twice and more what was seen."""
+
+ROUNDED_BOUND = 0.5
+"""The same where activations or keys and values become codes, which a rounding elsewhere can move by a step."""
 
 _PROMPTS = tuple(tuple(range(3, 3 + length)) for length in (40, 17, 1))
 _WAYS: dict[str, dict[str, Any]] = {
@@ -42,7 +50,7 @@ _WAYS: dict[str, dict[str, Any]] = {
 _ONE_WAY: dict[str, Any] = _WAYS["in chunks"]
 """Of ranks: it takes prompts in chunks and single tokens from graphs."""
 
-_MOST_DEVICES = 4  # eight take as long as all others together
+MOST_DEVICES = 4  # eight take as long as all others together
 _SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "expert_parallel_size", "data_parallel_size")
 
 
@@ -59,6 +67,8 @@ class Cell:
     attention: str
     layout: str = "tp"
     devices: int = 1
+    quantization: str = "none"
+    kv_cache_dtype: str = "auto"
 
     @property
     def split(self) -> Split:
@@ -68,8 +78,16 @@ class Cell:
     @property
     def name(self) -> str:
         """Of its figures."""
-        shared = (layout_names(self.split)[0],) if self.devices > 1 else ()
-        return "_".join((self.hardware, self.dtype, self.attention, *shared))
+        shared = [layout_names(self.split)[0]] if self.devices > 1 else []
+        stored = [] if self.quantization == "none" else [self.quantization]
+        stored += [] if self.kv_cache_dtype == "auto" else [f"{self.kv_cache_dtype}_cache"]
+        return "_".join((self.hardware, self.dtype, self.attention, *stored, *shared))
+
+    @property
+    def bound(self) -> float:
+        """What a log-probability may differ by."""
+        rounded = self.kv_cache_dtype != "auto" or self.quantization.endswith("a8")
+        return max(BOUNDS[self.dtype], ROUNDED_BOUND if rounded else 0.0)
 
 
 @dataclass(frozen=True)
@@ -81,64 +99,112 @@ class CellResult:
 
     @property
     def passes(self) -> bool:
-        """Whether it is within the bound of its dtype."""
-        return self.agreement.within(BOUNDS[self.cell.dtype])
+        """Whether it is within the cell's bound."""
+        return self.agreement.within(self.cell.bound)
 
 
 def cells_of(row: FeatureRow) -> list[Cell]:
-    """What a row offers on NPUs, in plain weights; empty where it takes more devices than can be simulated."""
-    plain = row.quantization == ("none",) and row.kv_cache_dtype == ("auto",)
-    if not plain or not all(name.startswith("atlas") for name in row.hardware):
-        return []
+    """What a row offers on NPUs; empty where it takes more devices than can be simulated."""
     devices = min((size for size in row.world_size if size > 1), default=1)
-    if devices > _MOST_DEVICES or not all(splits_of(layout, devices) for layout in row.parallelism):
+    on_npus = all(chip_of(name).device == "npu" for name in row.hardware)
+    if not on_npus or devices > MOST_DEVICES or not all(splits_of(layout, devices) for layout in row.parallelism):
         return []
-    values = itertools.product(row.hardware, row.dtype, row.attention, row.parallelism)
-    return [Cell(*value, devices) for value in values]
+    axes = (row.hardware, row.dtype, row.attention, row.parallelism, (devices,), row.quantization, row.kv_cache_dtype)
+    return [Cell(*values) for values in itertools.product(*axes)]
+
+
+def measured_cells(row: FeatureRow, product: str, devices: int) -> list[Cell]:
+    """What a row offers on a product with so many devices, at each of its world sizes."""
+    if product not in row.hardware:
+        return []
+    sizes = [size for size in row.world_size if size <= devices]
+    axes = (row.dtype, row.attention, row.parallelism, sizes, row.quantization, row.kv_cache_dtype)
+    cells = [Cell(product, *values) for values in itertools.product(*axes)]
+    return [cell for cell in cells if splits_of(cell.layout, cell.devices)]
 
 
 def variant_of(family: FamilySpec, row: FeatureRow) -> VariantSpec | None:
-    """The variant that a row is run with; None where it has no bundled checkpoint and no known shape."""
+    """The variant that a row is run with; None where the family names no hyperparameters at all."""
     own = [variant for variant in family.variants if variant.size in row.sizes]
     bundled = [variant for variant in family.variants if variant.bundled]
-    shaped = [variant for variant in own if variant.bundled or variant.config]
-    return next(iter(shaped or (bundled if "custom" in row.sizes else [])), None)
+    shaped = [variant for variant in (*own, *bundled, *family.variants) if variant.bundled or variant.config]
+    return next(iter(shaped), None)
 
 
 def run_cell(family: FamilySpec, variant: VariantSpec, cell: Cell) -> CellResult:
-    """Run a variant on the CPU and on the cell's product, which this process must simulate.
+    """Run a variant on the CPU and on the cell's product, which this process must have or simulate.
 
     The bundled checkpoint is run where the variant has one, else a small random model with the variant's heads.
     """
-    if cell.devices == 1:
-        return CellResult(cell, _worst(_agreements(family, cell, {"model": f"{family.name}:{variant.name}"})))
-    with tempfile.TemporaryDirectory() as folder:
+    with _prepared(family, variant, cell) as model:
+        return CellResult(cell, _worst(_agreements(cell, model)))
+
+
+def decode_rate(family: FamilySpec, variant: VariantSpec, cell: Cell) -> float:
+    """Tokens per second after the first, of one sequence on the cell's product; the same model as :func:`run_cell`."""
+    from npu_zoo.engine.llm import LLM
+
+    tokens = 32
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    with _prepared(family, variant, cell) as model, LLM(**_on_device(cell), **_shared(cell, model)) as llm:
+        prompt = list(_PROMPTS[0])
+        llm.generate([prompt], params)  # captures graphs
+        metrics = llm.generate([prompt], params)[0].metrics
+    assert metrics.first_token_time is not None
+    assert metrics.finished_time is not None
+    return (tokens - 1) / (metrics.finished_time - metrics.first_token_time)
+
+
+@contextlib.contextmanager
+def _prepared(family: FamilySpec, variant: VariantSpec, cell: Cell) -> Iterator[dict[str, Any]]:
+    """What names a cell's model to an engine, in a registry that offers it."""
+    offered = FeatureRow(
+        sizes=(TINY,),
+        hardware=("cpu", cell.hardware),
+        dtype=(parse_dtype(cell.dtype),),
+        world_size=(1, cell.devices),
+        parallelism=("tp", cell.layout),
+        replicated_kv_heads=True,
+        attention=("paged", "flash"),
+        quantization=(cell.quantization,),
+        kv_cache_dtype=("auto", cell.kv_cache_dtype),
+        source="zoo",
+    )
+    with tempfile.TemporaryDirectory() as folder, with_tiny_variant(family, [offered]):
         weights = bundled_directory(variant)
         if weights is None:
             assert variant.config is not None
-            weights = write_random_model(Path(folder), family, rank_shape(variant.config, Split()))
-        custom = {"model": f"{family.name}:custom", "weights": str(weights), "skip_tokenizer_init": True}
-        return CellResult(cell, _worst(_agreements(family, cell, {**custom, "allow_experimental": True})))
+            weights = write_random_model(Path(folder) / "plain", family, rank_shape(variant.config, Split()))
+        weights = quantized(weights, Path(folder) / "quantized", cell.quantization)
+        yield {"model": f"{family.name}:{TINY}", "weights": str(weights), "skip_tokenizer_init": True}
 
 
-def _agreements(family: FamilySpec, cell: Cell, model: Mapping[str, Any]) -> list[Agreement]:
+def _agreements(cell: Cell, model: Mapping[str, Any]) -> list[Agreement]:
     from npu_zoo.engine.llm import LLM
 
-    shared: dict[str, Any] = {**model, "dtype": cell.dtype, "max_model_len": 256, "kv_cache_memory": "32MiB"}
-    split = cell.split
-    sizes = dict(zip(_SIZES, (split.tp, split.pp, split.ep, split.dp), strict=True)) if cell.devices > 1 else {}
-    on_device: dict[str, Any] = {
-        "hardware": cell.hardware,
-        "attention": cell.attention,
-        "strict_kernels": True,
-        **sizes,
-    }
+    shared, on_device = _shared(cell, model), _on_device(cell)
     found = []
     with LLM(hardware="cpu", **shared) as reference:
         for options in [_ONE_WAY] if cell.devices > 1 else _WAYS.values():
             with LLM(**on_device, **shared, **options) as llm:
                 found += [agree(reference, llm, _PROMPTS), *_alone(reference, llm)]
     return found
+
+
+def _shared(cell: Cell, model: Mapping[str, Any]) -> dict[str, Any]:
+    return {**model, "dtype": cell.dtype, "max_model_len": 256, "kv_cache_memory": "32MiB"}
+
+
+def _on_device(cell: Cell) -> dict[str, Any]:
+    split = cell.split
+    sizes = dict(zip(_SIZES, (split.tp, split.pp, split.ep, split.dp), strict=True)) if cell.devices > 1 else {}
+    return {
+        "hardware": cell.hardware,
+        "attention": cell.attention,
+        "kv_cache_dtype": cell.kv_cache_dtype,
+        "strict_kernels": True,
+        **sizes,
+    }
 
 
 def _alone(reference: LLM, llm: LLM) -> list[Agreement]:
@@ -160,29 +226,36 @@ def record_of(
     family: FamilySpec,
     row: FeatureRow,
     shape: Mapping[str, int | float | str],
-    results: Iterable[CellResult],
+    cells: Mapping[str, Mapping[str, float]],
     code: str,
+    *,
+    level: Literal["simulated", "measured"] = "simulated",
+    versions: Mapping[str, str] | None = None,
 ) -> EvidenceRecord:
-    """The record of a row whose cells have all passed.
+    """The record of a row all of whose cells have passed.
 
     Args:
-        shape: what ran.
+        shape: what ran, and on how many ``devices``.
+        cells: the figures of each cell, by its name.
         code: :func:`npu_zoo.testing.evidence.current_code`.
+        versions: of the hardware and its software, where they took part.
     """
-    figures: dict[str, float] = {}
-    results = list(results)
-    for result in results:
-        name = result.cell.name
-        figures[f"{name}_worst_logprob_difference"] = round(result.agreement.worst_logprob, 4)
-        figures[f"{name}_tokens"] = result.agreement.tokens
-    versions = {name: metadata.version(name) for name in ("torch", "torch_npu")} | {"npu_zoo": npu_zoo.__version__}
+    figures = {f"{cell}_{name}": value for cell, found in cells.items() for name, value in found.items()}
+    installed = {name: version for name in ("torch", "torch_npu") if (version := _version(name))}
     return EvidenceRecord(
         family=family.name,
         row=row_digest(row),
-        level="simulated",
+        level=level,
         date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        shape={**shape, "devices": results[0].cell.devices},
-        versions=versions,
+        shape=dict(shape),
+        versions={**installed, "npu_zoo": npu_zoo.__version__, **(versions or {})},
         figures=figures,
         code=code,
     )
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""

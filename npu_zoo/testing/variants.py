@@ -26,7 +26,7 @@ def with_tiny_variant(family: FamilySpec, rows: Sequence[FeatureRow] = (_ANYTHIN
         rows: of which sizes are left out of account; one that offers float32, bfloat16 and float16 on one rank of a CPU
             where none is given.
     """
-    own = tuple(row.model_copy(update={"sizes": (TINY,)}) for row in rows)
+    own = tuple(row.model_copy(update={"sizes": (TINY,), "evidence": "claimed"}) for row in rows)
     variant = VariantSpec(name=TINY, size=TINY, title="A tiny checkpoint of a test")
     changes = {"variants": (*family.variants, variant), "rows": own, "denials": ()}
     with registry_in_place(get_registry().with_family(family.model_copy(update=changes))) as registry:

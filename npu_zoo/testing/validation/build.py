@@ -146,8 +146,8 @@ def allowed_splits(
 def _find(family_name: str, variant_name: str) -> tuple[FamilySpec, VariantSpec, ModelConfig]:
     family = get_registry().families[family_name]
     variant = family.variant(variant_name)
-    config = variant and config_of(variant, family)
     assert variant is not None
+    config = config_of(variant, family)
     assert config is not None
     return family, variant, config
 

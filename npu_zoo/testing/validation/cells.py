@@ -19,11 +19,12 @@ from npu_zoo.core.hardware import DType
 from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.core.parallel import Split
 from npu_zoo.dispatch import resolve
-from npu_zoo.registry import Registry, get_registry, load_code
+from npu_zoo.registry import get_registry
 from npu_zoo.selection import select_attention, select_kernels
 from npu_zoo.settings import engine_args
 from npu_zoo.testing.agreement import Agreement, agree
 from npu_zoo.testing.door import unchecked_config
+from npu_zoo.testing.quantized import quantized
 from npu_zoo.testing.reference import PROMPTS
 from npu_zoo.testing.shapes import write_random_model
 from npu_zoo.testing.validation.claims import ClaimFails, Figures
@@ -212,19 +213,7 @@ def checkpoint(family_name: str, config_json: str, quantization: str) -> Path:
     if not _folder:
         _folder.append(tempfile.TemporaryDirectory(prefix="npu-zoo-validate-"))
     directory = Path(tempfile.mkdtemp(dir=_folder[0].name))
-    registry = get_registry()
-    if quantization == "none":
-        config = ModelConfig.model_validate_json(config_json)
-        return write_random_model(directory / "plain", registry.families[family_name], config)
-    return _quantized(registry, checkpoint(family_name, config_json, "none"), directory, quantization)
-
-
-def _quantized(registry: Registry, plain: Path, directory: Path, scheme: str) -> Path:
-    method = registry.quantization_methods[scheme]
-    write = getattr(method, "example", None)
-    if write:
-        load_code(write)(plain, directory / scheme)
-        return directory / scheme
-    from npu_zoo.testing.quantized import quantize_checkpoint
-
-    return quantize_checkpoint(plain, directory, bits=method.weight_bits, activations=method.activation_bits)[0]
+    if quantization != "none":
+        return quantized(checkpoint(family_name, config_json, "none"), directory / quantization, quantization)
+    config = ModelConfig.model_validate_json(config_json)
+    return write_random_model(directory, get_registry().families[family_name], config)

@@ -63,6 +63,7 @@ class Claim:
     Attributes:
         text: the claim as a sentence without its subject, such as ``builds on 4 ranks (tp 4)``.
         apart: whether the plugin's own code runs, which may hang or take its process along.
+        simulates: the product that the claim's process simulates; empty where it simulates none.
     """
 
     level: Level
@@ -70,6 +71,7 @@ class Claim:
     text: str
     check: Check = field(compare=False)
     apart: bool = False
+    simulates: str = ""
 
     @property
     def id(self) -> str:

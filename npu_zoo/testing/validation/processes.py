@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import npu_zoo
 from npu_zoo.core.errors import HardwareError
@@ -18,6 +19,7 @@ from npu_zoo.registry import registry_in_place
 from npu_zoo.selection import is_importable
 from npu_zoo.testing.validation.claims import Claim, Outcome
 from npu_zoo.testing.validation.scope import validation_registry
+from npu_zoo.testing.validation.simulate import ENVIRONMENT, VARIABLE
 
 _MEMORY_OF_A_JOB = 3 << 29
 """Bytes that a process with torch and a few tiny models may take."""
@@ -44,13 +46,8 @@ class Limits:
         return cls(jobs or min(len(os.sched_getaffinity(0)), fitting), timeout or cls.timeout)
 
 
-def judge(
-    claims: Sequence[Claim], limits: Limits, environment: Mapping[str, str] | None = None
-) -> Iterator[tuple[int, Outcome]]:
+def judge(claims: Sequence[Claim], limits: Limits) -> Iterator[tuple[int, Outcome]]:
     """Each claim's place in the sequence with its outcome, as they come in.
-
-    Args:
-        environment: variables that the processes have beside this one's.
 
     Raises:
         HardwareError: processes are needed, and what runs them is not installed.
@@ -59,8 +56,10 @@ def judge(
         if not claim.apart:
             yield number, claim.judge()
     apart = [(number, claim) for number, claim in enumerate(claims) if claim.apart]
-    if apart:
-        yield from _judge_apart(apart, limits, environment or {})
+    for product in dict.fromkeys(claim.simulates for _, claim in apart):
+        environment = {VARIABLE: product, **ENVIRONMENT} if product else {}
+        of_product = [(number, claim) for number, claim in apart if claim.simulates == product]
+        yield from _judge_apart(of_product, limits, environment)
 
 
 def _judge_apart(
@@ -73,13 +72,11 @@ def _judge_apart(
     share = available_memory() // limits.jobs
     context = multiprocessing.get_context("spawn")
     with _variables({**_THREADS, **environment}):
-        pool = ProcessPool(min(limits.jobs, len(claims)), initializer=prepare, initargs=(share,), context=context)
+        pool: Any = ProcessPool(min(limits.jobs, len(claims)), initializer=prepare, initargs=(share,), context=context)
         try:
-            waiting = {
-                pool.schedule(_judge, args=[claim], timeout=limits.timeout): entry
-                for entry in claims
-                for claim in entry[1:]
-            }
+            waiting: dict[concurrent.futures.Future[Outcome], tuple[int, Claim]] = {}
+            for number, claim in claims:
+                waiting[pool.schedule(_judge, args=[claim], timeout=limits.timeout)] = (number, claim)
             for future in concurrent.futures.as_completed(waiting):
                 number, claim = waiting[future]
                 yield number, _outcome(future, claim, limits)
@@ -102,7 +99,8 @@ def prepare(memory: int) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     limit = memory if hard == resource.RLIM_INFINITY else min(memory, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
-    npu_zoo.simulate()
+    with contextlib.suppress(RuntimeError):  # a claim that needs the simulated runtime says why it is not there
+        npu_zoo.simulate()
     _kept.enter_context(registry_in_place(validation_registry()))
 
 

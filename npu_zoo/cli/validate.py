@@ -1,0 +1,273 @@
+"""``validate``: whether what plugins claim holds, claim by claim."""
+
+from __future__ import annotations
+
+import enum
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from npu_zoo.cli.output import note, print_items, print_table
+
+if TYPE_CHECKING:
+    from npu_zoo.testing.validation.claims import Claim, Level, Outcome
+    from npu_zoo.testing.validation.scope import Part
+
+BROKEN = 6
+INTERRUPTED = 130
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class LevelName(str, enum.Enum):
+    """How far validation goes; each level includes those before it."""
+
+    spec = "spec"
+    build = "build"
+    run = "run"
+    simulate = "simulate"
+
+
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every claim as JSON.")]
+JunitFile = Annotated[
+    Path | None, typer.Option("--junit", metavar="FILE", help="Write JUnit's XML, as CI services read it.")
+]
+MarkdownFile = Annotated[
+    Path | None, typer.Option("--markdown", metavar="FILE", help="Write a summary in Markdown, with all that fails.")
+]
+LevelOption = Annotated[
+    LevelName,
+    typer.Option(
+        "--level",
+        metavar="LEVEL",
+        help="spec (data alone), build (code is imported, models are built without storage), run (tiny models run on "
+        "the CPU) or simulate (rows on NPUs run on the simulated runtime); each includes those before. Default: run.",
+    ),
+]
+JobsOption = Annotated[
+    int | None,
+    typer.Option("--jobs", metavar="N", min=1, help="Processes at once. Default: cores, as far as memory goes."),
+]
+TimeoutOption = Annotated[
+    float | None, typer.Option("--timeout", metavar="SECONDS", min=1, help="For one claim. Default: 300.")
+]
+EvidenceFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--evidence",
+        metavar="DIR",
+        help="Write evidence records to FAMILY.json in this folder. Default: evidence.json beside each plugin.",
+    ),
+]
+
+
+def validate(
+    families: Annotated[list[str] | None, typer.Argument(metavar="FAMILY…", help="Only these families.")] = None,
+    plugin: Annotated[
+        list[str] | None, typer.Option("--plugin", metavar="NAME", help="Only what this plugin brings; repeatable.")
+    ] = None,
+    level: LevelOption = LevelName.run,
+    only: Annotated[bool, typer.Option("--only", help="Leave out the levels below.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Run rows of this machine's own hardware and record what was measured.")
+    ] = False,
+    hardware: Annotated[
+        str | None, typer.Option("--hardware", metavar="PRODUCT", help="With --measure: what this machine is.")
+    ] = None,
+    json: JsonFile = None,
+    junit: JunitFile = None,
+    markdown: MarkdownFile = None,
+    evidence: EvidenceFolder = None,
+    jobs: JobsOption = None,
+    timeout: TimeoutOption = None,
+) -> None:
+    """Check what plugins claim: specs, shapes, kernels, every row of their matrices.
+
+    Levels simulate and --measure write evidence records. The exit code is 0 where every claim holds and 6 where one
+    fails; a claim that cannot be told on this machine is listed with what is missing.
+    """
+    code = run_validation(
+        tuple(plugin or ()),
+        level.value,
+        families=tuple(families or ()),
+        only=only,
+        measure=measure,
+        hardware=hardware,
+        json=json,
+        junit=junit,
+        markdown=markdown,
+        evidence=evidence,
+        jobs=jobs,
+        timeout=timeout,
+    )
+    if code:
+        raise typer.Exit(code)
+
+
+def run_validation(
+    plugins: tuple[str, ...],
+    level: Level,
+    *,
+    families: tuple[str, ...] = (),
+    only: bool = False,
+    measure: bool = False,
+    hardware: str | None = None,
+    json: Path | None = None,
+    junit: Path | None = None,
+    markdown: Path | None = None,
+    evidence: Path | None = None,
+    jobs: int | None = None,
+    timeout: float | None = None,
+) -> int:
+    """Validate plugins and report; see :func:`validate`.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UsageError, UnknownModelError: what is named does not exist, or a report would overwrite another file.
+        HardwareError: what runs the claims is not installed, or there is nothing to measure.
+    """
+    from npu_zoo.registry import registry_in_place
+    from npu_zoo.testing.validation import measuring, report, suite
+    from npu_zoo.testing.validation.processes import Limits
+    from npu_zoo.testing.validation.scope import parts_of, validation_registry
+
+    report.require_replaceable(file for file in (json, junit, markdown) if file)
+    registry = validation_registry()
+    parts = parts_of(registry, plugins, families)
+    with registry_in_place(registry):
+        products = measuring.products_at_hand(hardware) if measure else ()
+        claims = [] if measure else suite.claims_of(parts, level, only=only)
+        claims += [claim for part in parts for claim in measuring.claims(part, products)]
+        if measure and not claims:
+            raise measuring.nothing_to_measure(parts, products)
+        outcomes, complete = _judge(claims, Limits.of_machine(1 if measure else jobs, timeout))
+        writers: list[tuple[Path | None, Callable[[], str]]] = [
+            (json, lambda: report.to_json(outcomes, level, complete=complete)),
+            (junit, lambda: report.to_junit(outcomes)),
+            (markdown, lambda: report.to_markdown(outcomes)),
+        ]
+        _write_reports(writers)
+        if complete:
+            _write_evidence(parts, outcomes, evidence, measured=measure)
+    _print(outcomes)
+    if not complete:
+        return INTERRUPTED
+    return BROKEN if any(outcome.status == "fails" for outcome in outcomes) else 0
+
+
+def _judge(claims: Sequence[Claim], limits: Any) -> tuple[list[Outcome], bool]:
+    """The outcomes in the order of the claims, and whether they are all of them."""
+    from npu_zoo.testing.validation.processes import judge
+
+    found: dict[int, Outcome] = {}
+    with ClaimProgress(len(claims)) as progress:
+        try:
+            for number, outcome in judge(claims, limits):
+                found[number] = outcome
+                progress.update(outcome)
+        except KeyboardInterrupt:
+            note(f"interrupted: {len(found)} of {len(claims)} claims were judged")
+            return [found[number] for number in sorted(found)], False
+    return [found[number] for number in sorted(found)], True
+
+
+def _write_reports(writers: Sequence[tuple[Path | None, Callable[[], str]]]) -> None:
+    from npu_zoo.testing.files import write_whole
+
+    for file, text in writers:
+        if file:
+            write_whole(file, text())
+            note(f"wrote {file}")
+
+
+def _write_evidence(parts: Sequence[Part], outcomes: Sequence[Outcome], folder: Path | None, *, measured: bool) -> None:
+    from npu_zoo.testing.validation.measuring import versions
+    from npu_zoo.testing.validation.records import write_records
+
+    of_level = [outcome for outcome in outcomes if measured or outcome.level == "simulate"]
+    level, told = ("measured", versions()) if measured else ("simulated", {})
+    for written in write_records(parts, of_level, level, folder, told):  # type: ignore[arg-type]
+        lost = f"; {written.failed} that failed have none" if written.failed else ""
+        note(f"wrote records of {written.made} rows to {written.file}{lost}")
+
+
+def _print(outcomes: Sequence[Outcome]) -> None:
+    from npu_zoo.testing.validation import report
+
+    for title, status in (("cannot be told here", "skipped"), ("fails", "fails")):
+        told = [outcome for outcome in outcomes if outcome.status == status]
+        if told:
+            print_items(title, _grouped(told))
+            print()
+    rows = [
+        (plugin, family or "-", level, *(str(found[status]) for status in ("holds", "fails", "skipped")))
+        for (plugin, family, level), found in report.summary(outcomes).items()
+    ]
+    print_table(("plugin", "family", "level", "holds", "fails", "not told"), rows)
+    total, told = report.counts(outcomes), len(outcomes)
+    print(f"\n{total['holds']} of {told} claims hold, {total['fails']} fail, {total['skipped']} cannot be told here")
+
+
+def _grouped(outcomes: Sequence[Outcome]) -> list[str]:
+    """One line for what many claims of a plugin have in common; a failure always has a line of its own."""
+    from npu_zoo.testing.validation import report
+
+    groups: dict[tuple[str, ...], list[Outcome]] = {}
+    for outcome in outcomes:
+        alone = (report.describe(outcome),) if outcome.status == "fails" else ()
+        groups.setdefault((outcome.level, outcome.subject.plugin, outcome.message, *alone), []).append(outcome)
+    lines = []
+    for found in groups.values():
+        first = report.describe(found[0]) + f": {found[0].message}"
+        lines.append(first if len(found) == 1 else f"{first} (and {len(found) - 1} more)")
+    return lines
+
+
+class ClaimProgress(AbstractContextManager["ClaimProgress"]):
+    """How many claims are judged, at what rate, and how long the rest takes: a bar on a terminal, lines elsewhere."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done, self._failed = total, 0, 0
+        self._begin = self._last_line = time.monotonic()
+        self._bar: Any = _bar(total) if sys.stderr.isatty() else None
+
+    def __enter__(self) -> ClaimProgress:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def update(self, outcome: Outcome) -> None:
+        """Count one more."""
+        self._done += 1
+        self._failed += outcome.status == "fails"
+        now = time.monotonic()
+        failed = f"{self._failed} failed" if self._failed else ""
+        if self._bar:
+            self._bar.update(self._bar.task_ids[0], completed=self._done, failed=failed)
+        elif now - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            rate = self._done / (now - self._begin)
+            left = (self._total - self._done) / rate
+            text = f"{self._done}/{self._total} claims, {rate:.1f}/s, about {left:.0f} s left"
+            print(", ".join(filter(None, [text, failed])), file=sys.stderr, flush=True)
+
+
+def _bar(total: int) -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns: list[Any] = [TextColumn("claims"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    bar = Progress(*columns, TextColumn("[red]{task.fields[failed]}"), console=Console(stderr=True), transient=True)
+    bar.add_task("claims", total=total, failed="")
+    return bar

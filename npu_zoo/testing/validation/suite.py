@@ -1,0 +1,33 @@
+"""The whole suite: every claim of some plugins up to a level."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from npu_zoo.testing.validation import build, run, simulate, spec
+from npu_zoo.testing.validation.claims import Claim, Level, levels_up_to
+from npu_zoo.testing.validation.scope import Part
+
+_CLAIMS: Mapping[Level, Callable[[Part], Iterator[Claim]]] = {
+    "spec": spec.claims,
+    "build": build.claims,
+    "run": run.claims,
+    "simulate": simulate.claims,
+}
+
+
+def claims_of(parts: Iterable[Part], level: Level, *, only: bool = False) -> list[Claim]:
+    """Every claim, level by level.
+
+    Args:
+        only: leave out the levels below.
+    """
+    parts = list(parts)
+    levels = (level,) if only else levels_up_to(level)
+    return [
+        claim
+        for one in levels
+        for part in parts
+        if one == "spec" or not part.record.error
+        for claim in _CLAIMS[one](part)
+    ]
