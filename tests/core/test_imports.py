@@ -19,7 +19,7 @@ PACKAGE = Path(npu_zoo.__file__).parent
 # A room is a folder or module of the package. A room imports rooms of its own line or of lines above it.
 LINES: tuple[tuple[str, ...], ...] = (
     ("", "core"),
-    ("api", "registry"),
+    ("api", "registry", "uninstalled"),
     (
         "checkpoint",
         "communication",
@@ -47,6 +47,7 @@ PLUGIN_SURFACE = {"api", "nn"}
 HEAVY = {"torch", "torch_npu", "transformers", "accelerate"}
 TORCH_FREE = {"", "__main__", "api", "checkpoint", "cli", "communication", "core", "dispatch", "platforms", "plugins"}
 TORCH_FREE |= {"fitting", "parallel", "planning", "registry", "request", "selection", "settings", "splitting"}
+TORCH_FREE |= {"uninstalled"}
 
 
 @dataclass(frozen=True)
