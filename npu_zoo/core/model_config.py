@@ -260,8 +260,12 @@ class ModelConfig(BaseModel):
             raise WeightsError(f"config.json holds values of the wrong form:\n  {listed}") from None
 
     def to_hf(self) -> dict[str, Any]:
-        """A config.json that :meth:`from_hf` reads as this."""
-        own = self.model_dump(exclude={"architecture", "rope_scaling", "moe", "mla", "extra"}, exclude_none=True)
+        """A config.json that :meth:`from_hf` reads as this.
+
+        With latent attention it has no ``head_dim``, which other readers take for the rotated part's size.
+        """
+        parts = {"architecture", "rope_scaling", "moe", "mla", "extra"} | ({"head_dim"} if self.mla else set())
+        own = self.model_dump(exclude=parts, exclude_none=True)
         scaling = self.rope_scaling
         rope = {"type": scaling.kind, "factor": scaling.factor, **scaling.parameters}
         sections = [part.model_dump() for part in (self.moe, self.mla) if part]  # an unset q_lora_rank says something

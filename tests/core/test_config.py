@@ -103,6 +103,8 @@ def test_experts_and_latent_attention_are_parts_of_their_own() -> None:
     assert (config.moe.n_group, config.moe.topk_method, config.moe.topk_group) == (2, "noaux_tc", 1)
     assert (config.head_dim, config.mla.cache_dim, config.mla.q_lora_rank) == (48, 80, None)
     assert config.extra == {}
+    assert ModelConfig.from_hf(config.to_hf()) == config
+    assert "head_dim" not in config.to_hf()
 
 
 @pytest.mark.parametrize(
