@@ -22,6 +22,7 @@ from npu_zoo.cli import (
     launch,
     matrix,
     plan,
+    plugin,
     plugins,
     ports,
     pull,
@@ -86,6 +87,7 @@ def build_app() -> typer.Typer:
     app.command("ports", cls=ZooCommand)(ports.ports)
     app.command("plugins", cls=ZooCommand)(plugins.plugins)
     app.command("validate", cls=ZooCommand)(validate.validate)
+    app.add_typer(plugin.group, name="plugin")
     app.add_typer(ranktable.group, name="ranktable")
     app.add_typer(weights.group, name="weights")
     app.add_typer(config.group, name="config")

@@ -1,0 +1,83 @@
+"""``plugin``: the project of a new plugin, and the validation of one that is not installed."""
+
+from __future__ import annotations
+
+import enum
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from npu_zoo.cli.help import ZooCommand, ZooGroup
+from npu_zoo.cli.output import note
+from npu_zoo.cli.plugin_project import Architecture, NewPlugin, check_name, write_project
+from npu_zoo.registry import get_registry
+
+group = typer.Typer(cls=ZooGroup, help="Begin a plugin, and check one.", rich_markup_mode=None)
+
+
+class Level(str, enum.Enum):
+    """How far a validation goes; each level does what the ones before it do."""
+
+    spec = "spec"
+    build = "build"
+    run = "run"
+    simulate = "simulate"
+
+
+@group.command(cls=ZooCommand)
+def new(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The family's name, such as my_family.")],
+    architecture: Annotated[
+        Architecture,
+        typer.Option(
+            "--architecture",
+            metavar="KIND",
+            help="What the model is made of: llama; moe, which has experts; mla, with latent attention too.",
+        ),
+    ],
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="DIR", help="Where to. Default: npu-zoo-NAME, in this folder.")
+    ] = None,
+) -> None:
+    """Write the project of a new plugin, which passes its own tests. Nothing is overwritten."""
+    check_name(name, get_registry())
+    plugin = NewPlugin(name)
+    directory = to or Path(plugin.distribution)
+    files = write_project(plugin, architecture, directory)
+    print(f"{directory} is written:")
+    for file in files:
+        print(f"  {file}")
+    shown = shlex.quote(str(directory))
+    print("next:")
+    print(f"  pip install -e {shlex.quote(f'{directory.absolute()}[test]')}")
+    print(f"  pytest {shown}")
+    print(f"  npu-zoo validate --plugin {name} --level run")
+    print(f"{directory / 'README.md'} says what to edit first")
+
+
+@group.command(cls=ZooCommand)
+def check(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The directory with the plugin's pyproject.toml.")],
+    level: Annotated[
+        Level, typer.Option("--level", metavar="LEVEL", help="spec, build, run or simulate. Default: run.")
+    ] = Level.run,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON.")] = None,
+    junit: Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Write them as JUnit's XML.")] = None,
+    markdown: Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="Write them as a table.")] = None,
+) -> None:
+    """Validate a plugin's directory without installing it.
+
+    It is checked as `npu-zoo validate --plugin NAME` checks an installed one, and goes before an installed version of
+    itself. The exit code is 0 only where all claims hold.
+    """
+    from npu_zoo.cli.validate import run_validation  # type: ignore[import-not-found]
+    from npu_zoo.uninstalled import installed_from, read_project
+
+    project = read_project(directory)
+    if project.installed_version is not None:
+        note(f"{project.name} {project.installed_version} is installed; what is checked is {project.directory}")
+    with installed_from(directory) as names:
+        code = run_validation(names, level.value, json=json, junit=junit, markdown=markdown)
+    raise typer.Exit(code)
