@@ -38,6 +38,7 @@ from npu_zoo.core.model_config import (
     ReasoningFormat,
     RopeScaling,
 )
+from npu_zoo.core.quantization import QuantizationConfig
 from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.core.specs import (
     AttentionBackendSpec,
@@ -82,6 +83,7 @@ __all__ = [
     "PluginError",
     "PromptError",
     "PromptFormat",
+    "QuantizationConfig",
     "QuantizationSpec",
     "ReasoningFormat",
     "RequestMetrics",

@@ -8,8 +8,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from npu_zoo.core.errors import WeightsError
-from npu_zoo.core.specs import WeightFormatSpec
+from pydantic import ValidationError
+
+from npu_zoo.core.errors import NpuZooError, PluginError, WeightsError, validation_lines
+from npu_zoo.core.quantization import QuantizationConfig
+from npu_zoo.core.specs import QuantizationSpec, WeightFormatSpec
+from npu_zoo.registry import load_code
 
 MAX_CONFIG_BYTES = 8 * 1024 * 1024
 _RANK = "rank_"
@@ -98,6 +102,51 @@ def read_generation_config(directory: str | Path) -> dict[str, Any]:
         WeightsError: it is too large, or no JSON object.
     """
     return _read_json(Path(directory) / "generation_config.json") or {}
+
+
+def quant_method_of(section: Any) -> str:
+    """What config.json's ``quantization_config`` calls its method; empty where it does not say."""
+    method = section.get("quant_method") if isinstance(section, Mapping) else None
+    return method if isinstance(method, str) else ""
+
+
+def read_quantization(section: Any, methods: Mapping[str, QuantizationSpec]) -> QuantizationConfig:
+    """How config.json's ``quantization_config`` says that linear layers are stored, by the reader of its method.
+
+    Args:
+        section: what config.json holds there.
+        methods: what is registered; of several readers of a method the first that reads the section is taken.
+
+    Raises:
+        ValueError: nobody reads its method, or it says what its readers do not read; the message says what.
+        PluginError: a reader is broken.
+    """
+    named = quant_method_of(section)
+    readers = dict.fromkeys(spec.reader for spec in methods.values() if spec.quant_method == named)
+    if not readers:
+        raise ValueError(f"no plugin reads quant_method {named}" if named else "it names no quant_method")
+    reasons = []
+    for reader in readers:
+        try:
+            return _read_by(reader, section)
+        except ValidationError as error:
+            reasons.append("; ".join(validation_lines(error)))
+        except ValueError as error:
+            reasons.append(str(error))
+    raise ValueError("; ".join(reasons))
+
+
+def _read_by(reader: str, section: Any) -> QuantizationConfig:
+    read = load_code(reader)
+    try:
+        found = read(section)
+    except (ValueError, NpuZooError):
+        raise
+    except Exception as error:  # a plugin's own code
+        raise PluginError(f"{reader} raised {type(error).__name__} on a quantization_config: {error}") from error
+    if not isinstance(found, QuantizationConfig):
+        raise PluginError(f"{reader} gave {type(found).__name__} where a QuantizationConfig is due")
+    return found
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -9,11 +9,12 @@ import os
 import re
 import shlex
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from npu_zoo.checkpoint import detect_format, has_chat_template
+from npu_zoo.checkpoint import detect_format, has_chat_template, quant_method_of, read_quantization
 from npu_zoo.core.config import (
     _SEAL,
     DEFAULT_COLLECTIVE_TIMEOUT_S,
@@ -30,7 +31,7 @@ from npu_zoo.core.features import KINDS, Conflict, FeatureRow, Reason, Verdict
 from npu_zoo.core.hardware import ITEMSIZE, chip_of
 from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.core.parallel import Split
-from npu_zoo.core.quantization import CONFIG_KEY, QUANT_METHOD, QuantizationConfig
+from npu_zoo.core.quantization import CONFIG_KEY
 from npu_zoo.core.specs import EngineSpec, QuantizationSpec
 from npu_zoo.fitting import cache_share, plan_request, require_fit
 from npu_zoo.parallel.environment import LaunchEnvironment
@@ -94,7 +95,9 @@ def resolve(args: EngineArgs, registry: Registry | None = None) -> EngineConfig:
         request.kv_cache_dtype,
     )
     method = _quantization_method(request, chip, registry)
-    kernels = select_kernels(registry.kernels, chip, request.dtype, config, request.quantization)
+    kernels = select_kernels(
+        registry.kernels, chip, request.dtype, config, request.quantization, request.family.operations
+    )
     _check_fallbacks(args, kernels)
     chosen = _Chosen(verdict.row, weights, config, engine, attention, kernels, method)
     return _engine_config(args, request, chosen)
@@ -180,16 +183,18 @@ def _weights(args: EngineArgs, request: Request, registry: Registry) -> tuple[Pa
         listed = "\n  ".join(differences)
         way_out = _owners_of(config.architecture, request, registry)
         raise WeightsError(f"{directory} is not {request.model}:\n  {listed}\n{way_out}")
-    _check_quantization(request, directory, config)
+    _check_quantization(request, directory, config, registry.quantization_methods)
     detect_format(directory, registry.weight_formats)
     return directory, config
 
 
-def _check_quantization(request: Request, directory: Path, config: ModelConfig) -> None:
+def _check_quantization(
+    request: Request, directory: Path, config: ModelConfig, methods: Mapping[str, QuantizationSpec]
+) -> None:
     """Refuse a checkpoint that is quantized in a way that is not read, or in another one than was asked for."""
     raw, stored = config.extra.get(CONFIG_KEY), request.quantization_config
     if raw and stored is None:
-        raise WeightsError(_how_to_convert(request, directory, raw))
+        raise WeightsError(_how_to_convert(request, directory, raw, methods))
     scheme = stored.scheme if stored else "none"
     if request.quantization != scheme:
         holds = f"is quantized in {scheme}" if stored else "is not quantized"
@@ -232,10 +237,11 @@ def _owners_of(architecture: str, request: Request, registry: Registry) -> str:
     return f"families that load {architecture or 'it'}: {', '.join(owners) or 'none is registered'}"
 
 
-def _how_to_convert(request: Request, directory: Path, quantized: Any) -> str:
-    method = str(quantized.get("quant_method", "")) if isinstance(quantized, dict) else ""
+def _how_to_convert(request: Request, directory: Path, quantized: Any, methods: Mapping[str, QuantizationSpec]) -> str:
+    method = quant_method_of(quantized)
     text = f"{directory} is quantized, which {request.model} does not load"
-    why = f": {_why_unread(quantized)}" if method == QUANT_METHOD else ""
+    is_known = any(spec.quant_method == method for spec in methods.values())
+    why = f": {_why_unread(quantized, methods)}" if is_known else ""
     text += f" (quant_method {method}{why}); " if method else "; "
     command = request.family.conversions.get(method)
     if command is None:
@@ -244,9 +250,9 @@ def _how_to_convert(request: Request, directory: Path, quantized: Any) -> str:
     return f"{text}convert it first:\n  {command.format(source=source, target=target)}\nthen --weights {target}"
 
 
-def _why_unread(quantized: Any) -> str:
+def _why_unread(quantized: Any, methods: Mapping[str, QuantizationSpec]) -> str:
     try:
-        QuantizationConfig.from_hf(quantized)
+        read_quantization(quantized, methods)
     except ValueError as error:
         return str(error)
     return ""

@@ -86,7 +86,7 @@ def plan_request(args: EngineArgs, request: Request, config: ModelConfig, split:
         request.dtype,
         split,
         workload_of(args, config),
-        quantization=request.quantization,
+        weight_bits=request.weight_bits,
         group_size=request.quantization_config.group_size if request.quantization_config else None,
         kv_cache_dtype=request.kv_cache_dtype,
         device=chip_of(request.hardware).device,

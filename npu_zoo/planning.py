@@ -64,19 +64,14 @@ class _Matrix:
     kind: str = "linear"  # linear: may be quantized; plain: the compute dtype; float32
     count: int = 1
 
-    def stored(self, itemsize: int, quantization: str, group_size: int | None) -> int:
+    def stored(self, itemsize: int, bits: int | None, group_size: int | None) -> int:
         values = self.rows * self.columns * self.count
         if self.kind == "float32":
             return values * _FLOAT32
-        bits = WEIGHT_BITS.get(quantization) if self.kind == "linear" else None
-        if bits is None:
+        if bits is None or self.kind != "linear":
             return values * itemsize
         groups = _ceil(self.columns, group_size or self.columns)
         return values * bits // 8 + self.rows * groups * self.count * itemsize  # codes and scales
-
-
-WEIGHT_BITS: dict[str, int] = {"w8a16": 8, "w8a8": 8, "w4a16": 4, "sparse": 8}
-"""Bits of a quantized weight; what compression of sparse weights saves beyond that is not counted."""
 
 
 def plan_rank(
@@ -85,7 +80,7 @@ def plan_rank(
     split: Split,
     workload: Workload,
     *,
-    quantization: str = "none",
+    weight_bits: int | None = None,
     group_size: int | None = None,
     kv_cache_dtype: str = "auto",
     device: str = "npu",
@@ -95,12 +90,13 @@ def plan_rank(
     Args:
         dtype: the compute dtype.
         device: ``cpu``, ``cuda`` or ``npu``; what an int8 cache keeps beside its codes differs.
+        weight_bits: of a code of a quantized weight; None where weights are plain.
         group_size: inputs that share a quantized weight's scale; None where there is one per output channel.
     """
     itemsize = ITEMSIZE[dtype]
     stages = stage_layers(config.num_hidden_layers, split.pp)
     weights = max(
-        sum(matrix.stored(itemsize, quantization, group_size) for matrix in matrices)
+        sum(matrix.stored(itemsize, weight_bits, group_size) for matrix in matrices)
         for matrices in (_stage_matrices(config, stages, number, split) for number in range(split.pp))
     )
     per_token = _token_bytes(config, split.tp, itemsize, kv_cache_dtype, device)

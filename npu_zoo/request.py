@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import importlib.resources
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from npu_zoo.checkpoint import read_config, read_generation_config
+from npu_zoo.checkpoint import read_config, read_generation_config, read_quantization
 from npu_zoo.core.config import EngineArgs
 from npu_zoo.core.errors import HardwareError, UsageError, WeightsError
 from npu_zoo.core.features import Attention, AxisValue, FeatureRow, layout_names, splits_of
@@ -19,7 +20,7 @@ from npu_zoo.core.hardware import DTYPE_ALIASES, DTYPES, PRODUCTS, DType
 from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.core.parallel import Split
 from npu_zoo.core.quantization import CONFIG_KEY, QuantizationConfig
-from npu_zoo.core.specs import FamilySpec, VariantSpec
+from npu_zoo.core.specs import FamilySpec, QuantizationSpec, VariantSpec
 from npu_zoo.platforms.detection import detect_products
 from npu_zoo.registry import Registry
 
@@ -34,6 +35,7 @@ class Request:
         config: the checkpoint's hyperparameters, or else the variant's where it states them.
         quantization_config: how the checkpoint is quantized; None where it is plain, or quantized in a way that is not
             read, and where there is no checkpoint.
+        weight_bits: of a code of a quantized weight; None where weights are plain, and where nobody says it.
     """
 
     asked: str
@@ -49,6 +51,7 @@ class Request:
     long_sequence: bool
     config: ModelConfig | None
     quantization_config: QuantizationConfig | None = None
+    weight_bits: int | None = None
 
     @property
     def model(self) -> str:
@@ -83,9 +86,10 @@ def read_request(args: EngineArgs, registry: Registry) -> Request:
         UsageError: the request is malformed or names an unknown model.
         WeightsError: ``weights`` were given and their config.json cannot be read.
         HardwareError: no hardware is named, and the machine's cannot be told.
+        PluginError: the plugin that reads the checkpoint's quantization is broken.
     """
     family, variant, config = _identify(args, registry)
-    return _fill_in(args, family, variant, config)
+    return _fill_in(args, family, variant, config, registry.quantization_methods)
 
 
 def _identify(args: EngineArgs, registry: Registry) -> tuple[FamilySpec, VariantSpec, ModelConfig | None]:
@@ -150,14 +154,20 @@ def bundled_directory(variant: VariantSpec) -> Path | None:
     return Path(str(importlib.resources.files(package) / folder))
 
 
-def _fill_in(args: EngineArgs, family: FamilySpec, variant: VariantSpec, config: ModelConfig | None) -> Request:
+def _fill_in(
+    args: EngineArgs,
+    family: FamilySpec,
+    variant: VariantSpec,
+    config: ModelConfig | None,
+    methods: Mapping[str, QuantizationSpec],
+) -> Request:
     hardware = args.hardware or _detected(family, variant)
     if hardware not in PRODUCTS:
         raise UsageError(f"unknown hardware '{hardware}'; known: {', '.join(PRODUCTS)}")
     rows = _rows_on(family, variant.size, hardware, experimental=bool(args.allow_experimental))
     dtype = _dtype(args.dtype, rows, config)
     rows = [row for row in rows if dtype in row.dtype] or rows
-    stored = _stored_quantization(config)
+    stored = _stored_quantization(config, methods)
     quantization = args.quantization or (stored.scheme if stored else "none")
     offered = [kind for row in rows for kind in row.attention]
     too_long = bool(config and args.max_model_len and args.max_model_len > config.context_length)
@@ -176,15 +186,26 @@ def _fill_in(args: EngineArgs, family: FamilySpec, variant: VariantSpec, config:
         long_sequence=too_long,
         config=config,
         quantization_config=stored,
+        weight_bits=_weight_bits(quantization, stored, methods),
     )
 
 
-def _stored_quantization(config: ModelConfig | None) -> QuantizationConfig | None:
+def _stored_quantization(
+    config: ModelConfig | None, methods: Mapping[str, QuantizationSpec]
+) -> QuantizationConfig | None:
     raw = config.extra.get(CONFIG_KEY) if config else None
     try:
-        return QuantizationConfig.from_hf(raw) if raw else None
+        return read_quantization(raw, methods) if raw else None
     except ValueError:  # dispatch refuses it with the reason, once the matrix has been asked
         return None
+
+
+def _weight_bits(
+    quantization: str, stored: QuantizationConfig | None, methods: Mapping[str, QuantizationSpec]
+) -> int | None:
+    if stored and stored.scheme == quantization:
+        return stored.weight_bits
+    return methods[quantization].weight_bits if quantization in methods else None
 
 
 def _detected(family: FamilySpec, variant: VariantSpec) -> str:

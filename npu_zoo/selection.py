@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 from npu_zoo.core.config import AttentionChoice, KernelChoice
@@ -21,6 +21,20 @@ from npu_zoo.core.specs import AttentionBackendSpec, KernelSpec
 _STORED = {"heads": "keys and values by head", "latent": "latents (MLA)"}
 
 
+SHARED_OPERATIONS = (
+    "rms_norm",
+    "add_rms_norm",
+    "rotary_embedding",
+    "interleaved_rotary_embedding",
+    "head_linear",
+    "silu_and_mul",
+    "linear",
+    "route_tokens",
+    "experts",
+    "top_k_top_p",
+)
+"""The zoo's own operations, which every run has a kernel for."""
+
 _OF_EXPERTS = ("route_tokens", "experts")
 _OF_LATENTS = ("head_linear", "interleaved_rotary_embedding")
 _OF_HEADS = ("rotary_embedding",)
@@ -32,26 +46,42 @@ def select_kernels(
     dtype: DType,
     config: ModelConfig | None = None,
     quantization: str = "none",
+    operations: Collection[str] | None = None,
 ) -> tuple[KernelChoice, ...]:
-    """The kernel of every registered operation for a chip and dtype; one that the model has no use for is no fallback.
+    """The kernel of every operation of a run, for a chip and dtype; one that the model has no use for is no fallback.
 
-    Operations of quantized layers are left out but for those of the scheme ``quantization``.
+    Args:
+        kernels: what is registered.
+        chip: the chip's name.
+        dtype: the compute dtype.
+        config: the model's hyperparameters; None takes every kind of layer for used.
+        quantization: operations of quantized layers are left out but for those of this scheme.
+        operations: those beyond the shared ones that the family calls; None takes every registered one.
 
     Raises:
         PluginError: an operation has no kernel that is available.
     """
     unused = _unused(config, quantization) if config else ()
-    operations = sorted({spec.operation for spec in kernels.values() if _concerns(spec.operation, quantization)})
-    choices = [_select_kernel(operation, kernels.values(), chip, dtype) for operation in operations]
-    return tuple(
-        replace(choice, fallback=False, reason="this model does not use it") if choice.operation in unused else choice
-        for choice in choices
+    concerned = _concerned({spec.operation for spec in kernels.values()}, quantization, operations)
+    choices = (
+        _select_kernel(operation, kernels.values(), chip, dtype)
+        if operation not in unused
+        else _select_unused(operation, kernels.values(), chip, dtype)
+        for operation in sorted(concerned)
     )
+    return tuple(choice for choice in choices if choice is not None)
 
 
-def _concerns(operation: str, quantization: str) -> bool:
-    """Whether an operation is one of every run, or of this scheme's layers."""
-    return scheme_of(operation) in (None, quantization)
+def _concerned(registered: set[str], quantization: str, operations: Collection[str] | None) -> set[str]:
+    """The registered operations of a run: the zoo's own, the family's, and those of the scheme's layers."""
+    if operations is None:
+        wanted = registered
+    else:
+        missing = sorted({*operations} - registered)
+        if missing:
+            raise PluginError(f"no plugin registers a kernel for {', '.join(missing)}, which the model calls")
+        wanted = registered & {*SHARED_OPERATIONS, *operations, *scheme_operations(quantization)}
+    return {operation for operation in wanted if scheme_of(operation) in (None, quantization)}
 
 
 def _unused(config: ModelConfig, quantization: str) -> tuple[str, ...]:
@@ -74,6 +104,15 @@ def _select_kernel(operation: str, kernels: Iterable[KernelSpec], chip: str, dty
     fallback = best.chip == "any" and best.priority <= 0
     reason = best.description or f"priority {best.priority} on {best.chip}"
     return KernelChoice(operation, best.name, best.implementation, reason, fallback, tuple(passed))
+
+
+def _select_unused(operation: str, kernels: Iterable[KernelSpec], chip: str, dtype: DType) -> KernelChoice | None:
+    """What an operation would have that the model has no use for; such a one needs no kernel there."""
+    try:
+        choice = _select_kernel(operation, kernels, chip, dtype)
+    except PluginError:
+        return None
+    return replace(choice, fallback=False, reason="this model does not use it")
 
 
 def select_attention(

@@ -15,9 +15,6 @@ from npu_zoo.core.parallel import Split
 from npu_zoo.core.quantization import QuantizationConfig
 from npu_zoo.request import Request
 
-_WORD_BITS = 32
-"""Of a word that codes are packed in; no word is split between ranks."""
-
 
 @dataclass(frozen=True)
 class _Shared:
@@ -109,16 +106,11 @@ def _grouped_columns(config: ModelConfig, quantization: QuantizationConfig | Non
 
 def _in_groups(layer: str, columns: int, quantization: QuantizationConfig) -> _Shared:
     """Columns of which every rank has whole groups, and whole words of codes."""
-    group, codes = quantization.group_size or 1, _codes_per_word(quantization)
+    group, codes = quantization.group_size or 1, quantization.codes_per_word
     unit = math.lcm(group, codes)
-    bound = f"groups of {group}" if group > 1 else f"words of {codes} codes"
-    what = f"{columns} columns of {layer} in {bound}"
+    bound = f" in groups of {group}" if group > 1 else f" in words of {codes} codes" if codes > 1 else ""
+    what = f"{columns} columns of {layer}{bound}"
     return _Shared(what, lambda ranks: ranks == 1 or (columns % ranks == 0 and columns // ranks % unit == 0))
-
-
-def _codes_per_word(quantization: QuantizationConfig) -> int:
-    """Weights that go with int8 activations are bytes; others are packed in words."""
-    return _WORD_BITS // quantization.weight_bits if quantization.activation_bits == 16 else 1
 
 
 def _is_quantized(layer: str, config: ModelConfig, quantization: QuantizationConfig) -> bool:

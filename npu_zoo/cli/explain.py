@@ -92,7 +92,8 @@ def explain_request(args: EngineArgs) -> Explanation:
 def _without_weights(args: EngineArgs, verdict: Verdict, row: FeatureRow, obstacle: NpuZooError) -> Explanation:
     registry, request = get_registry(), verdict.request
     chip, dtype = chip_of(str(request["hardware"])).name, cast("DType", request["dtype"])
-    model_config = read_request(args, registry).config
+    asked = read_request(args, registry)
+    model_config, operations = asked.config, asked.family.operations
     attention: AttentionChoice | str = "depends on the head size of the checkpoint; give --weights"
     if model_config:
         kind, stored = cast("Attention", request["attention"]), str(request["kv_cache_dtype"])
@@ -101,7 +102,7 @@ def _without_weights(args: EngineArgs, verdict: Verdict, row: FeatureRow, obstac
                 registry.attention_backends, kind, chip, dtype, model_config, args.block_size, stored
             )
         )
-    kernels = _or_reason(lambda: select_kernels(registry.kernels, chip, dtype))
+    kernels = _or_reason(lambda: select_kernels(registry.kernels, chip, dtype, operations=operations))
     return Explanation(verdict, row, None, obstacle, attention, kernels)
 
 

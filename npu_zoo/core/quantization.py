@@ -1,138 +1,62 @@
-"""How a checkpoint's linear layers are quantized, as its config.json says it.
-
-The layout is that of compressed-tensors (github.com/vllm-project/compressed-tensors): symmetric integers, with a scale
-per output channel or per group of inputs.
-"""
+"""How a checkpoint's linear layers are quantized, as the reader of its method makes it of config.json."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from npu_zoo.core.errors import validation_lines
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 CONFIG_KEY = "quantization_config"
 """Where config.json keeps it."""
-
-QUANT_METHOD = "compressed-tensors"
-
-_FORMATS = {"pack-quantized": 16, "int-quantized": 8}
-"""Layouts that are read, and the bits of the activations that go with each."""
 
 _PATTERN = "re:"
 """What an entry of ``ignore`` begins with that is a pattern."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class _Weights(_Section):
-    num_bits: Literal[4, 8]
-    type: Literal["int"]
-    symmetric: Literal[True]
-    strategy: Literal["channel", "group"]
-    group_size: int | None = Field(default=None, gt=0)
-    dynamic: Literal[False] = False
-
-
-class _Activations(_Section):
-    num_bits: Literal[8]
-    type: Literal["int"]
-    symmetric: Literal[True]
-    strategy: Literal["token"]
-    dynamic: Literal[True]
-
-
-class _Group(_Section):
-    targets: tuple[Literal["Linear"]]
-    weights: _Weights
-    input_activations: _Activations | None = None
-    output_activations: None = None
-
-
-class _CompressedTensors(_Section):
-    quant_method: Literal["compressed-tensors"]
-    format: Literal["pack-quantized", "int-quantized"]
-    quantization_status: Literal["compressed"] = "compressed"
-    config_groups: dict[str, _Group] = Field(min_length=1, max_length=1)
-    ignore: tuple[str, ...] = ()
-    kv_cache_scheme: None = None
+def _scheme_of_bits(values: dict[str, Any]) -> str:
+    return f"w{values.get('weight_bits')}a{values.get('activation_bits')}"
 
 
 class QuantizationConfig(BaseModel):
-    """How linear layers are stored: ``weight = code * scale``.
+    """How linear layers are stored.
 
     Attributes:
-        weight_bits: of a code, which is from ``-2 ** (bits - 1)`` to ``2 ** (bits - 1) - 1``.
+        weight_bits: of a code.
         activation_bits: 16 where activations stay in the compute dtype, 8 where each token's become int8 with a scale.
+        scheme: what ``--quantization`` and the matrix call it; by default after the bits, such as ``w8a16``.
         group_size: inputs that share a scale; None where an output channel has a single one.
         ignore: names of layers that are stored plainly; one that begins with ``re:`` is a pattern.
+        codes_per_word: neighbouring inputs whose codes are packed into one word, which no two ranks share; 1 where
+            codes are not packed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     weight_bits: int = Field(gt=0)
     activation_bits: int = Field(gt=0)
+    scheme: str = Field(default_factory=_scheme_of_bits, min_length=1)
     group_size: int | None = Field(default=None, gt=0)
     ignore: tuple[str, ...] = ()
+    codes_per_word: int = Field(default=1, gt=0)
 
-    @property
-    def scheme(self) -> str:
-        """Such as ``w8a16``: what ``--quantization`` and the matrix call it."""
-        return f"w{self.weight_bits}a{self.activation_bits}"
+    @model_validator(mode="after")
+    def _readable_patterns(self) -> QuantizationConfig:
+        try:
+            for entry in self.ignore:
+                if entry.startswith(_PATTERN):
+                    re.compile(entry[len(_PATTERN) :])
+        except re.error as error:
+            raise ValueError(f"ignore holds a pattern that cannot be read: {error}") from None
+        return self
 
     def ignores(self, layer: str) -> bool:
         """Whether a layer, by its name in the checkpoint, is stored plainly."""
         return any(_matches(entry, layer) for entry in self.ignore)
 
-    @classmethod
-    def from_hf(cls, raw: Any) -> QuantizationConfig:
-        """Read config.json's ``quantization_config``.
-
-        Raises:
-            ValueError: it is of another method, or says something that is not read; the message says what.
-        """
-        if not isinstance(raw, Mapping) or raw.get("quant_method") != QUANT_METHOD:
-            raise ValueError(f"only quant_method {QUANT_METHOD} is read")
-        try:
-            found = _CompressedTensors.model_validate(raw)
-            _check_patterns(found.ignore)
-        except ValidationError as error:
-            raise ValueError("; ".join(validation_lines(error))) from None
-        except re.error as error:
-            raise ValueError(f"ignore holds a pattern that cannot be read: {error}") from None
-        (group,) = found.config_groups.values()
-        weights, activations = group.weights, 8 if group.input_activations else 16
-        _require_consistent(found.format, weights, activations)
-        return cls(
-            weight_bits=weights.num_bits,
-            activation_bits=activations,
-            group_size=weights.group_size if weights.strategy == "group" else None,
-            ignore=found.ignore,
-        )
-
 
 def _matches(entry: str, layer: str) -> bool:
     return re.match(entry[len(_PATTERN) :], layer) is not None if entry.startswith(_PATTERN) else entry == layer
-
-
-def _check_patterns(ignore: Iterable[str]) -> None:
-    for entry in ignore:
-        if entry.startswith(_PATTERN):
-            re.compile(entry[len(_PATTERN) :])
-
-
-def _require_consistent(layout: str, weights: _Weights, activation_bits: int) -> None:
-    if _FORMATS[layout] != activation_bits:
-        raise ValueError(f"format {layout} goes with activations of {_FORMATS[layout]} bits, not {activation_bits}")
-    if weights.strategy == "group" and weights.group_size is None:
-        raise ValueError("strategy group lacks its group_size")
-    if activation_bits == 8 and (weights.num_bits, weights.strategy) != (8, "channel"):
-        raise ValueError("int8 activations go with int8 weights that have a scale per channel")
 
 
 _OPERATIONS = ("linear", "experts")

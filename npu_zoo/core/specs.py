@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from npu_zoo.core.compressed_tensors import QUANT_METHOD
 from npu_zoo.core.evidence import EvidenceRecord, row_digest
 from npu_zoo.core.features import Attention, Conflict, Denial, FeatureMatrix, FeatureRow
 from npu_zoo.core.hardware import DType
@@ -79,6 +80,8 @@ class FamilySpec(_Spec):
         model: a subclass of :class:`npu_zoo.nn.model.CausalLM`.
         variants: every variant; exactly one name or alias each.
         default_variant: what the bare family name means where no weights are given.
+        operations: operations of its own that its model calls, which some plugin registers kernels for; the model finds
+            them in :attr:`npu_zoo.nn.kernels.table.Kernels.more`. Other families' runs choose no kernel for them.
         rows, denials, conflicts: the feature matrix; see :mod:`npu_zoo.core.features`.
         records: the evidence of every row whose ``evidence`` is above ``claimed``.
         config_defaults: by architecture, values of config.json's keys that its checkpoints may leave out.
@@ -97,6 +100,7 @@ class FamilySpec(_Spec):
     fim: FimFormat | None = None
     config_defaults: dict[str, dict[str, Any]] = Field(default_factory=dict)
     conversions: dict[str, str] = Field(default_factory=dict)
+    operations: tuple[Name, ...] = ()
     rows: tuple[FeatureRow, ...] = Field(min_length=1)
     denials: tuple[Denial, ...] = ()
     conflicts: tuple[Conflict, ...] = ()
@@ -157,11 +161,18 @@ class FamilySpec(_Spec):
 class KernelSpec(_Spec):
     """An implementation of one operation for one chip.
 
+    An operation that is not the zoo's own has the signature of its reference, the kernel of chip ``any`` with priority
+    0, which its other kernels are tested against. Names that begin with ``linear_`` and ``experts_`` are those of
+    quantization schemes; see :class:`QuantizationSpec`.
+
     Attributes:
         operation: such as ``rms_norm``; the signatures are in :mod:`npu_zoo.nn.kernels.reference`.
         chip: a chip's name, or ``any``.
         implementation: a callable with the operation's signature.
         priority: the highest that is available wins; the plain reference has 0.
+        inputs: of the reference of an operation that is not the zoo's own, what its kernels are tested with: a function
+            of a number of rows, a torch.dtype and a seed that gives a tuple of arguments. For ``linear_SCHEME`` these
+            are the input, [rows, in_features], and the weight that the kernel packs.
         requires: modules that must be importable, such as ``torch_npu``.
         operators: the operators of torch_npu that it calls, named as torch_npu has them, such as ``npu_rms_norm``;
             `npu-zoo doctor` looks them up in the installed one.
@@ -175,6 +186,7 @@ class KernelSpec(_Spec):
     priority: int = 10
     requires: tuple[str, ...] = ()
     operators: tuple[str, ...] = ()
+    inputs: CodeRef | None = None
     description: str = ""
 
 
@@ -261,14 +273,18 @@ class WeightFormatSpec(_Spec):
 class QuantizationSpec(_Spec):
     """A quantization method: how a checkpoint stores the weights of its linear layers.
 
-    What multiplies with them are the kernels of two operations that carry the method's name: ``linear_w8a16`` and
-    ``experts_w8a16`` for w8a16.
+    What multiplies with them are the kernels of two operations that carry the method's name: ``linear_w8a16`` and,
+    for models with experts, ``experts_w8a16`` for w8a16.
 
     Attributes:
         name: the scheme, as ``--quantization`` and matrix rows name it.
         weight_bits, activation_bits: such as 8 and 16 for w8a16.
         chips: those that it is for, or ``any``.
         method: a subclass of :class:`npu_zoo.nn.quantization.WeightMethod`.
+        quant_method: what config.json's ``quantization_config`` calls itself in checkpoints that it reads.
+        reader: a function of that section, without torch, that gives a
+            :class:`~npu_zoo.core.quantization.QuantizationConfig` whose ``scheme`` is this name, or another one of the
+            same ``quant_method``; it raises ValueError where the section says what it does not read.
     """
 
     name: Name
@@ -276,4 +292,6 @@ class QuantizationSpec(_Spec):
     activation_bits: int
     chips: tuple[str, ...] = Field(min_length=1)
     method: CodeRef
+    quant_method: str = Field(default=QUANT_METHOD, min_length=1)
+    reader: CodeRef = "npu_zoo.core.compressed_tensors:read_compressed_tensors"
     description: str = ""

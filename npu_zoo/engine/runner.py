@@ -250,7 +250,9 @@ class ModelRunner:
 
     def _quantization(self) -> Quantization | None:
         stored, method = self.config.quantization_config, self.config.quantization_method
-        return bind_quantization(stored, method, self.kernels) if stored and method else None
+        if stored is None or method is None:
+            return None
+        return bind_quantization(stored, method, self.kernels, has_experts=self.config.model_config.moe is not None)
 
     def _check_memory(self, needed: int) -> None:
         free = free_memory(self.device)

@@ -40,8 +40,12 @@ class LlamaAttention(nn.Module):
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], context: ForwardContext) -> Tensor:
         """[T, hidden_size] to [T, hidden_size]; ``rotation`` holds the rows' cosines and sines."""
         query, key, value = (part.view(len(x), -1, self._head_dim) for part in self.qkv_proj.by_parts(x))
-        query, key = self._kernels.rotary_embedding(query, key, *rotation)
+        query, key = self._kernels.rotary_embedding(*self.prepare_heads(query, key), *rotation)
         return self._project(context.attend(self._layer, query, key, value))
+
+    def prepare_heads(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """What a family does with [T, heads, head_dim] queries and keys before they are turned; here nothing."""
+        return query, key
 
     def _project(self, attended: Tensor) -> Tensor:
         projected: Tensor = self.o_proj(attended.flatten(1))

@@ -137,14 +137,18 @@ class Linear(nn.Module):
         return Shard(0, index * rows, (index + 1) * rows, self._whole[part])
 
     def _shard_of_columns(self, name: str, view: Tensor) -> Shard | None:
-        tensor = name.partition(".")[2]
-        if tensor == "weight_shape" or (tensor == "weight_scale" and self._has_channel_scales()):
+        if name.partition(".")[2] not in self._tensors_of_columns():
             return None
         size = view.shape[1]
         return Shard(1, self._tp.rank * size, (self._tp.rank + 1) * size, size * self._tp.size)
 
-    def _has_channel_scales(self) -> bool:
-        return self.quantization is None or self.quantization.config.group_size is None
+    def _tensors_of_columns(self) -> set[str]:
+        """The tensors whose shape depends on the number of columns; of a scale per row every rank has all."""
+        if self.quantization is None:
+            return set(self._tensors)
+        method, rows = self.quantization.method, sum(self.parts.values())
+        share, whole = (method.tensors(rows, columns) for columns in (self._in_features, self._whole_columns))
+        return {name for name in self._tensors if share[name] != whole[name]}
 
     def _share(self, part: str, rows: int) -> int:
         if self._split != "rows":
@@ -183,8 +187,8 @@ class Linear(nn.Module):
         if self._packed is not None:
             return
         for name, view in self.checkpoint_views().items():
-            part = name.partition(".")[0]
-            if part in self._halves and view.dim() == 2:
+            part, _, tensor = name.partition(".")
+            if part in self._halves and tensor != "weight_shape":
                 _part_heads(view.data, *self._halves[part])
         if self.quantization is not None:
             self._packed = self._pack_quantized(self.quantization)
@@ -243,5 +247,5 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
 
 def _part_heads(weight: Tensor, first: int, second: int) -> None:
     """Bring the first rows of all heads before their second rows, in place."""
-    heads = weight.view(-1, first + second, weight.shape[1])
+    heads = weight.view(-1, first + second, *weight.shape[1:])
     weight.copy_(torch.cat((heads[:, :first].flatten(0, 1), heads[:, first:].flatten(0, 1))))

@@ -96,7 +96,10 @@ class MoE(nn.Module):
     @property
     def _experts_kernel(self) -> ExpertsKernel:
         quantization = self._down[0].quantization
-        return self._kernels.experts if quantization is None else quantization.experts
+        if quantization is None:
+            return self._kernels.experts
+        assert quantization.experts is not None  # bind_quantization has one for a model with experts
+        return quantization.experts
 
     @property
     def _linear_kernel(self) -> Product:

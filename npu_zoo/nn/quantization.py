@@ -31,7 +31,8 @@ class WeightMethod(ABC):
         """Shape and dtype of each tensor of a [rows, in_features] weight, by its name behind the layer's.
 
         The first dimension counts rows, so that stacked weights are stored one after the other, except of
-        ``weight_shape``, which each of them has its own of.
+        ``weight_shape``, which each of them has its own of. Where ranks share the inputs, each has its part of the
+        second dimension of those tensors whose shape depends on ``in_features``.
         """
 
     @abstractmethod
@@ -98,30 +99,37 @@ def _unpack_halves(packed: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Quantization:
-    """A run's quantization: how weights are stored, and what multiplies with them."""
+    """A run's quantization: how weights are stored, and what multiplies with them.
+
+    ``experts`` is None where no kernel is registered for them, and the model has none.
+    """
 
     config: QuantizationConfig
     method: WeightMethod
     linear: QuantizedLinearKernel
-    experts: ExpertsKernel
+    experts: ExpertsKernel | None
 
 
-def bind_quantization(config: QuantizationConfig, method: str, kernels: Kernels) -> Quantization:
+def bind_quantization(
+    config: QuantizationConfig, method: str, kernels: Kernels, *, has_experts: bool = True
+) -> Quantization:
     """Import what was chosen.
 
     Args:
         config: the checkpoint's.
         method: the code reference of a :class:`WeightMethod`.
         kernels: those of the run.
+        has_experts: whether the model has experts; otherwise nothing needs to multiply them.
 
     Raises:
         PluginError: the method cannot be imported, or its operations have no kernel.
     """
-    missing = [name for name in scheme_operations(config.scheme) if name not in kernels.more]
+    linear, experts = scheme_operations(config.scheme)
+    missing = [name for name in (linear, experts)[: 2 if has_experts else 1] if name not in kernels.more]
     if missing:
         raise PluginError(f"no plugin registers a kernel for {', '.join(missing)}, which {config.scheme} takes")
-    linear, experts = (kernels.more[name] for name in scheme_operations(config.scheme))
-    return Quantization(config, cast("WeightMethod", load_code(method)(config)), linear, experts)
+    read = cast("WeightMethod", load_code(method)(config))
+    return Quantization(config, read, kernels.more[linear], kernels.more.get(experts))
 
 
 def stacked_shape(name: str, shape: tuple[int, ...], parts: int) -> tuple[int, ...]:

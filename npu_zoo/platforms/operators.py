@@ -51,7 +51,7 @@ def operators_of_family(
     for one in [variant] if variant and variant.config else [v for v in family.variants if v.config]:
         rows = [row for row in family.rows if one.size in row.sizes and products & set(row.hardware)]
         for dtype in {dtype for row in rows for dtype in row.dtype}:
-            chosen |= _kernels_of(one, chip, dtype, kernels)
+            chosen |= _kernels_of(family, one, chip, dtype, kernels)
             kinds = {kind for row in rows for kind in row.attention if dtype in row.dtype}
             chosen |= {spec.name: spec for kind in kinds for spec in _backend_of(one, kind, chip, dtype, backends)}
     return _by_operator(chosen.values())
@@ -113,11 +113,11 @@ def _by_operator(specs: Iterable[KernelSpec | AttentionBackendSpec]) -> Needs:
 
 
 def _kernels_of(
-    variant: VariantSpec, chip: str, dtype: DType, kernels: Mapping[str, KernelSpec]
+    family: FamilySpec, variant: VariantSpec, chip: str, dtype: DType, kernels: Mapping[str, KernelSpec]
 ) -> dict[str, KernelSpec]:
     try:
-        choices = select_kernels(kernels, chip, dtype, variant.config)
-        bare = select_kernels(kernels, chip, dtype)
+        choices = select_kernels(kernels, chip, dtype, variant.config, operations=family.operations)
+        bare = select_kernels(kernels, chip, dtype, operations=family.operations)
     except NpuZooError:  # an operation without any kernel, which `npu-zoo explain` tells
         return {}
     # What the model has no use for is marked in the choice that knows the model, and so differs.

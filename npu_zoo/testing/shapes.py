@@ -172,7 +172,8 @@ def write_random_model(directory: Path, family: FamilySpec, config: ModelConfig,
     from npu_zoo.nn.model import build_on_meta
 
     directory.mkdir(parents=True, exist_ok=True)
-    kernels = bind_kernels(select_kernels(get_registry().kernels, "cpu", "float32", config))
+    choices = select_kernels(get_registry().kernels, "cpu", "float32", config, operations=family.operations)
+    kernels = bind_kernels(choices)
     context = BuildContext(kernels, torch.float32, config.max_position_embeddings)
     model = build_on_meta(load_code(family.model), config, context)
     generator = torch.Generator().manual_seed(seed)

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npu_zoo.core.quantization import QuantizationConfig, scheme_of, scheme_operations
+from npu_zoo.core.compressed_tensors import read_compressed_tensors
+from npu_zoo.core.quantization import scheme_of, scheme_operations
 from npu_zoo.testing.quantized import _config
 
 TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
@@ -18,7 +19,7 @@ TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", 
     [(8, 16, None, "w8a16"), (8, 16, 64, "w8a16"), (4, 16, None, "w4a16"), (4, 16, 128, "w4a16"), (8, 8, None, "w8a8")],
 )
 def test_schemes(bits: int, activations: int, group_size: int | None, scheme: str) -> None:
-    found = QuantizationConfig.from_hf(_config(bits, activations, group_size))
+    found = read_compressed_tensors(_config(bits, activations, group_size))
     assert (found.scheme, found.weight_bits, found.group_size) == (scheme, bits, group_size)
     assert found.ignores("lm_head")
     assert found.ignores("model.layers.3.self_attn.kv_b_proj")
@@ -61,7 +62,7 @@ WEIGHTS = "config_groups.group_0.weights"
 )
 def test_what_is_not_read_says_why(raw: Any, named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        QuantizationConfig.from_hf(raw)
+        read_compressed_tensors(raw)
 
 
 JSON = st.recursive(
@@ -74,7 +75,7 @@ JSON = st.recursive(
 @given(key=st.sampled_from(["format", "config_groups", "ignore", f"{WEIGHTS}.num_bits", WEIGHTS]), value=JSON)
 def test_anything_else_is_a_value_error_at_most(key: str, value: Any) -> None:
     try:
-        found = QuantizationConfig.from_hf(changed(key, value))
+        found = read_compressed_tensors(changed(key, value))
     except ValueError:
         return
     assert found.scheme in ("w8a16", "w4a16", "w8a8")

@@ -154,7 +154,11 @@ def test_every_size_that_does_not_fit_is_named_at_once() -> None:
 
 
 def group_of(size: int | None, bits: int = 4, activations: int = 16, ignore: tuple[str, ...] = ()) -> Any:
-    return QuantizationConfig(weight_bits=bits, activation_bits=activations, group_size=size, ignore=ignore)
+    """As compressed-tensors stores it: in words of 32 bits where activations stay as they are."""
+    words = 32 // bits if activations == 16 else 1
+    return QuantizationConfig(
+        weight_bits=bits, activation_bits=activations, group_size=size, ignore=ignore, codes_per_word=words
+    )
 
 
 @pytest.mark.parametrize(

@@ -150,21 +150,20 @@ def test_stages_are_balanced_and_cover_the_stack(layers: int, stages: int) -> No
     assert layers < stages or min(map(len, found)) > 0
 
 
-@pytest.mark.parametrize(("quantization", "per_value"), [("w8a16", 1.0), ("w8a8", 1.0), ("w4a16", 0.5)])
-def test_quantized_weights_and_their_scales(quantization: str, per_value: float) -> None:
+@pytest.mark.parametrize(("bits", "per_value"), [(8, 1.0), (4, 0.5)])
+def test_quantized_weights_and_their_scales(bits: int, per_value: float) -> None:
     config = config_of(LLAMA)
     plain = plan_rank(config, "bfloat16", ALONE, WORKLOAD).weights
     values = 3 * (64 * 16 * 16 + 128 * 64 + 3 * 64 * 96)
     channels = 3 * (16 * 16 + 64 + 2 * 96 + 64)
-    found = plan_rank(config, "bfloat16", ALONE, WORKLOAD, quantization=quantization).weights
+    found = plan_rank(config, "bfloat16", ALONE, WORKLOAD, weight_bits=bits).weights
     assert found == plain - 2 * values + int(per_value * values) + 2 * channels
 
 
 def test_a_group_of_inputs_has_a_scale() -> None:
     config = config_of(LLAMA)
     by_channel, by_group = (
-        plan_rank(config, "bfloat16", ALONE, WORKLOAD, quantization="w4a16", group_size=size).weights
-        for size in (None, 32)
+        plan_rank(config, "bfloat16", ALONE, WORKLOAD, weight_bits=4, group_size=size).weights for size in (None, 32)
     )
     groups = 3 * (16 * 16 * 2 + 64 * 4 + 2 * 96 * 2 + 64 * 3)  # of 64, 128, 64 and 96 inputs
     channels = 3 * (16 * 16 + 64 + 2 * 96 + 64)
@@ -223,7 +222,7 @@ def vendor_rows() -> list[Any]:
 
 @pytest.mark.parametrize(("variant", "row"), vendor_rows())
 def test_what_a_vendor_claims_fits_the_largest_card_that_is_sold(variant: Any, row: Any) -> None:
-    workload = Workload(2048, 16, 2048)
+    workload, methods = Workload(2048, 16, 2048), get_registry().quantization_methods
     splits = {split for world in row.world_size for layout in row.parallelism for split in splits_of(layout, world)}
     assert splits
     for hardware in row.hardware:
@@ -231,7 +230,8 @@ def test_what_a_vendor_claims_fits_the_largest_card_that_is_sold(variant: Any, r
         for split in splits:
             for dtype in row.dtype:
                 for quantization in row.quantization:
-                    plan = plan_rank(variant.config, dtype, split, workload, quantization=quantization)
+                    bits = methods[quantization].weight_bits if quantization in methods else None
+                    plan = plan_rank(variant.config, dtype, split, workload, weight_bits=bits)
                     assert plan.cache_tokens(memory, 0.9) > 2048, (split, dtype, quantization)
 
 

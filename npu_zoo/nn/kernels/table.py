@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -94,7 +94,8 @@ TopKTopP = Callable[[Tensor, Sequence[int], Sequence[float]], Tensor]
 class Kernels:
     """One implementation per operation; signatures are those of :mod:`npu_zoo.nn.kernels.reference`.
 
-    ``more`` holds operations beyond the shared ones, by name, for the family that registered them.
+    ``more`` holds operations beyond the shared ones, by name: those that the family's ``operations`` name, and those of
+    its quantized layers.
     """
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
@@ -107,7 +108,14 @@ class Kernels:
     route_tokens: Callable[[Tensor, Tensor | None, Routing], tuple[Tensor, Tensor]]
     experts: ExpertsKernel
     top_k_top_p: TopKTopP
-    more: dict[str, Any]
+    more: Mapping[str, Any]
+
+
+class _More(dict[str, Any]):
+    """Operations by name; a missing one is a fault of the plugin that calls it."""
+
+    def __missing__(self, name: str) -> Any:
+        raise PluginError(f"the model calls the operation {name}, which its family's spec does not name in operations")
 
 
 def bind_kernels(choices: Iterable[KernelChoice]) -> Kernels:
@@ -121,4 +129,4 @@ def bind_kernels(choices: Iterable[KernelChoice]) -> Kernels:
     missing = [name for name in shared if name not in bound]
     if missing:
         raise PluginError(f"no plugin registers a kernel for {', '.join(missing)}; is the native plugin loaded?")
-    return Kernels(**{name: bound.pop(name) for name in shared}, more=bound)
+    return Kernels(**{name: bound.pop(name) for name in shared}, more=_More(bound))

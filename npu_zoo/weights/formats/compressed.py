@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from npu_zoo.core.compressed_tensors import QUANT_METHOD, read_compressed_tensors
 from npu_zoo.core.errors import WeightsError
-from npu_zoo.core.quantization import CONFIG_KEY, QUANT_METHOD, QuantizationConfig
+from npu_zoo.core.quantization import CONFIG_KEY
 from npu_zoo.weights.quantize import Scheme, pack_rows
 from npu_zoo.weights.tensors import LogicalTensor, Placement, Rows
 
@@ -71,7 +72,7 @@ def quantization_of(directory: Path, config: Mapping[str, Any]) -> tuple[Scheme 
 
 def _compressed_scheme(directory: Path, found: Mapping[str, Any]) -> Scheme:
     try:
-        read = QuantizationConfig.from_hf(found)
+        read = read_compressed_tensors(found)
     except ValueError as error:
         raise WeightsError(
             f"{directory}/config.json: quantization_config is not understood: {error}; known are symmetric w8a16 and "
