@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npu_zoo.core.compressed_tensors import read_compressed_tensors
-from npu_zoo.core.quantization import scheme_of, scheme_operations
+from npu_zoo.core.quantization import QuantizationConfig, scheme_of, scheme_operations
 from npu_zoo.testing.quantized import _config
 
 TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
@@ -25,6 +25,7 @@ def test_schemes(bits: int, activations: int, group_size: int | None, scheme: st
     assert found.ignores("model.layers.3.self_attn.kv_b_proj")
     assert not found.ignores("model.layers.3.mlp.gate_proj")
     assert not found.ignores("lm_head_of_another")
+    assert found.codes_per_word == (1 if activations == 8 else 32 // bits)
 
 
 def changed(path: str, value: Any, **more: Any) -> dict[str, Any]:
@@ -63,6 +64,16 @@ WEIGHTS = "config_groups.group_0.weights"
 def test_what_is_not_read_says_why(raw: Any, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         read_compressed_tensors(raw)
+
+
+def test_a_scheme_may_have_a_name_of_its_own() -> None:
+    assert QuantizationConfig(weight_bits=3, activation_bits=16).scheme == "w3a16"
+    mine = QuantizationConfig(weight_bits=8, activation_bits=16, scheme="mine")
+    assert (mine.scheme, mine.codes_per_word) == ("mine", 1)
+    with pytest.raises(ValueError, match="weight_bits"):
+        QuantizationConfig(weight_bits=0, activation_bits=16)
+    with pytest.raises(ValueError, match="ignore holds a pattern that cannot be read"):
+        QuantizationConfig(weight_bits=8, activation_bits=16, ignore=("re:(",))
 
 
 JSON = st.recursive(

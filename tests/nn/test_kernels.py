@@ -21,7 +21,7 @@ from npu_zoo.nn.kernels import reference
 from npu_zoo.nn.kernels.table import Kernels, bind_kernels
 from npu_zoo.nn.rotary import RotaryEmbedding
 from npu_zoo.registry import get_registry, load_code
-from npu_zoo.selection import is_importable
+from npu_zoo.selection import SHARED_OPERATIONS, is_importable
 
 TOLERANCE = {"float32": 1e-6, "bfloat16": 2e-2, "float16": 2e-3}
 QUANTIZED = {name for scheme in get_registry().quantization_methods for name in scheme_operations(scheme)}
@@ -193,3 +193,9 @@ def test_binding_keeps_further_operations() -> None:
     bound = bind_kernels([*choices, choice("grouped_matmul", where + "Linear")])
     assert bound.more == {"grouped_matmul": reference.Linear}
     assert bound.linear is reference.Linear
+    with pytest.raises(PluginError, match="calls the operation head_norm, which its family's spec does not name"):
+        bound.more["head_norm"]
+
+
+def test_the_shared_operations_are_those_that_every_run_binds() -> None:
+    assert set(SHARED_OPERATIONS) == set(Kernels.__dataclass_fields__) - {"more"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +22,7 @@ from npu_zoo.nn.kernels import cpu_quantized, reference
 from npu_zoo.nn.kernels.quantized import QuantizedWeight, pack_nibbles, unpack_nibbles
 from npu_zoo.nn.kernels.table import bind_kernels
 from npu_zoo.nn.linear import Linear
-from npu_zoo.nn.quantization import Int8Weights, PackedWeights, bind_quantization
+from npu_zoo.nn.quantization import Int8Weights, PackedWeights, WeightMethod, bind_quantization
 from npu_zoo.registry import get_registry, load_code
 from npu_zoo.selection import select_kernels
 from npu_zoo.testing.quantized import packed_words
@@ -189,6 +190,73 @@ def test_a_scheme_without_kernels_is_refused() -> None:
     kernels: Any = SimpleNamespace(more={"linear_w8a16": reference.DequantizedLinear})
     with pytest.raises(PluginError, match="no plugin registers a kernel for experts_w8a16, which w8a16 takes"):
         bind_quantization(config_of(8), "npu_zoo.nn.quantization:PackedWeights", kernels)
+
+
+def test_a_model_without_experts_takes_a_scheme_without_kernels_for_them() -> None:
+    kernels: Any = SimpleNamespace(more={"linear_w8a16": reference.DequantizedLinear})
+    bound = bind_quantization(config_of(8), "npu_zoo.nn.quantization:PackedWeights", kernels, has_experts=False)
+    assert (bound.linear, bound.experts) == (reference.DequantizedLinear, None)
+    kernels.more.clear()
+    with pytest.raises(PluginError, match="no plugin registers a kernel for linear_w8a16, which w8a16 takes"):
+        bind_quantization(config_of(8), "npu_zoo.nn.quantization:PackedWeights", kernels, has_experts=False)
+
+
+class RowScales(WeightMethod):
+    """A layout of somebody else's: ``weight`` int8, and ``scale`` of one dimension."""
+
+    def tensors(self, rows: int, in_features: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {"weight": ((rows, in_features), torch.int8), "scale": ((rows,), torch.float32)}
+
+    def weight(self, tensors: Any, in_features: int, dtype: torch.dtype) -> QuantizedWeight:
+        return QuantizedWeight(tensors["weight"], tensors["scale"].unsqueeze(1), 8, dtype)
+
+
+def test_another_layouts_scales_follow_the_rows_of_halves() -> None:
+    context, quantization = contexts("w8a16")
+    quantization = replace(quantization, method=RowScales(quantization.config))
+    layer = Linear(16, {"q_proj": 12, "kv": 5}, context, halves={"q_proj": (4, 2)})
+    layer.quantize(quantization)
+    weights = {"q_proj": weight_of(12, 16, 8, None, "float32"), "kv": weight_of(5, 16, 8, None, "float32")}
+    for part, weight in weights.items():
+        layer.checkpoint_views()[f"{part}.weight"].copy_(weight.codes)
+        layer.checkpoint_views()[f"{part}.scale"].copy_(weight.scale[:, 0])
+    layer.pack()
+    x = torch.randn(3, 16)
+    nope, rope, kv = layer.by_parts(x)
+    heads = (x.double() @ exact(weights["q_proj"]).t()).view(3, 2, 6)
+    assert torch.allclose(nope.double(), heads[..., :4].flatten(1), atol=1e-5)
+    assert torch.allclose(rope.double(), heads[..., 4:].flatten(1), atol=1e-5)
+    assert torch.allclose(kv.double(), x.double() @ exact(weights["kv"]).t(), atol=1e-5)
+
+
+class Two:
+    """The second of two ranks, which say nothing to each other here."""
+
+    size, rank = 2, 1
+
+
+@pytest.mark.parametrize(
+    ("scheme", "method", "shared"),
+    [
+        ("w8a16", RowScales, {"weight"}),
+        ("w8a8", Int8Weights, {"weight"}),
+        ("w4a16", PackedWeights, {"weight_packed"}),
+        ("w4a16-groups", PackedWeights, {"weight_packed", "weight_scale"}),
+    ],
+)
+def test_ranks_share_columns_of_those_tensors_that_have_them(scheme: str, method: Any, shared: set[str]) -> None:
+    context, quantization = contexts(scheme.partition("-")[0])
+    config = quantization.config.model_copy(update={"group_size": 16 if "-" in scheme else None})
+    two: Any = Two()
+    ranks = replace(context.ranks, tp=two)
+    layer = Linear(64, {"o_proj": 6}, replace(context, ranks=ranks), split="columns")
+    layer.quantize(replace(quantization, config=config, method=method(config)))
+    shards = layer.shards()
+    assert {name.partition(".")[2] for name in shards} == shared
+    whole = method(config).tensors(6, 64)
+    for name, shard in shards.items():
+        assert (shard.dim, shard.stop, 2 * shard.start) == (1, shard.size, shard.size)
+        assert shard.whole(tuple(layer.checkpoint_views()[name].shape)) == whole[name.partition(".")[2]][0]
 
 
 def test_operations_of_other_schemes_are_left_out() -> None:
