@@ -269,8 +269,6 @@ class ModelConfig(BaseModel):
         scaling = self.rope_scaling
         rope = {"type": scaling.kind, "factor": scaling.factor, **scaling.parameters}
         sections = [part.model_dump() for part in (self.moe, self.mla) if part]  # an unset q_lora_rank says something
-        if self.mla:
-            own["head_dim"] = self.mla.qk_rope_head_dim  # as transformers reads it
         return {
             "architectures": [self.architecture],
             **own,

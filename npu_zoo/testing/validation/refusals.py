@@ -1,5 +1,0 @@
-"""placeholder until merged."""
-
-
-def row_refusals(family, number):
-    return 0, []
