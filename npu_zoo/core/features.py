@@ -240,6 +240,7 @@ class FeatureMatrix(_Frozen):
         *,
         allow_experimental: bool = False,
         options: Mapping[str, Any] | None = None,
+        alternatives: bool = True,
     ) -> Verdict:
         """Check one request.
 
@@ -249,6 +250,7 @@ class FeatureMatrix(_Frozen):
             request: a value for every axis of :data:`AXES`; ``parallelism`` may be a tuple of equal spellings.
             allow_experimental: take experimental rows too.
             options: engine options beside the axes that conflicts may name.
+            alternatives: whether a refusal names the nearest requests that would pass, which takes most of its time.
 
         Returns:
             A verdict; it never raises.
@@ -263,10 +265,8 @@ class FeatureMatrix(_Frozen):
         reasons = tuple(self._with_denial(reason, size, shown) for reason in reasons)
         if row is None and not allow_experimental and not conflicts:
             reasons = self._with_experimental(model, size, request, reasons)
-        alternatives = _nearest(rows, request, self.conflicts, options or {})
-        return Verdict(
-            model=model, request=shown, supported=False, reasons=reasons + conflicts, alternatives=alternatives
-        )
+        nearest = _nearest(rows, request, self.conflicts, options or {}) if alternatives else ()
+        return Verdict(model=model, request=shown, supported=False, reasons=reasons + conflicts, alternatives=nearest)
 
     def _conflict_reasons(self, request: Mapping[str, Any]) -> tuple[Reason, ...]:
         reasons = []

@@ -84,6 +84,8 @@ class FamilySpec(_Spec):
             them in :attr:`npu_zoo.nn.kernels.table.Kernels.more`. Other families' runs choose no kernel for them.
         rows, denials, conflicts: the feature matrix; see :mod:`npu_zoo.core.features`.
         records: the evidence of every row whose ``evidence`` is above ``claimed``.
+        truth: ``package:file`` of a table written by hand from the sources, which the rows are held against and never
+            derived from; see :mod:`npu_zoo.core.truth`.
         config_defaults: by architecture, values of config.json's keys that its checkpoints may leave out.
         conversions: by config.json's ``quant_method``, the command that makes a plain checkpoint of a quantized one;
             ``{source}`` and ``{target}`` stand for the directories.
@@ -105,6 +107,7 @@ class FamilySpec(_Spec):
     denials: tuple[Denial, ...] = ()
     conflicts: tuple[Conflict, ...] = ()
     records: tuple[EvidenceRecord, ...] = ()
+    truth: str = ""
     environment: dict[str, dict[str, str]] = Field(default_factory=dict)
     documentation: str = ""
 

@@ -340,6 +340,7 @@ FAMILY = FamilySpec(
     fim=FimFormat(begin="<｜fim▁begin｜>", hole="<｜fim▁hole｜>", end="<｜fim▁end｜>"),
     rows=proven(ROWS, RECORDS),
     records=RECORDS,
+    truth="npu_zoo.plugins.deepseek_coder:truth.json",
     denials=DENIALS,
     environment=dict.fromkeys(_ASCEND, _ATB),
     documentation="https://github.com/deepseek-ai/DeepSeek-Coder",

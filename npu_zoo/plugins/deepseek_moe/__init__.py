@@ -240,6 +240,7 @@ FAMILY = FamilySpec(
     prompt=PROMPT,
     rows=proven(ROWS, RECORDS),
     records=RECORDS,
+    truth="npu_zoo.plugins.deepseek_moe:truth.json",
     denials=DENIALS,
     documentation="https://github.com/deepseek-ai/DeepSeek-MoE",
 )

@@ -323,6 +323,7 @@ FAMILY = FamilySpec(
     conversions={"fp8": "npu-zoo convert {source} {target} --to hf-safetensors"},
     rows=proven(ROWS, RECORDS),
     records=RECORDS,
+    truth="npu_zoo.plugins.deepseek_v3:truth.json",
     denials=DENIALS,
     documentation="https://github.com/deepseek-ai/DeepSeek-V3",
 )

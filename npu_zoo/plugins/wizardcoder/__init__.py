@@ -291,6 +291,7 @@ FAMILY = FamilySpec(
     prompt=PROMPT,
     rows=proven(ROWS, RECORDS),
     records=RECORDS,
+    truth="npu_zoo.plugins.wizardcoder:truth.json",
     denials=DENIALS,
     documentation="https://github.com/nlpxucan/WizardLM",
 )
