@@ -99,8 +99,8 @@ class Statement:
 def matrix_statement(family: FamilySpec) -> Statement:
     """What a family's rows and denials say, multiplied out row by row; no request is checked for it."""
     cells = (
-        (cell, Terms(row.status, row.source, tuple(sorted(row.derived)), row.replicated_kv_heads))
-        for row in family.rows
+        (cell, terms)
+        for row, terms in zip(family.rows, map(_terms, family.rows), strict=True)
         for cell in row_cells(row)
         if not (family.conflicts and is_conflicting(family, cell))
     )
@@ -114,6 +114,10 @@ def row_cells(row: FeatureRow) -> tuple[Cell, ...]:
     features = (row.values(axis) for axis in FEATURES[1:])
     values = (row.sizes, row.hardware, row.dtype, map(split_sizes, splits), *features)
     return tuple(itertools.starmap(Cell, itertools.product(*values)))
+
+
+def _terms(row: FeatureRow) -> Terms:
+    return Terms(row.status, row.source, tuple(sorted(row.derived)), row.replicated_kv_heads)
 
 
 def split_sizes(split: Split) -> tuple[int, ...]:

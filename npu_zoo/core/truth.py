@@ -1,7 +1,7 @@
 """Truth tables: what a family's sources offer, written by hand, and where the family's matrix says anything else.
 
-A table is laid out as the vendors' tables are: a line for each size, the splits under each product, yes or no under each
-dtype, kind of attention and feature. It is another form than the rows', so that a slip in one is not made in the other.
+A table is laid out as the vendors' tables are: a line for each size, the splits under each product, yes or no under
+each dtype, kind of attention and feature. That is another form than the rows', so that a slip is not made in both.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ class Line(_Columns):
 
     Attributes:
         sizes: those that it says the same of.
-        hardware: by product ``no``, or the splits that it offers there: ``tp 1, 2, 4`` or ``tp 8; tp 8 ep 8``. Kinds that
-            stand together multiply: ``tp 4 ep 2, 4`` are two splits of four ranks.
+        hardware: by product ``no``, or the splits that it offers there: ``tp 1, 2, 4`` or ``tp 8; tp 8 ep 8``. Kinds
+            that stand together multiply: ``tp 4 ep 2, 4`` are two splits of four ranks.
     """
 
     sizes: tuple[str, ...] = Field(min_length=1)
@@ -137,7 +137,7 @@ class SourceTable(_Columns):
                 dtypes, *others = (self._offered(line, axis, product) for axis in FEATURES)
                 sizes = map(split_sizes, splits)
                 for values in itertools.product(line.sizes, (product,), dtypes, sizes, *others):
-                    yield Cell(*values), terms
+                    yield Cell._make(values), terms
 
     def denials(self) -> Iterator[Denied]:
         """Every value to which the source says no: on the products that it names, or else on those of the line."""
@@ -216,7 +216,9 @@ def parse_splits(text: str) -> tuple[Split, ...]:
     found: list[Split] = []
     for alternative in text.split("; "):
         if not _ALTERNATIVE.fullmatch(alternative):
-            raise ValueError(f"'{alternative}' names no splits; they read 'tp 1, 2, 4' or 'tp 8 ep 8', '; ' between them")
+            raise ValueError(
+                f"'{alternative}' names no splits; they read 'tp 1, 2, 4' or 'tp 8 ep 8', '; ' between them"
+            )
         parts = {kind: tuple(map(int, sizes.split(", "))) for kind, sizes in _PART.findall(alternative)}
         found += [Split(*sizes) for sizes in itertools.product(*(parts.get(kind, (1,)) for kind in KINDS))]
     for split in found:
@@ -279,7 +281,7 @@ def _other_terms(
     matrix: Mapping[Cell, tuple[Terms, ...]], table: Mapping[Cell, tuple[Terms, ...]]
 ) -> Iterator[Difference]:
     found: dict[tuple[str, str, str], list[Cell]] = {}
-    for cell in matrix.keys() & table.keys():
+    for cell in (cell for cell in matrix.keys() & table.keys() if matrix[cell] != table[cell]):
         for field, one, other in zip(Terms._fields, matrix[cell][0], table[cell][0], strict=True):
             if one != other:
                 found.setdefault((field, _listed(one), _listed(other)), []).append(cell)
