@@ -64,9 +64,10 @@ test-npu: $(NPU_STAMP)
 	    tests/npu $(NPU_ARGS) || exit 1; \
 	done
 
-## make verify   the long round: every test, more examples of each property, and the linters
+## make verify   the long round: every test, more examples of each property, every change of a matrix, the linters
 verify: $(STAMP)-dev $(NPU_STAMP)
 	$(PYTEST) -m "long or not long" --hypothesis-profile verify $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/mutate_matrices.py
 	$(MAKE) --no-print-directory test-npu
 	$(MAKE) lint
 
