@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -12,18 +11,19 @@ import typer
 from npu_zoo.cli.help import ZooCommand, ZooGroup
 from npu_zoo.cli.output import note
 from npu_zoo.cli.plugin_project import Architecture, NewPlugin, check_name, write_project
+from npu_zoo.cli.validate import (
+    JobsOption,
+    JsonFile,
+    JunitFile,
+    LevelName,
+    LevelOption,
+    MarkdownFile,
+    TimeoutOption,
+    run_validation,
+)
 from npu_zoo.registry import get_registry
 
 group = typer.Typer(cls=ZooGroup, help="Begin a plugin, and check one.", rich_markup_mode=None)
-
-
-class Level(str, enum.Enum):
-    """How far a validation goes; each level does what the ones before it do."""
-
-    spec = "spec"
-    build = "build"
-    run = "run"
-    simulate = "simulate"
 
 
 @group.command(cls=ZooCommand)
@@ -60,24 +60,23 @@ def new(
 @group.command(cls=ZooCommand)
 def check(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The directory with the plugin's pyproject.toml.")],
-    level: Annotated[
-        Level, typer.Option("--level", metavar="LEVEL", help="spec, build, run or simulate. Default: run.")
-    ] = Level.run,
-    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON.")] = None,
-    junit: Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Write them as JUnit's XML.")] = None,
-    markdown: Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="Write them as a table.")] = None,
+    level: LevelOption = LevelName.run,
+    json: JsonFile = None,
+    junit: JunitFile = None,
+    markdown: MarkdownFile = None,
+    jobs: JobsOption = None,
+    timeout: TimeoutOption = None,
 ) -> None:
     """Validate a plugin's directory without installing it.
 
     It is checked as `npu-zoo validate --plugin NAME` checks an installed one, and goes before an installed version of
     itself. The exit code is 0 only where all claims hold.
     """
-    from npu_zoo.cli.validate import run_validation  # type: ignore[import-not-found]
     from npu_zoo.uninstalled import installed_from, read_project
 
     project = read_project(directory)
     if project.installed_version is not None:
         note(f"{project.name} {project.installed_version} is installed; what is checked is {project.directory}")
     with installed_from(directory) as names:
-        code = run_validation(names, level.value, json=json, junit=junit, markdown=markdown)
+        code = run_validation(names, level.value, json=json, junit=junit, markdown=markdown, jobs=jobs, timeout=timeout)
     raise typer.Exit(code)

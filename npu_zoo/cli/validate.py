@@ -211,8 +211,8 @@ def _print(outcomes: Sequence[Outcome]) -> None:
         for (plugin, family, level), found in report.summary(outcomes).items()
     ]
     print_table(("plugin", "family", "level", "holds", "fails", "not told"), rows)
-    total, told = report.counts(outcomes), len(outcomes)
-    print(f"\n{total['holds']} of {told} claims hold, {total['fails']} fail, {total['skipped']} cannot be told here")
+    total, number = report.counts(outcomes), len(outcomes)
+    print(f"\n{total['holds']} of {number} claims hold, {total['fails']} fail, {total['skipped']} cannot be told here")
 
 
 def _grouped(outcomes: Sequence[Outcome]) -> list[str]:

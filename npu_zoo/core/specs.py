@@ -288,6 +288,8 @@ class QuantizationSpec(_Spec):
         reader: a function of that section, without torch, that gives a
             :class:`~npu_zoo.core.quantization.QuantizationConfig` whose ``scheme`` is this name, or another one of the
             same ``quant_method``; it raises ValueError where the section says what it does not read.
+        example: for a layout of its own, a function of two directories, a plain checkpoint's and an empty one, that
+            writes the first into the second as the method stores it; `npu-zoo validate` runs what it writes.
     """
 
     name: Name
@@ -297,4 +299,5 @@ class QuantizationSpec(_Spec):
     method: CodeRef
     quant_method: str = Field(default=QUANT_METHOD, min_length=1)
     reader: CodeRef = "npu_zoo.core.compressed_tensors:read_compressed_tensors"
+    example: CodeRef | None = None
     description: str = ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -221,7 +221,7 @@ def largest_error(spec: KernelSpec, dtype: str, registry: Registry) -> float:
         AssertionError: a result has another dtype or shape, or whole numbers differ.
     """
     kernel = load_code(spec.implementation)
-    oracle_spec = reference_of(spec, registry)
+    oracle_spec = reference_of_operation(spec.operation, registry)
     oracle = load_code(oracle_spec.implementation)
     device, stored = device_of(spec.chip) or torch.device("cpu"), getattr(torch, dtype)
     scheme = scheme_of(spec.operation)
@@ -238,51 +238,55 @@ def largest_error(spec: KernelSpec, dtype: str, registry: Registry) -> float:
     return worst
 
 
-def reference_of(spec: KernelSpec, registry: Registry) -> KernelSpec:
-    """The kernel that others of its operation are tested against: that of any chip with the lowest priority.
+def reference_of_operation(operation: str, registry: Registry) -> KernelSpec:
+    """The kernel that others of an operation are tested against: that of any chip with the lowest priority.
 
     Raises:
         UsageError: there is none.
     """
-    plain = [k for k in registry.kernels.values() if k.operation == spec.operation and k.chip == "any"]
+    plain = [k for k in registry.kernels.values() if k.operation == operation and k.chip == "any"]
     if not plain:
         raise UsageError(
-            f"operation {spec.operation} has no reference; register a kernel for the chip 'any' with priority 0"
+            f"operation {operation} has no reference; register a kernel for the chip 'any' with priority 0"
         )
     return min(plain, key=lambda k: k.priority)
 
 
 def _run(spec: KernelSpec, oracle: KernelSpec, registry: Registry) -> Run:
     scheme = scheme_of(spec.operation)
+    multiplies = spec.operation == f"linear_{scheme}"
+    if oracle.inputs:
+        inputs = load_code(oracle.inputs)
+        return lambda kernel, trial: _own(kernel, inputs, trial, multiplies=multiplies)
     if scheme in registry.quantization_methods:
-        if spec.operation.startswith("linear_"):
+        if multiplies:
             return _quantized_linear
-        return lambda kernel, trial: _quantized_experts(kernel, trial, _linear_of(scheme, registry))
+        linear = load_code(reference_of_operation(f"linear_{scheme}", registry).implementation)
+        return lambda kernel, trial: _quantized_experts(kernel, trial, linear)
     if spec.operation in RUNS:
         return RUNS[spec.operation]
-    if not oracle.inputs:
-        raise UsageError(
-            f"nobody says what operation {spec.operation} is tested with: name a function in KernelSpec.inputs of "
-            f"{oracle.name}"
-        )
-    return lambda kernel, trial: _own(kernel, load_code(str(oracle.inputs)), trial)
+    raise UsageError(
+        f"nobody says what operation {spec.operation} is tested with: name a function in KernelSpec.inputs of {oracle.name}"
+    )
 
 
-def _linear_of(scheme: str | None, registry: Registry) -> Any:
-    operation = f"linear_{scheme}"
-    plain = next(k for k in registry.kernels.values() if k.operation == operation and k.chip == "any")
-    return load_code(plain.implementation)
-
-
-def _own(kernel: Any, inputs: Any, trial: Trial) -> tuple[Tensor, ...]:
-    given = [
-        value.to(trial.device, trial.computed if value.is_floating_point() else None)
-        if isinstance(value, Tensor)
-        else value
-        for value in inputs(trial.rows, trial.stored, 0)
-    ]
+def _own(kernel: Any, inputs: Any, trial: Trial, *, multiplies: bool) -> tuple[Tensor, ...]:
+    given = [_given(value, trial) for value in inputs(trial.rows, trial.stored, 0)]
+    if multiplies:
+        x, weight = given
+        return (kernel.apply(x, kernel.pack(weight)),)
     result = kernel(*given)
     return result if isinstance(result, tuple) else (result,)
+
+
+def _given(value: Any, trial: Trial) -> Any:
+    """An input as a trial computes it, on its device."""
+    if isinstance(value, QuantizedWeight):
+        codes, scale = value.codes.to(trial.device), value.scale.to(trial.device)
+        return replace(value, codes=codes, scale=scale, dtype=trial.computed)
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(trial.device, trial.computed if value.dtype == trial.stored else value.dtype)
 
 
 def _error(found: Tensor, due: Tensor, operation: str, stored: torch.dtype, *, relative_to_largest: bool) -> float:

@@ -7,8 +7,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from npu_zoo.core.compressed_tensors import QUANT_METHOD
 from npu_zoo.core.errors import UsageError
-from npu_zoo.core.quantization import CONFIG_KEY, QUANT_METHOD
+from npu_zoo.core.quantization import CONFIG_KEY
 from npu_zoo.registry import get_registry, load_code
 
 if TYPE_CHECKING:

@@ -84,9 +84,8 @@ def _measure(family_name: str, variant_name: str, cell: Cell) -> Figures:
 def nothing_to_measure(parts: Iterable[Part], products: Sequence[str]) -> HardwareError:
     """Why no row can be measured here."""
     wanted = {name for part in parts for family in part.families for row in family.rows for name in row.hardware}
-    return HardwareError(
-        f"this machine is {' or '.join(products)}, and no row can be measured there; rows are for {', '.join(sorted(wanted))}"
-    )
+    named = ", ".join(sorted(wanted))
+    return HardwareError(f"this machine is {' or '.join(products)}, and rows are for {named}: nothing to measure")
 
 
 def versions() -> dict[str, str]:

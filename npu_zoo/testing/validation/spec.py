@@ -20,6 +20,7 @@ from npu_zoo.core.hardware import chip_of
 from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.core.quantization import scheme_operations
 from npu_zoo.core.specs import AttentionBackendSpec, CodeRef, FamilySpec, KernelSpec
+from npu_zoo.core.truth import differences, read_truth
 from npu_zoo.registry import PLUGINS_VARIABLE, PluginRecord, Registry, SpecFault
 from npu_zoo.selection import select_attention, select_kernels
 from npu_zoo.testing.evidence import current_code
@@ -68,7 +69,7 @@ def _family_claims(part: Part, family: FamilySpec) -> Iterator[Claim]:
         named = part.subject_of_record(family, record)
         text = f"its {record.level} record of {record.date} speaks of today's row and code"
         yield _claim(named.on("evidence"), text, _is_fresh, part, family, record)
-    if getattr(family, "truth", ""):
+    if family.truth:
         yield _claim(subject.on("row"), f"its rows are those of {family.truth}", _is_its_truth, family)
     for number, row in part.rows(family):
         yield from _row_claims(part, family, number, row)
@@ -191,8 +192,6 @@ def _is_fresh(part: Part, family: FamilySpec, record: EvidenceRecord) -> Figures
 
 
 def _is_its_truth(family: FamilySpec) -> Figures:
-    from npu_zoo.core.truth import differences, read_truth
-
     found = differences(family, read_truth(family.truth))
     if found:
         raise ClaimFails("\n".join(map(str, found)))
