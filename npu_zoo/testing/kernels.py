@@ -266,7 +266,7 @@ def _run(spec: KernelSpec, oracle: KernelSpec, registry: Registry) -> Run:
     if spec.operation in RUNS:
         return RUNS[spec.operation]
     raise UsageError(
-        f"nobody says what operation {spec.operation} is tested with: name a function in KernelSpec.inputs of {oracle.name}"
+        f"nobody says what {spec.operation} is tested with; name a function in KernelSpec.inputs of {oracle.name}"
     )
 
 

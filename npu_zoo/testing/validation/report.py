@@ -124,7 +124,8 @@ def describe(outcome: Outcome) -> str:
     """Whose claim it is, on which axis, and what it says."""
     subject = outcome.subject
     axis = f" [{subject.axis}]" if subject.axis else ""
-    return f"{subject.plugin}: {subject.describe()}{axis}: {outcome.text}"
+    whose = "" if subject.plugin == (subject.family or subject.plugin) else f"plugin {subject.plugin}: "
+    return f"{whose}{subject.describe()}{axis}: {outcome.text}"
 
 
 def require_replaceable(files: Iterable[Path]) -> None:
