@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
-from typing import Annotated, Any
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from npu_zoo.cli.help import json_output
 from npu_zoo.cli.options import JsonFlag, request_options
-from npu_zoo.cli.output import joined, print_fields, print_json, print_table
+from npu_zoo.cli.output import joined, print_fields, print_json, print_table, write_file
+from npu_zoo.core.errors import UsageError
 from npu_zoo.core.features import AXES, FeatureRow, Verdict
 from npu_zoo.core.specs import FamilySpec, VariantSpec
 from npu_zoo.dispatch import check as check_request
 from npu_zoo.registry import Registry, get_registry
 from npu_zoo.settings import Settings
+
+if TYPE_CHECKING:
+    from npu_zoo.cli.matrix_formats import MatrixPart
 
 REFUSED = 3
 VERDICT_KEYS: dict[str, str] = {
@@ -83,26 +90,51 @@ def show_matrix(
     form: Annotated[
         Format, typer.Option("--format", metavar="FORM", help="table, markdown, json or html. Default: table.")
     ] = Format.table,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="Write to a file that does not exist yet.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file of --output where it exists.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Show the feature matrix.
 
-    A row says what is supported together, who says so, and how far it is proven.
+    A row says what is supported together, who says so, and how far it is proven. As html it is a page that needs no
+    network, with filters, and behind each cell its rows and the commands that run them.
     """
     from npu_zoo.cli import matrix_formats
 
+    if force and output is None:
+        raise UsageError("--force replaces the file that --output names; give --output FILE too")
     registry = get_registry()
     if model:
         family, variant = registry.find(model)
         parts = [matrix_formats.part_of(family, variant)]
     else:
         parts = [matrix_formats.part_of(family, None) for family in registry.families.values()]
-    if as_json or form is Format.json:
+    form = Format.json if as_json else form
+    if output is None:
+        _print_matrix(parts, form)
+        return
+    with io.StringIO() as text, contextlib.redirect_stdout(text):
+        _print_matrix(parts, form)
+        written = text.getvalue()
+    write_file(output, written, replace=force)
+    print(f"{output} is complete")
+
+
+def _print_matrix(parts: list[MatrixPart], form: Format) -> None:
+    from npu_zoo.cli import matrix_formats
+
+    if form is Format.json:
         print_json([part.data() for part in parts])
     elif form is Format.table:
         matrix_formats.print_tables(parts)
+    elif form is Format.markdown:
+        print(matrix_formats.markdown(parts), end="")
     else:
-        print(matrix_formats.html(parts) if form is Format.html else matrix_formats.markdown(parts), end="")
+        from npu_zoo.cli.matrix_page import page
+
+        print(page(parts), end="")
 
 
 @json_output(VERDICT_KEYS)

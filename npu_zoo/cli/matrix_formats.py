@@ -1,8 +1,7 @@
-"""The feature matrix as terminal tables, Markdown, HTML and data."""
+"""The feature matrix as terminal tables, Markdown and data."""
 
 from __future__ import annotations
 
-import html as html_module
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +18,6 @@ _USUAL: dict[str, tuple[Any, ...]] = {
     "serving": ("offline",),
 }
 _COLUMNS = ("sizes", "hardware", "dtype", "world_size", "attention", *_USUAL, "source", "status", "evidence")
-
-STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem}"
-    "table{border-collapse:collapse;width:100%}th,td{border:1px solid #ccc;padding:.3rem .6rem;text-align:left;"
-    "vertical-align:top}th{background:#f3f3f3}code{font-size:90%}.table{overflow-x:auto}"
-)
 
 
 @dataclass(frozen=True)
@@ -47,6 +40,11 @@ class MatrixPart:
         return f"{self.family.name}:{self.variant.name}" if self.variant else self.family.name
 
     @property
+    def sizes(self) -> list[str]:
+        """The sizes that its rows may speak of, in the order of the variants."""
+        return [self.variant.size] if self.variant else list(dict.fromkeys(v.size for v in self.family.variants))
+
+    @property
     def sources(self) -> list[str]:
         """Every source, in the order of first mention; a table cites them by number."""
         return list(dict.fromkeys([r.source for r in self.rows] + [d.source for d in self.denials]))
@@ -61,6 +59,20 @@ class MatrixPart:
         """What all rows share on the axes that have no column."""
         hidden = [axis for axis in _USUAL if axis not in self.columns]
         return joined(f"{axis} {joined(_USUAL[axis])}" for axis in hidden)
+
+    @property
+    def lists(self) -> list[tuple[str, list[str]]]:
+        """What stands below its table, each list with its title; none is empty."""
+        kinds: tuple[tuple[str, Callable[[MatrixPart], list[str]]], ...] = (
+            ("The sources say no to", denial_lines),
+            ("Exclude each other", conflict_lines),
+            ("Notes", note_lines),
+        )
+        return [(title, lines(self)) for title, lines in kinds if lines(self)]
+
+    def cells(self, row: FeatureRow, columns: Sequence[str]) -> list[str]:
+        """A row as a table shows it."""
+        return [_cell(self, row, column) for column in columns]
 
     def data(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -89,7 +101,7 @@ def print_tables(parts: Sequence[MatrixPart]) -> None:
         _print_rows(part)
         print()
         print_fields({"all rows:": _shared(part)})
-        for title, found in _lists(part):
+        for title, found in part.lists:
             print()
             print_items(title, found)
         print()
@@ -100,7 +112,7 @@ def print_tables(parts: Sequence[MatrixPart]) -> None:
 def _print_rows(part: MatrixPart) -> None:
     """The rows; what deviates from the usual shares one column, as a terminal is narrow."""
     columns = ["sizes", "hardware", "dtype", "world_size", "attention"][0 if part.variant is None else 1 :]
-    rows = [[_short(cell) for cell in _cells(part, row, columns)] for row in part.rows]
+    rows = [[_short(cell) for cell in part.cells(row, columns)] for row in part.rows]
     if set(part.columns) & set(_USUAL):
         columns.append("further")
         for cells, row in zip(rows, part.rows, strict=True):
@@ -129,10 +141,6 @@ def _short(cell: str) -> str:
     for name, short in (("float32", "fp32"), ("bfloat16", "bf16"), ("float16", "fp16")):
         cell = cell.replace(name, short)
     return cell
-
-
-def _cells(part: MatrixPart, row: FeatureRow, columns: Sequence[str]) -> list[str]:
-    return [_cell(part, row, column) for column in columns]
 
 
 def _cell(part: MatrixPart, row: FeatureRow, column: str) -> str:
@@ -182,49 +190,10 @@ def _markdown_part(part: MatrixPart) -> str:
     columns = part.columns
     lines = [f"## {part.family.title} (`{part.name}`)", ""]
     lines += ["| " + " | ".join(c.replace("_", " ") for c in columns) + " |", "|" + "---|" * len(columns)]
-    lines += [
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in _cells(part, r, columns)) + " |" for r in part.rows
-    ]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in part.cells(r, columns)) + " |" for r in part.rows]
     if part.usual:
         lines += ["", f"All rows: {part.usual}."]
-    for title, found in _lists(part):
+    for title, found in part.lists:
         lines += ["", f"{title}:", "", *(f"- {line}" for line in found)]
     lines += ["", "Sources:", "", *(f"{number}. {source}" for number, source in enumerate(part.sources, 1))]
     return "\n".join(lines) + "\n"
-
-
-def _lists(part: MatrixPart) -> list[tuple[str, list[str]]]:
-    kinds: tuple[tuple[str, Callable[[MatrixPart], list[str]]], ...] = (
-        ("The sources say no to", denial_lines),
-        ("Exclude each other", conflict_lines),
-        ("Notes", note_lines),
-    )
-    return [(title, lines(part)) for title, lines in kinds if lines(part)]
-
-
-def html(parts: Sequence[MatrixPart]) -> str:
-    """One self-contained page."""
-    body = "\n".join(_html_part(part) for part in parts)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Feature matrix</title>'
-        f"<style>{STYLE}</style></head>\n<body>\n<h1>Feature matrix</h1>\n{body}\n</body></html>\n"
-    )
-
-
-def _html_part(part: MatrixPart) -> str:
-    escape = html_module.escape
-    columns = part.columns
-    head = "".join(f"<th>{escape(c.replace('_', ' '))}</th>" for c in columns)
-    rows = "\n".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(part, r, columns)) + "</tr>" for r in part.rows
-    )
-    lists = "".join(
-        f"<p>{escape(title)}:</p>\n<ul>" + "".join(f"<li>{escape(line)}</li>" for line in found) + "</ul>\n"
-        for title, found in _lists(part)
-    )
-    usual = f"<p>All rows: {escape(part.usual)}.</p>\n" if part.usual else ""
-    sources = "<ol>" + "".join(f"<li>{escape(source)}</li>" for source in part.sources) + "</ol>"
-    return (
-        f"<h2>{escape(part.family.title)} (<code>{escape(part.name)}</code>)</h2>\n"
-        f'<div class="table"><table><tr>{head}</tr>\n{rows}</table></div>\n{usual}{lists}<p>Sources:</p>\n{sources}'
-    )

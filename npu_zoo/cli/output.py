@@ -1,14 +1,19 @@
-"""How listings are written: aligned text for people, JSON for programs, remarks on stderr."""
+"""How listings are written: aligned text for people, JSON for programs, remarks on stderr, or whole files."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import secrets
 import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from npu_zoo.core.errors import ConfigError
 
 WIDTH_OF_A_PIPE = 140
 _GAP = "  "
@@ -24,6 +29,35 @@ def note(text: str) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def write_file(path: Path, text: str, *, replace: bool = False) -> None:
+    """Write a text to a file, which is there whole or not at all.
+
+    Args:
+        path: it must not exist yet, unless it is to be replaced.
+        replace: whether it may.
+
+    Raises:
+        ConfigError: the file exists, or cannot be written.
+    """
+    scratch = path.parent / f".{path.name}-{secrets.token_hex(6)}"
+    try:
+        with scratch.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        if replace:
+            scratch.replace(path)
+        else:
+            path.hardlink_to(scratch)  # which does not replace, as a rename would
+    except FileExistsError:
+        raise ConfigError(f"cannot write {path}: it exists; choose another name, or give --force") from None
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}; choose another file") from None
+    finally:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
 
 
 def joined(values: Iterable[object]) -> str:
