@@ -11,6 +11,7 @@
 #   NPU_RANGE    the oldest and the newest release that the simulated runtime is built for in tests
 #   ARGS         further arguments of pytest in `make test`, which then leaves out the simulated NPUs
 #   NPU_ARGS     those of `make test-npu`
+#   EXAMPLE_ARGS those of `make test-example`; --conformance adds the conformance suite
 #   JOBS         tests that run at once, on one thread each
 
 PYTHON ?= python3
@@ -35,7 +36,7 @@ PYTEST = NPU_ZOO_TORCH_NPU_WHEELS="$$(test ! -d $(WHEELS) || echo $(WHEELS))" OM
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-npu verify lint docs evidence clean
+.PHONY: help venv demo test test-npu test-example verify lint docs evidence clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -64,6 +65,10 @@ test-npu: $(NPU_STAMP)
 	    tests/npu $(NPU_ARGS) || exit 1; \
 	done
 
+## make test-example  install npu-zoo and the example plugin as their users do, and run what its author runs
+test-example: $(STAMP)-dev
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/check_example.py $(EXAMPLE_ARGS)
+
 ## make verify   the long round: every test, more examples of each property, every change of a matrix, the linters
 verify: $(STAMP)-dev $(NPU_STAMP)
 	$(PYTEST) -m "long or not long" --hypothesis-profile verify $(ARGS)
@@ -89,7 +94,7 @@ evidence: $(NPU_STAMP)
 ## make clean    remove the virtual environment and all caches
 clean:
 	rm -rf $(VENV) $(VENV_NPU) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
-	find npu_zoo tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find npu_zoo tests scripts benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The base and what running a model takes. torch comes first, so that nothing else decides which build it is; what pip
 # is configured with is asked before TORCH_INDEX, which is not reachable everywhere.

@@ -55,7 +55,7 @@ def run(command: Sequence[str], cwd: Path, expected: int = 0) -> str:
     Raises:
         SystemExit: it ends with another code than ``expected``.
     """
-    told = " ".join(command[1:])
+    told = " ".join(("python", *command[1:]))
     print(f"$ {told}", flush=True)
     begin = time.monotonic()
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "NPU_ZOO_PLUGINS")}

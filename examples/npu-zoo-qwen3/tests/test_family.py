@@ -145,7 +145,7 @@ def test_the_package_imports_the_two_surfaces_alone() -> None:
 
     folder = Path(npu_zoo_qwen3.__file__).parent
     lines = [line for file in folder.rglob("*.py") for line in file.read_text("utf-8").splitlines()]
-    imports = [line.split()[1] for line in lines if line.startswith(("from npu_zoo", "import npu_zoo"))]
+    imports = [line.split()[1] for line in lines if line.strip().startswith(("from npu_zoo", "import npu_zoo"))]
     assert imports
     own = "npu_zoo_qwen3"
     assert [name for name in imports if name != "npu_zoo.api" and not name.startswith(("npu_zoo.nn", own))] == []
