@@ -99,6 +99,7 @@ def test_shards_have_an_index_of_their_own(write: Write, launch: Launch, tmp_pat
     index = {"metadata": {}, "weight_map": places}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
     whole = tmp_path / "whole"
+    whole.mkdir()
     (directory / "model.safetensors").rename(directory / "model.kept")
     quantize_checkpoint(directory, whole)
     assert len(list(whole.glob("*.safetensors"))) == 2
@@ -186,7 +187,7 @@ def test_the_command(source: Path, tmp_path: Path) -> None:
     again = subprocess.run([*command, str(tmp_path / "made")], capture_output=True, text=True, check=False)
     assert (again.returncode, again.stderr) == (
         5,
-        f"error: {tmp_path / 'made'} exists; delete it or choose another directory\n",
+        f"error: {tmp_path / 'made'} is there already; delete it or choose another directory\n",
     )
 
 

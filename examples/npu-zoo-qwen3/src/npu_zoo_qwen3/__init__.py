@@ -205,6 +205,7 @@ def register_quantization_methods() -> list[QuantizationSpec]:
             method="npu_zoo_qwen3.weights:Int8Rows",
             quant_method=QUANT_METHOD,
             reader="npu_zoo_qwen3.int8_rows:read_section",
+            example="npu_zoo_qwen3.weights:quantize_checkpoint",
             description="int8 weights with a float32 scale per output channel, activations in the compute dtype",
         )
     ]

@@ -15,7 +15,7 @@ group = typer.Typer(help="Tools for Qwen3's checkpoints.", no_args_is_help=True,
 @group.command()
 def quantize(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A plain checkpoint; it is only read.")],
-    target: Annotated[Path, typer.Argument(metavar="TARGET", help="A directory that does not exist yet.")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="A directory that is empty or not there yet.")],
 ) -> None:
     """Quantize a checkpoint to int8 with a scale per output channel."""
     from npu_zoo_qwen3.weights import quantize_checkpoint

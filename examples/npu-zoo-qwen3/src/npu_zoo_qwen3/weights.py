@@ -54,13 +54,13 @@ def quantize_checkpoint(source: Path, target: Path) -> int:
         The number of layers that were quantized.
 
     Raises:
-        WeightsError: the source is no plain checkpoint of safetensors files, or the target is there already.
+        WeightsError: the source is no plain checkpoint of safetensors files, or the target holds something already.
     """
     config, files = _read_config(source), sorted(source.glob("*.safetensors"))
     if not files:
         raise WeightsError(f"{source} holds no *.safetensors; `npu-zoo convert --to hf-safetensors` makes them")
-    if target.exists():
-        raise WeightsError(f"{target} exists; delete it or choose another directory")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise WeightsError(f"{target} is there already; delete it or choose another directory")
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
