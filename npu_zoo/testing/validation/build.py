@@ -154,6 +154,7 @@ def _find(family_name: str, variant_name: str) -> tuple[FamilySpec, VariantSpec,
 
 def request_of(family: FamilySpec, variant: VariantSpec, row: FeatureRow, config: ModelConfig, split: Split) -> Request:
     """A row's first combination, as a request."""
+    stored = stored_as(row.quantization[0])
     return Request(
         asked=f"{family.name}:{variant.name}",
         family=family,
@@ -167,7 +168,17 @@ def request_of(family: FamilySpec, variant: VariantSpec, row: FeatureRow, config
         serving=row.serving[0],
         long_sequence=row.long_sequence[0],
         config=config,
+        quantization_config=stored,
+        weight_bits=stored.weight_bits if stored else None,
     )
+
+
+def stored_as(scheme: str) -> QuantizationConfig | None:
+    """How a registered scheme stores weights, with a scale per output channel; None for ``none``."""
+    method = get_registry().quantization_methods.get(scheme)
+    if method is None:
+        return None
+    return QuantizationConfig(weight_bits=method.weight_bits, activation_bits=method.activation_bits, scheme=scheme)
 
 
 def _firsts(split: Split) -> list[int]:
@@ -186,11 +197,9 @@ def _build(family: FamilySpec, config: ModelConfig, dtype: DType, split: Split, 
 
     registry = get_registry()
     kernels = bind_kernels(select_kernels(registry.kernels, "cpu", dtype, config, scheme))
-    quantization = None
-    if scheme != "none":
-        method = registry.quantization_methods[scheme]
-        stored = QuantizationConfig(weight_bits=method.weight_bits, activation_bits=method.activation_bits)
-        quantization = bind_quantization(stored, method.method, kernels)
+    stored = stored_as(scheme)
+    method = registry.quantization_methods[scheme].method if stored else ""
+    quantization = bind_quantization(stored, method, kernels) if stored else None
     place = split.place(rank)
     ranks = Ranks(place, tp=Apart(place.tp_rank, split.tp))
     context = BuildContext(kernels, getattr(torch, dtype), config.max_position_embeddings, quantization, ranks)
