@@ -174,6 +174,7 @@
     for (const body of grid.tBodies) body.hidden = !body.querySelector("[data-model]:not([hidden])");
     const columns = grid.tHead.querySelectorAll("th:not([hidden])").length;
     for (const head of grid.querySelectorAll(".family th")) head.colSpan = columns;
+    grid.style.setProperty("--columns", columns - 1);
     for (const button of grid.querySelectorAll("button")) showCell(button, wanted, open);
     showSummary();
   }
