@@ -14,11 +14,13 @@ from npu_zoo.cli.help import json_output
 from npu_zoo.cli.options import JsonFlag, request_options
 from npu_zoo.cli.output import joined, print_fields, print_json, print_table, write_file
 from npu_zoo.core.errors import UsageError
+from npu_zoo.core.evidence import EvidenceRecord, row_digest
 from npu_zoo.core.features import AXES, FeatureRow, Verdict
 from npu_zoo.core.specs import FamilySpec, VariantSpec
 from npu_zoo.dispatch import check as check_request
 from npu_zoo.registry import Registry, get_registry
 from npu_zoo.settings import Settings
+from npu_zoo.testing.evidence import stale_records
 
 if TYPE_CHECKING:
     from npu_zoo.cli.matrix_formats import MatrixPart
@@ -108,9 +110,10 @@ def show_matrix(
     registry = get_registry()
     if model:
         family, variant = registry.find(model)
-        parts = [matrix_formats.part_of(family, variant)]
+        chosen = [(family, variant)]
     else:
-        parts = [matrix_formats.part_of(family, None) for family in registry.families.values()]
+        chosen = [(family, None) for family in registry.families.values()]
+    parts = [matrix_formats.part_of(family, variant, _stale(family, registry)) for family, variant in chosen]
     form = Format.json if as_json else form
     if output is None:
         _print_matrix(parts, form)
@@ -120,6 +123,10 @@ def show_matrix(
         written = text.getvalue()
     write_file(output, written, replace=force)
     print(f"{output} is complete")
+
+
+def _stale(family: FamilySpec, registry: Registry) -> list[EvidenceRecord]:
+    return stale_records(family, registry.plugins[registry.owner(family.name)])
 
 
 def _print_matrix(parts: list[MatrixPart], form: Format) -> None:
@@ -134,7 +141,8 @@ def _print_matrix(parts: list[MatrixPart], form: Format) -> None:
     else:
         from npu_zoo.cli.matrix_page import page
 
-        print(page(parts), end="")
+        stale = {(part.family.name, digest) for part in parts for digest in part.stale}
+        print(page(parts, stale), end="")
 
 
 @json_output(VERDICT_KEYS)
@@ -151,7 +159,7 @@ def check(settings: Settings, as_json: JsonFlag = False) -> None:
         print(f"not supported: {verdict.model}\n{verdict.describe()}")
     else:
         print(f"{verdict.status}: {verdict.model}")
-        print_fields({**request_fields(verdict), **row_fields(verdict.row)})
+        print_fields({**request_fields(verdict), **row_fields(verdict.row, stale=_is_stale(verdict))})
     if not verdict.supported:
         raise typer.Exit(REFUSED)
 
@@ -177,7 +185,17 @@ def request_fields(verdict: Verdict) -> dict[str, str]:
     return {axis.replace("_", " "): joined([verdict.request[axis]]) for axis in shown}
 
 
-def row_fields(row: FeatureRow) -> dict[str, str]:
+def row_fields(row: FeatureRow, *, stale: bool = False) -> dict[str, str]:
     """Who says that a row is supported and how far it is proven."""
-    fields = {"source": row.source, "status": row.status, "evidence": row.evidence}
+    proven = f"{row.evidence} (stale)" if stale and row.evidence != "claimed" else row.evidence
+    fields = {"source": row.source, "status": row.status, "evidence": proven}
     return {**fields, "remark": row.note} if row.note else fields
+
+
+def _is_stale(verdict: Verdict) -> bool:
+    """Whether the record that proves a verdict's row speaks of other code than today's."""
+    if verdict.row is None or verdict.row.evidence == "claimed":
+        return False
+    registry = get_registry()
+    family, _ = registry.find(verdict.model)
+    return row_digest(verdict.row) in {record.row for record in _stale(family, registry)}

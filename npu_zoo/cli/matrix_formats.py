@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from npu_zoo.cli.output import joined, print_fields, print_items, print_table
+from npu_zoo.core.evidence import EvidenceRecord, row_digest
 from npu_zoo.core.features import Conflict, Denial, FeatureRow
 from npu_zoo.core.specs import FamilySpec, VariantSpec
 
@@ -22,12 +23,18 @@ _COLUMNS = ("sizes", "hardware", "dtype", "world_size", "attention", *_USUAL, "s
 
 @dataclass(frozen=True)
 class MatrixPart:
-    """A family's rows, denials and conflicts, or one variant's."""
+    """A family's rows, denials and conflicts, or one variant's.
+
+    Attributes:
+        stale: digests (:func:`npu_zoo.core.evidence.row_digest`) of rows whose records speak of other code than today's,
+            or of rows that are no longer there.
+    """
 
     family: FamilySpec
     variant: VariantSpec | None
     rows: tuple[FeatureRow, ...]
     denials: tuple[Denial, ...]
+    stale: frozenset[str] = frozenset()
 
     @property
     def conflicts(self) -> tuple[Conflict, ...]:
@@ -74,24 +81,33 @@ class MatrixPart:
         """A row as a table shows it."""
         return [_cell(self, row, column) for column in columns]
 
+    def is_stale(self, row: FeatureRow) -> bool:
+        """Whether what proved a row speaks of other code than today's."""
+        return row_digest(row) in self.stale
+
     def data(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {
             "family": self.family.name,
             "variant": self.variant.name if self.variant else None,
             "title": self.family.title,
-            "rows": [row.model_dump(mode="json") for row in self.rows],
+            "rows": [{**row.model_dump(mode="json"), "stale": self.is_stale(row)} for row in self.rows],
             "denials": [denial.model_dump(mode="json") for denial in self.denials],
             "conflicts": [conflict.model_dump(mode="json") for conflict in self.conflicts],
         }
 
 
-def part_of(family: FamilySpec, variant: VariantSpec | None) -> MatrixPart:
-    """The part of a family's matrix that speaks of a variant's size, or all of it."""
+def part_of(family: FamilySpec, variant: VariantSpec | None, stale: Iterable[EvidenceRecord] = ()) -> MatrixPart:
+    """The part of a family's matrix that speaks of a variant's size, or all of it.
+
+    Args:
+        stale: the family's records that no longer prove anything.
+    """
+    digests = frozenset(record.row for record in stale)
     if variant is None:
-        return MatrixPart(family, None, family.rows, family.denials)
+        return MatrixPart(family, None, family.rows, family.denials, digests)
     denials = tuple(denial for denial in family.denials if variant.size in denial.sizes)
-    return MatrixPart(family, variant, family.matrix.of_size(variant.size), denials)
+    return MatrixPart(family, variant, family.matrix.of_size(variant.size), denials, digests)
 
 
 def print_tables(parts: Sequence[MatrixPart]) -> None:
@@ -146,10 +162,17 @@ def _short(cell: str) -> str:
 def _cell(part: MatrixPart, row: FeatureRow, column: str) -> str:
     if column == "source":
         return f"[{part.sources.index(row.source) + 1}]"
-    if column == "evidence" and row.evidence_devices not in ((), row.world_size):
-        return f"{row.evidence} on {joined(row.evidence_devices)}"
+    if column == "evidence":
+        return evidence_text(row, stale=part.is_stale(row))
     value = getattr(row, column)
     return joined(value) if isinstance(value, tuple) else str(value)
+
+
+def evidence_text(row: FeatureRow, *, stale: bool) -> str:
+    """How far a row is proven, with which world sizes where it has others too, and whether that still holds."""
+    some = row.evidence_devices not in ((), row.world_size)
+    level = f"{row.evidence} on {joined(row.evidence_devices)}" if some else row.evidence
+    return f"{level} (stale)" if stale and row.evidence != "claimed" else level
 
 
 def denial_lines(part: MatrixPart) -> list[str]:
@@ -175,6 +198,11 @@ def note_lines(part: MatrixPart) -> list[str]:
     """What single rows have to say beside their cells."""
     copied = [f"{joined(row.sizes)} on {joined(row.hardware)}" for row in part.rows if row.replicated_kv_heads]
     notes = [f"{joined(row.sizes)} on {joined(row.hardware)}: {row.note}" for row in part.rows if row.note]
+    lost = part.stale - {row_digest(row) for row in part.family.rows}
+    if lost:
+        notes.append(
+            f"{len(lost)} evidence records speak of rows that are no longer there; `npu-zoo validate` names them"
+        )
     if copied:
         listed = "; ".join(dict.fromkeys(copied))
         notes.append(f"key-value heads are copied where tensor parallel exceeds them: {listed}")
