@@ -11,7 +11,6 @@
 #   NPU_RANGE    the oldest and the newest release that the simulated runtime is built for in tests
 #   ARGS         further arguments of pytest in `make test`, which then leaves out the simulated NPUs
 #   NPU_ARGS     those of `make test-npu`
-#   EXAMPLE_ARGS those of `make test-example`; --conformance adds the conformance suite
 #   JOBS         tests that run at once, on one thread each
 
 PYTHON ?= python3
@@ -67,7 +66,7 @@ test-npu: $(NPU_STAMP)
 
 ## make test-example  install npu-zoo and the example plugin as their users do, and run what its author runs
 test-example: $(STAMP)-dev
-	OMP_NUM_THREADS=1 $(BIN)/python scripts/check_example.py $(EXAMPLE_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/check_example.py
 
 ## make verify   the long round: every test, more examples of each property, every change of a matrix, the linters
 verify: $(STAMP)-dev $(NPU_STAMP)
@@ -88,7 +87,7 @@ docs: $(STAMP)-dev
 
 ## make evidence run the matrix rows that up to four simulated NPUs can run, and rewrite the families' evidence.json
 evidence: $(NPU_STAMP)
-	$(VENV_NPU)/bin/python scripts/simulate_rows.py
+	OMP_NUM_THREADS=1 $(VENV_NPU)/bin/python -m npu_zoo validate --level simulate --only
 	$(MAKE) --no-print-directory docs
 
 ## make clean    remove the virtual environment and all caches

@@ -26,8 +26,8 @@ class MatrixPart:
     """A family's rows, denials and conflicts, or one variant's.
 
     Attributes:
-        stale: digests (:func:`npu_zoo.core.evidence.row_digest`) of rows whose records speak of other code than today's,
-            or of rows that are no longer there.
+        stale: digests (:func:`npu_zoo.core.evidence.row_digest`) that records have of rows which they no longer prove,
+            since the code or the row is another one today.
     """
 
     family: FamilySpec

@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -69,7 +70,8 @@ def _judge_apart(
         raise HardwareError("claims that run code need pebble: pip install 'npu-zoo[testing]'; --level spec runs none")
     from pebble import ProcessPool
 
-    share = available_memory() // limits.jobs
+    # The simulated runtime reserves whole devices' address space, which the limit would count.
+    share = None if VARIABLE in environment else available_memory() // limits.jobs
     context = multiprocessing.get_context("spawn")
     with _variables({**_THREADS, **environment}):
         pool: Any = ProcessPool(min(limits.jobs, len(claims)), initializer=prepare, initargs=(share,), context=context)
@@ -90,15 +92,18 @@ def _judge(claim: Claim) -> Outcome:
     return claim.judge()
 
 
-def prepare(memory: int) -> None:
-    """Make a process ready to judge: what plugins print goes to stderr, and no claim takes more than its memory."""
-    import resource
+def prepare(memory: int | None) -> None:
+    """Make a process ready to judge: what plugins print goes to stderr, and no claim takes more than its memory.
 
+    Args:
+        memory: bytes; None sets no limit.
+    """
     os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = memory if hard == resource.RLIM_INFINITY else min(memory, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    if memory is not None:
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        limit = memory if hard == resource.RLIM_INFINITY else min(memory, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
     with contextlib.suppress(RuntimeError):  # a claim that needs the simulated runtime says why it is not there
         npu_zoo.simulate()
     _kept.enter_context(registry_in_place(validation_registry()))
