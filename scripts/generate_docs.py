@@ -13,7 +13,7 @@ import typer
 
 from npu_zoo.cli.app import PROGRAM, build_app
 from npu_zoo.cli.help import json_keys, panels
-from npu_zoo.cli.matrix_formats import markdown, part_of
+from npu_zoo.cli.matrix_docs import marked
 from npu_zoo.registry import build_registry, find_candidates
 from npu_zoo.settings import ALIASES, PROCESS_VARIABLES
 from npu_zoo.simulator.golden import load_golden
@@ -135,7 +135,7 @@ def _rule_row(rule: Rule) -> str:
 def matrix_page() -> str:
     """docs/matrix.md: the families of the built-in plugins."""
     families = build_registry(find_candidates("")).families.values()
-    return GENERATED + MATRIX_INTRODUCTION + markdown([part_of(family, None) for family in families])
+    return GENERATED + MATRIX_INTRODUCTION + "\n".join(marked(family) for family in families)
 
 
 def cli_page() -> str:

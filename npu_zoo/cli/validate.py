@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from npu_zoo.cli import matrix_docs
 from npu_zoo.cli.output import note, print_items, print_table
 
 if TYPE_CHECKING:
@@ -144,6 +145,8 @@ def run_validation(
     with registry_in_place(registry):
         products = measuring.products_at_hand(hardware) if measure else ()
         claims = [] if measure else suite.claims_of(parts, level, only=only)
+        if not measure and not (only and level != "spec"):
+            claims += [claim for part in parts if not part.record.error for claim in matrix_docs.claims(part)]
         claims += [claim for part in parts for claim in measuring.claims(part, products)]
         if measure and not claims:
             raise measuring.nothing_to_measure(parts, products)
