@@ -158,6 +158,8 @@ def shareable_shape(family: FamilySpec, **changes: Any) -> ModelConfig:
 def write_random_model(directory: Path, family: FamilySpec, config: ModelConfig, seed: int = 0) -> Path:
     """Write a checkpoint of a family's own model class with random weights, without a tokenizer.
 
+    What a checkpoint may lack it lacks, such as the head of a model that shares it with its embedding.
+
     Args:
         directory: is made where it does not exist.
 
@@ -177,7 +179,10 @@ def write_random_model(directory: Path, family: FamilySpec, config: ModelConfig,
     context = BuildContext(kernels, torch.float32, config.max_position_embeddings)
     model = build_on_meta(load_code(family.model), config, context)
     generator = torch.Generator().manual_seed(seed)
-    tensors = {name: _draw(view.shape, generator) for name, view in model.checkpoint_tensors().items()}
+    due = {
+        name: view.shape for name, view in model.checkpoint_tensors().items() if name not in model.optional_tensors()
+    }
+    tensors = {name: _draw(shape, generator) for name, shape in due.items()}
     (directory / "config.json").write_text(json.dumps(config.to_hf(), indent=2), "utf-8")
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     return directory
