@@ -1,7 +1,7 @@
-"""A family's matrix in the Markdown files of its plugin's project: whether what stands there is what the plugin registers.
+"""A family's matrix in the Markdown files of its plugin's project: whether it is what the plugin registers.
 
-A file holds a matrix between two lines, ``<!-- npu-zoo matrix FAMILY -->`` and ``<!-- /npu-zoo matrix -->``; what stands
-between them is what ``npu-zoo matrix FAMILY --format markdown`` writes.
+A file holds a matrix between two lines, ``<!-- npu-zoo matrix FAMILY -->`` and ``<!-- /npu-zoo matrix -->``; between
+them stands what ``npu-zoo matrix FAMILY --format markdown`` writes.
 """
 
 from __future__ import annotations

@@ -36,8 +36,14 @@ if TYPE_CHECKING:
 BOUNDS: dict[str, float] = {"float32": 1e-3, "float16": 0.06, "bfloat16": 0.5}
 """Natural-log probability by dtype, for models of a few layers; twice and more what was seen."""
 
-ROUNDED_BOUND = 0.5
+QUANTIZED_BOUND = 0.25
+"""The least bound with quantized weights: a product that rounds elsewhere can choose another expert."""
+
+ROUNDED_BOUND = 1.0
 """The same where activations or keys and values become codes, which a rounding elsewhere can move by a step."""
+
+_MEAN_TO_WORST = 4
+"""How far below the bound of a single log-probability their mean difference has to be."""
 
 _PROMPTS = tuple(tuple(range(3, 3 + length)) for length in (40, 17, 1))
 _WAYS: dict[str, dict[str, Any]] = {
@@ -87,7 +93,8 @@ class Cell:
     def bound(self) -> float:
         """What a log-probability may differ by."""
         rounded = self.kv_cache_dtype != "auto" or self.quantization.endswith("a8")
-        return max(BOUNDS[self.dtype], ROUNDED_BOUND if rounded else 0.0)
+        quantized_bound = QUANTIZED_BOUND if self.quantization != "none" else 0.0
+        return max(BOUNDS[self.dtype], ROUNDED_BOUND if rounded else quantized_bound)
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ class CellResult:
     @property
     def passes(self) -> bool:
         """Whether it is within the cell's bound."""
-        return self.agreement.within(self.cell.bound)
+        return self.agreement.within(self.cell.bound) and self.agreement.mean_logprob < self.cell.bound / _MEAN_TO_WORST
 
 
 def cells_of(row: FeatureRow) -> list[Cell]:

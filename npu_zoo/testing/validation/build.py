@@ -196,10 +196,11 @@ def _build(family: FamilySpec, config: ModelConfig, dtype: DType, split: Split, 
     from npu_zoo.nn.quantization import bind_quantization
 
     registry = get_registry()
-    kernels = bind_kernels(select_kernels(registry.kernels, "cpu", dtype, config, scheme))
+    kernels = bind_kernels(select_kernels(registry.kernels, "cpu", dtype, config, scheme, family.operations))
     stored = stored_as(scheme)
     method = registry.quantization_methods[scheme].method if stored else ""
-    quantization = bind_quantization(stored, method, kernels) if stored else None
+    experts = config.moe is not None
+    quantization = bind_quantization(stored, method, kernels, has_experts=experts) if stored else None
     place = split.place(rank)
     ranks = Ranks(place, tp=Apart(place.tp_rank, split.tp))
     context = BuildContext(kernels, getattr(torch, dtype), config.max_position_embeddings, quantization, ranks)

@@ -155,6 +155,7 @@ def _length(weights: Path, *, long: bool) -> int:
 def plainest(config: EngineConfig) -> EngineConfig:
     """The same weights on one rank of a CPU in float32, by references alone."""
     registry, model = get_registry(), config.model_config
+    operations = registry.families[config.family].operations
     kernels = {name: spec for name, spec in registry.kernels.items() if spec.chip == "any"}
     lowest: dict[str, int] = {}
     for spec in kernels.values():
@@ -167,7 +168,7 @@ def plainest(config: EngineConfig) -> EngineConfig:
         chip="cpu",
         device="cpu",
         dtype="float32",
-        kernels=select_kernels(references, "cpu", "float32", model, config.quantization),
+        kernels=select_kernels(references, "cpu", "float32", model, config.quantization, operations),
         attention="paged",
         attention_choice=select_attention(backends, "paged", "cpu", "float32", model, None),
         kv_cache_dtype="auto",

@@ -21,7 +21,7 @@ from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.core.quantization import scheme_operations
 from npu_zoo.core.specs import AttentionBackendSpec, CodeRef, FamilySpec, KernelSpec
 from npu_zoo.core.truth import differences, read_truth
-from npu_zoo.registry import PLUGINS_VARIABLE, PluginRecord, Registry, SpecFault
+from npu_zoo.registry import PluginRecord, Registry, SpecFault
 from npu_zoo.selection import select_attention, select_kernels
 from npu_zoo.testing.evidence import current_code
 from npu_zoo.testing.shapes import configs_of
@@ -33,11 +33,14 @@ Spec = TypeVar("Spec", KernelSpec, AttentionBackendSpec)
 
 _HEAVY = """
 import json, sys
-from npu_zoo.registry import get_registry
-record = get_registry().plugins.get(sys.argv[1])
+from importlib.metadata import EntryPoint
+from npu_zoo.registry import Candidate, build_registry
+point = EntryPoint(sys.argv[1], sys.argv[2], "npu_zoo")
+record = build_registry([Candidate(point.name, point.load)]).plugins[point.name]
 heavy = sorted({"torch", "torch_npu", "transformers"} & set(sys.modules))
-print(json.dumps(heavy))
+print(json.dumps({"error": record.error, "heavy": heavy}))
 """
+"""Loads one plugin by its entry point, and tells what came along."""
 
 
 def claims(part: Part) -> Iterator[Claim]:
@@ -47,7 +50,7 @@ def claims(part: Part) -> Iterator[Claim]:
     yield _claim(plugin.on("plugin"), "loads", _loads, record)
     if record.error:
         return
-    yield _claim(plugin.on("import"), "loads without torch", _is_light, record.name, apart=True)
+    yield _claim(plugin.on("import"), "loads without torch", _is_light, record.name, record.target)
     for fault in record.faults:
         subject = Subject(record.name, fault.family, fault.row, fault.axis)
         yield _claim(subject, "is sound" if fault.row else f"{fault.subject} is sound", _refuse_fault, fault)
@@ -108,18 +111,20 @@ def _refuse_fault(fault: SpecFault) -> Figures:
     raise ClaimFails(fault.message)
 
 
-def _is_light(name: str) -> Figures:
+def _is_light(name: str, target: str) -> Figures:
     """In a process of its own: this one may have torch for reasons of its own."""
-    environment = {**os.environ, PLUGINS_VARIABLE: name, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     environment.pop("NPU_ZOO_SIMULATE", None)
-    command = [sys.executable, "-c", _HEAVY, name]
+    command = [sys.executable, "-c", _HEAVY, name, target]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     if done.returncode:
         raise ClaimFails(f"a process that loads it alone ends with {done.returncode}: {done.stderr.strip()[-500:]}")
-    heavy = json.loads(done.stdout)
-    if heavy:
+    found = json.loads(done.stdout)
+    if found["error"]:
+        raise ClaimFails(f"alone in a process it does not load: {found['error']}")
+    if found["heavy"]:
         raise ClaimFails(
-            f"loading it imports {', '.join(heavy)}, which makes every command slow; name code as "
+            f"loading it imports {', '.join(found['heavy'])}, which makes every command slow; name code as "
             "'package.module:attribute' in specs, and import it where it is used"
         )
     return {}
@@ -231,7 +236,7 @@ def _has_backend(registry: Registry, family: FamilySpec, row: FeatureRow, kind: 
 def _has_kernels(registry: Registry, family: FamilySpec, row: FeatureRow) -> Figures:
     kernels = installed_everywhere(registry.kernels)
     for config, chip, dtype in _places(family, row):
-        _or_fails(select_kernels, kernels, chip, dtype, config)
+        _or_fails(select_kernels, kernels, chip, dtype, config, "none", family.operations)
     return {}
 
 
@@ -244,7 +249,7 @@ def _has_method(registry: Registry, family: FamilySpec, row: FeatureRow, scheme:
     for config, chip, dtype in _places(family, row):
         if chip not in method.chips and "any" not in method.chips:
             raise ClaimFails(f"{scheme} is for {', '.join(method.chips)}, not {chip}")
-        chosen = _or_fails(select_kernels, kernels, chip, dtype, config, scheme)
+        chosen = _or_fails(select_kernels, kernels, chip, dtype, config, scheme, family.operations)
         due = scheme_operations(scheme)[: 2 if config.moe else 1]
         missing = [name for name in due if name not in {choice.operation for choice in chosen}]
         if missing:
