@@ -91,7 +91,8 @@ class MatrixPart:
             "family": self.family.name,
             "variant": self.variant.name if self.variant else None,
             "title": self.family.title,
-            "rows": [{**row.model_dump(mode="json"), "stale": self.is_stale(row)} for row in self.rows],
+            "rows": [row.model_dump(mode="json") for row in self.rows],
+            "stale_rows": [number for number, row in enumerate(self.rows, 1) if self.is_stale(row)],
             "denials": [denial.model_dump(mode="json") for denial in self.denials],
             "conflicts": [conflict.model_dump(mode="json") for conflict in self.conflicts],
         }

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -33,9 +31,7 @@ def validations(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         found.append({**asked, "distribution": record.distribution, "error": record.error})
         return int(level == "run")
 
-    module = ModuleType("npu_zoo.cli.validate")
-    module.run_validation = run_validation  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "npu_zoo.cli.validate", module)
+    monkeypatch.setattr("npu_zoo.cli.plugin.run_validation", run_validation)
     return found
 
 

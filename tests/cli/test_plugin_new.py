@@ -18,7 +18,6 @@ import pytest
 import torch
 import transformers
 
-import npu_zoo.testing
 from npu_zoo import LLM, SamplingParams
 from npu_zoo.cli.plugin_project import LONGEST_NAME, Architecture, NewPlugin, write_project
 from npu_zoo.core.errors import UsageError
@@ -192,9 +191,6 @@ def assert_same_tokens(family: FamilySpec, checkpoint: Path) -> None:
     assert list(found) == expected[len(prompt) :]
 
 
-@pytest.mark.skipif(
-    not hasattr(npu_zoo.testing, "assert_matches_reference"), reason="npu_zoo.testing has no conformance suite yet"
-)
 @pytest.mark.parametrize(
     "kind", ["llama", pytest.param("moe", marks=pytest.mark.long), pytest.param("mla", marks=pytest.mark.long)]
 )

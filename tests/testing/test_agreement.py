@@ -57,7 +57,9 @@ def test_cells_are_the_product_of_what_a_row_offers() -> None:
     assert cells_of(ROW.model_copy(update={"world_size": (16, 32)})) == []
     assert cells_of(ROW.model_copy(update={"world_size": (2,), "parallelism": ("tp8+ep8",)})) == []
     assert cells_of(ROW.model_copy(update={"hardware": ("cpu",)})) == []
-    assert cells_of(ROW.model_copy(update={"quantization": ("none", "w8a8")})) == []
+    quantized = cells_of(ROW.model_copy(update={"quantization": ("none", "w8a8"), "kv_cache_dtype": ("auto", "int8")}))
+    assert len(quantized) == 4 * 4
+    assert "atlas_800t_a2_float16_flash_w8a8_int8_cache" in {cell.name for cell in quantized}
 
 
 def test_bounds_go_by_dtype() -> None:
@@ -116,11 +118,11 @@ def test_evidence_rests_on_the_engine_the_layers_and_the_plugin() -> None:
 def test_a_record_names_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("npu_zoo.testing.simulation.metadata.version", lambda name: f"{name}-1")
     family = get_registry().families["wizardcoder"]
-    result = CellResult(Cell("atlas_800i_a2", "float16", "paged"), Agreement(10, 0.0123456, 5, 0.0))
-    record = record_of(family, ROW, {"head_dim": 128}, [result], "abc")
+    cells = {"atlas_800i_a2_float16_paged": {"worst_logprob_difference": 0.0123, "tokens": 10.0}}
+    record = record_of(family, ROW, {"head_dim": 128, "devices": 1}, cells, "abc", versions={"soc": "910B4"})
     assert record.figures == {
         "atlas_800i_a2_float16_paged_worst_logprob_difference": 0.0123,
         "atlas_800i_a2_float16_paged_tokens": 10,
     }
     assert (record.row, record.code, record.shape) == (row_digest(ROW), "abc", {"head_dim": 128, "devices": 1})
-    assert record.versions["torch_npu"] == "torch_npu-1"
+    assert (record.versions["torch_npu"], record.versions["soc"]) == ("torch_npu-1", "910B4")

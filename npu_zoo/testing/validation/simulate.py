@@ -70,8 +70,9 @@ def figures_of(result: CellResult) -> Figures:
     agreement, bound = result.agreement, result.cell.bound
     if not result.passes:
         raise ClaimFails(
-            f"log-probabilities differ from the CPU's by up to {agreement.worst_logprob:.3g}, on average by "
-            f"{agreement.mean_logprob:.3g}, and ties by {agreement.worst_gap:.3g}; {bound:g} is allowed, on average a quarter"
+            f"log-probabilities differ from the CPU's by up to {agreement.worst_logprob:.3g}, by "
+            f"{agreement.mean_logprob:.3g} on average, and ties by {agreement.worst_gap:.3g}; {bound:g} is allowed, a "
+            "quarter of it on average"
         )
     return {
         "cell": result.cell.name,
