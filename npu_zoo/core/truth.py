@@ -118,7 +118,7 @@ class SourceTable(_Columns):
     source: str
     status: Status = "supported"
     about: str = ""
-    lines: tuple[Line, ...] = Field(min_length=1)
+    lines: tuple[Line, ...]
 
     @model_validator(mode="after")
     def _complete(self) -> SourceTable:
@@ -167,7 +167,7 @@ class TruthTable(_Frozen):
     """
 
     about: str
-    tables: tuple[SourceTable, ...] = Field(min_length=1)
+    tables: tuple[SourceTable, ...]
 
     @functools.cached_property
     def statement(self) -> Statement:
@@ -216,9 +216,7 @@ def parse_splits(text: str) -> tuple[Split, ...]:
     found: list[Split] = []
     for alternative in text.split("; "):
         if not _ALTERNATIVE.fullmatch(alternative):
-            raise ValueError(
-                f"'{alternative}' names no splits; they read 'tp 1, 2, 4' or 'tp 8 ep 8', '; ' between them"
-            )
+            raise ValueError(f"'{alternative}' names no splits; write them as 'tp 1, 2, 4; tp 8 ep 8'")
         parts = {kind: tuple(map(int, sizes.split(", "))) for kind, sizes in _PART.findall(alternative)}
         found += [Split(*sizes) for sizes in itertools.product(*(parts.get(kind, (1,)) for kind in KINDS))]
     for split in found:
