@@ -1,0 +1,132 @@
+"""Changes of single cells of the built-in matrices: some of all are tried here, all of them in `make verify`."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from npu_zoo.registry import get_registry
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "mutate_matrices.py"
+FAMILIES = get_registry().families
+
+
+def load() -> Any:
+    spec = importlib.util.spec_from_file_location("mutate_matrices", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+script = load()
+CODER = FAMILIES["deepseek_coder"]
+ON_800I = 0
+ON_CPU = next(number for number, row in enumerate(CODER.rows) if row.hardware == ("cpu",))
+
+
+def find(row: int, axis: str, what: str) -> Any:
+    return next(m for m in script.mutations(CODER, row) if (m.axis, m.what) == (axis, what))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_change_is_noticed(name: str) -> None:
+    family = FAMILIES[name]
+    every = itertools.chain.from_iterable(script.mutations(family, number) for number in range(len(family.rows)))
+    outcomes = [script.judge(mutation) for mutation in itertools.islice(every, 3, None, 120)]
+    assert len({outcome.axis for outcome in outcomes}) > 5
+    assert [outcome for outcome in outcomes if not outcome.table] == []
+
+
+def test_every_cell_of_a_row_is_changed_in_every_way() -> None:
+    family = FAMILIES["deepseek_moe"]
+    found = {(m.axis, m.kind) for row in range(len(family.rows)) for m in script.mutations(family, row)}
+    kinds = {axis: {kind for other, kind in found if other == axis} for axis, _ in found}
+    assert kinds == {
+        **{axis: {"drop", "add", "replace"} for axis in script.SETS},
+        **{axis: {"replace"} for axis in script.SINGLE},
+        script.WHOLE: {"drop", "add"},
+    }
+
+
+@pytest.mark.parametrize("row", [ON_800I, ON_CPU])
+def test_a_mutation_differs_from_the_matrix_in_one_field_of_one_row(row: int) -> None:
+    for mutation in script.mutations(CODER, row):
+        if mutation.axis == script.WHOLE:
+            assert abs(len(mutation.rows) - len(CODER.rows)) == 1
+            continue
+        assert [n for n, (a, b) in enumerate(zip(mutation.rows, CODER.rows, strict=True)) if a != b] == [row]
+        assert (
+            mutation.after.model_copy(update={mutation.axis: getattr(mutation.before, mutation.axis)})
+            == mutation.before
+        )
+
+
+@pytest.mark.parametrize(
+    ("row", "axis", "what", "build", "run"),
+    [
+        (ON_800I, "world_size", "3", True, None),  # 16 heads
+        (ON_800I, "parallelism", "tp+ep", True, None),  # no experts
+        (ON_800I, "sizes", "33b", False, None),  # it has a world size that fits
+        (ON_800I, "dtype", "float32", False, None),
+        (ON_CPU, "quantization", "sparse", False, True),
+        (ON_CPU, "parallelism", "tp+ep", True, True),
+        (ON_CPU, "kv_cache_dtype", "int8", False, False),
+        (ON_CPU, "serving", "tgi", False, False),
+        (ON_CPU, "dtype", "float32", False, None),  # dropped
+        (ON_CPU, "hardware", "cuda", False, None),
+    ],
+)
+def test_who_notices(row: int, axis: str, what: str, build: bool, run: bool | None) -> None:
+    mutation = find(row, axis, what)
+    assert (script.seen_by_build(mutation), script.seen_by_run(mutation)) == (build, run)
+    assert script.seen_by_table(mutation)
+    assert script.seen_by_refusals(mutation)
+
+
+def test_weights_that_do_not_fit_a_device_are_noticed_by_build() -> None:
+    family = FAMILIES["deepseek_v3"]
+    assert family.rows[0].quantization == ("none",)
+    less = [m for m in script.mutations(family, 1) if (m.axis, m.what) == ("quantization", "w8a16 by none")]
+    assert [script.seen_by_build(mutation) for mutation in less] == [True]
+
+
+def test_without_a_table_a_change_can_go_unnoticed() -> None:
+    bare = CODER.model_copy(update={"truth": ""})
+    unseen = [script.judge(m) for m in script.mutations(bare, ON_800I) if m.axis == "dtype"]
+    assert unseen
+    assert [outcome.caught for outcome in unseen] == [False] * len(unseen)
+
+
+def test_the_report_counts_and_lists(capsys: pytest.CaptureFixture[str]) -> None:
+    seen = script.Outcome("deepseek_coder", 0, "dtype", "add", "float16", True, True, False, None)
+    built = script.Outcome("deepseek_coder", 0, "world_size", "add", "3", True, False, True, None)
+    missed = script.Outcome("deepseek_coder", 0, "dtype", "add", "float32", False, False, False, False)
+    assert script.summary([seen, built, missed]) == [
+        ("deepseek_coder", "dtype", "2", "1", "1", "1", "0", "0", "1"),
+        ("deepseek_coder", "world_size", "1", "1", "1", "0", "1", "0", "0"),
+        ("all", "", "3", "2", "2", "1", "1", "0", "1"),
+    ]
+    text = script.markdown([seen, built, missed])
+    assert "2 of 3 changes are noticed (66.67%)" in text
+    assert text.splitlines()[-1] == "- deepseek_coder, row 0 (1.3b on atlas_800i_a2), dtype: add float16"
+
+
+@pytest.mark.parametrize(("caught", "code"), [(True, 0), (False, 1)])
+def test_a_change_that_nobody_notices_fails(
+    caught: bool, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    outcome = script.Outcome("deepseek_coder", 0, "dtype", "add", "float16", caught, False, False, None)
+    monkeypatch.setattr(script, "judge_all", lambda families: [outcome])
+    assert script.main(["--list", "--markdown", str(tmp_path / "page.md")]) == code
+    out, err = capsys.readouterr()
+    line = "deepseek_coder, row 0 (1.3b on atlas_800i_a2), dtype: add float16\n"
+    assert (line in out, err) == (caught, "" if caught else f"noticed by nobody: {line}")
+    assert (tmp_path / "page.md").read_text(encoding="utf-8").startswith(f"{int(caught)} of 1 changes are noticed")
