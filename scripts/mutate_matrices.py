@@ -6,14 +6,15 @@
 
 A value of a row's cell is dropped, one that is missing is added, and each is replaced by each; a row is left out, or
 there twice. A layout that stands for the same splits as another (`tp+pp` of four ranks, `tp2+pp2`) is no other value.
-Nothing is written into the tree: a family with other rows is made in memory. Four can notice:
+Nothing is written into the tree: a family with other rows is made in memory. Who can notice:
 
 - table: the comparison of the rows with the truth table (`npu_zoo.core.truth.differences`);
 - refusals: the row's combinations and those beside it on the changed axis, asked for and held against the table;
-- build: what a shape or a memory rules out, where the row did not offer it before: a world size or a layout of which no
-  split divides the model, and weights that leave a device no room for one token;
-- run: a combination on a CPU that no engine can be made for: no attention backend, kernel or quantization method, or
-  experts to be shared where there are none. What a CPU does run, or is no longer asked to, it cannot notice.
+- spec: what else `npu-zoo validate --level spec` claims of the row: dtypes that a chip has, layouts and world sizes
+  that go together, attention backends, kernels and quantization methods that are registered;
+- build: a world size of which no split divides a shape, weights that leave a device no room for a token;
+- run: a combination on a CPU that was not there before and that no engine can be made for. What a CPU can run, whoever
+  asked for it, no run notices, nor what is no longer asked.
 """
 
 from __future__ import annotations
@@ -25,38 +26,48 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from npu_zoo.checkpoint import read_config
-from npu_zoo.core.cells import Cell, row_cells
-from npu_zoo.core.config import DEFAULT_KV_CACHE_FRACTION, EngineArgs
-from npu_zoo.core.errors import NpuZooError
+from npu_zoo.core.cells import FEATURES, Cell
 from npu_zoo.core.features import AXES, KINDS, FeatureRow, layout_names, splits_of
-from npu_zoo.core.hardware import PRODUCTS, chip_of
-from npu_zoo.core.model_config import ModelConfig
+from npu_zoo.core.hardware import chip_of
 from npu_zoo.core.parallel import Split
-from npu_zoo.core.specs import FamilySpec
+from npu_zoo.core.specs import FamilySpec, VariantSpec
 from npu_zoo.core.truth import differences, read_truth
-from npu_zoo.fitting import GIB, workload_of
-from npu_zoo.planning import plan_rank
 from npu_zoo.registry import get_registry
-from npu_zoo.request import Request, bundled_directory
-from npu_zoo.selection import select_attention, select_kernels
-from npu_zoo.splitting import split_faults
+from npu_zoo.testing.shapes import config_of, kinds_of, tiny_config
+from npu_zoo.testing.validation.build import allowed_splits, fits
+from npu_zoo.testing.validation.cells import Combination, resolve_combination
+from npu_zoo.testing.validation.claims import Claim, ClaimFails, Subject
 from npu_zoo.testing.validation.refusals import check_row, known_values
+from npu_zoo.testing.validation.run import cells_of_one
+from npu_zoo.testing.validation.scope import Part
+from npu_zoo.testing.validation.spec import row_claims as spec_claims
 
 WORLD_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32, 64)
 SETS = ("sizes", *AXES, "derived")
 SINGLE = ("status", "source", "replicated_kv_heads")
 WHOLE = "rows"
-COLUMNS = ("changes", "caught", "table", "refusals", "build", "run", "table alone")
+SEEN_BY = ("table", "refusals", "spec", "build", "run")
+COLUMNS = ("changes", "noticed", *SEEN_BY, "table alone")
 _WIDTHS = (16, 21, *[10] * len(COLUMNS[:-1]), 11)
 _JOBS = 2
-_NOTHING_ASKED = EngineArgs()  # type: ignore[call-arg]
 _NEIGHBOURS = {"sizes": ["size"], "world_size": ["split"], "parallelism": ["split"]}
 """The axes of a combination, where a field of a row is named otherwise."""
+
+_OF_A_PLACE = ("dtype", "attention", "quantization")
+_SPEC_CLAIMS = {
+    **dict.fromkeys(("sizes", "hardware", "dtype"), _OF_A_PLACE),
+    **dict.fromkeys(("world_size", "parallelism"), ("parallelism",)),
+    **dict.fromkeys(("attention", "kv_cache_dtype"), ("attention",)),
+    "quantization": ("quantization",),
+}
+"""Of the claims of a row's specs those that a change of a field can touch, by the axis that they blame."""
+
+_BUILT = {"sizes", "hardware", "dtype", "world_size", "parallelism", "quantization", "kv_cache_dtype"}
+_BUILT |= {"replicated_kv_heads"}
 
 
 @dataclass(frozen=True)
@@ -96,27 +107,28 @@ class Mutation:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Who notices a mutation; of ``run`` None where it is not of a CPU, or nothing is added there."""
+    """Who notices a mutation, of :data:`SEEN_BY`; ``run`` is None where nothing is added on a CPU."""
 
     family: str
     row: int
     axis: str
     kind: str
     what: str
-    table: bool
-    refusals: bool
-    build: bool
-    run: bool | None
+    table: bool = False
+    refusals: bool = False
+    spec: bool = False
+    build: bool = False
+    run: bool | None = None
 
     @property
-    def caught(self) -> bool:
+    def noticed(self) -> bool:
         """Whether anybody does."""
-        return self.table or self.refusals or self.build or bool(self.run)
+        return any(getattr(self, name) for name in SEEN_BY)
 
     @property
     def by_table_alone(self) -> bool:
-        """Whether neither building nor running it does."""
-        return self.caught and not self.build and not self.run
+        """Whether nobody does but the table, by itself or by the refusals that it asks for."""
+        return self.noticed and not (self.spec or self.build or self.run)
 
 
 def mutations(family: FamilySpec, number: int) -> Iterator[Mutation]:
@@ -199,109 +211,105 @@ def seen_by_refusals(mutation: Mutation) -> bool:
     return any(fault for number in numbers for fault in check_row(mutation.mutated, number, axes=asked))
 
 
+def seen_by_spec(mutation: Mutation) -> bool:
+    """Whether another claim of the changed row's specs fails."""
+    after, family = mutation.after, mutation.mutated
+    judged = _SPEC_CLAIMS.get(mutation.axis, ())
+    if after is None or not judged:
+        return False
+    registry = get_registry()
+    part = Part(registry.plugins[registry.owner(family.name)], registry)
+    return any(
+        claim.judge().status == "fails"
+        for claim in spec_claims(part, family, mutation.row, after)
+        if claim.subject.axis in judged
+    )
+
+
 def seen_by_build(mutation: Mutation) -> bool:
     """Whether the changed row offers what a shape or a memory rules out, and did not before."""
     name, after = mutation.family.name, mutation.after
-    return after is not None and bool(_unbuildable(name, after) - _unbuildable(name, mutation.before))
+    if after is None or mutation.axis not in _BUILT:
+        return False
+    return bool(_unbuildable(name, after) - _unbuildable(name, mutation.before))
 
 
-def _unbuildable(family: str, row: FeatureRow) -> set[tuple[object, ...]]:
-    faults: set[tuple[object, ...]] = set()
-    made = [(w, y, split) for w in row.world_size for y in row.parallelism for split in splits_of(y, w)]
-    for size in (size for size in row.sizes if config_of(family, size)):
-        fit = [entry for entry in made if _divides(family, size, entry[-1], row.replicated_kv_heads)]
-        faults |= {(size, world) for world in {*row.world_size} - {world for world, _, _ in fit}}
-        faults |= {(size, layout) for layout in {*row.parallelism} - {layout for _, layout, _ in fit}}
-        splits = {split for _, _, split in fit}
-        ways = itertools.product(row.hardware, row.dtype, row.quantization, row.kv_cache_dtype, splits)
-        faults |= {(size, *way) for way in ways if not _fits(family, size, *way)}
-    return faults
+@functools.lru_cache(maxsize=64)
+def _unbuildable(name: str, row: FeatureRow) -> frozenset[Claim]:
+    """Claims that fail, without the building itself, which takes as long for all rows as it takes."""
+    return frozenset(claim for claim in _build_claims(name, row) if claim.judge().status == "fails")
 
 
-@functools.cache
-def config_of(family: str, size: str) -> ModelConfig | None:
-    """The shape of a size, of its first variant that has one; None for ``custom``."""
-    variants = [variant for variant in get_registry().families[family].variants if variant.size == size]
-    bundled = (bundled_directory(variant) for variant in variants)
-    shapes = [ModelConfig.from_hf(read_config(directory)) for directory in bundled if directory]
-    return next(iter(shapes + [variant.config for variant in variants if variant.config]), None)
+def _build_claims(name: str, row: FeatureRow) -> Iterator[Claim]:
+    family = get_registry().families[name]
+    sizes = {variant.size: variant for variant in reversed(family.variants) if config_of(variant, family)}
+    for size in (size for size in row.sizes if size in sizes):
+        subject, variant = Subject("", name, name=size), sizes[size]
+        for world in row.world_size:
+            divides = functools.partial(_require_split, family, variant, row, world)
+            yield Claim("build", subject, f"{world}", divides)
+            for hardware in (hardware for hardware in row.hardware if chip_of(hardware).device == "npu"):
+                holds = functools.partial(fits, name, variant.name, row, world, hardware)
+                yield Claim("build", subject, f"{world} on {hardware}", holds)
 
 
-@functools.cache
-def _divides(family: str, size: str, split: Split, copies: bool) -> bool:
-    """Whether a size can be split so."""
-    spec, config = get_registry().families[family], config_of(family, size)
+def _require_split(family: FamilySpec, variant: VariantSpec, row: FeatureRow, world: int) -> dict[str, float | str]:
+    config = config_of(variant, family)
     assert config is not None
-    row = spec.rows[0].model_copy(update={"replicated_kv_heads": copies})
-    variant = next(variant for variant in spec.variants if variant.size == size)
-    request = Request(family, spec, variant, "cpu", "float16", split, "paged", "none", "auto", "", False, config)
-    return not split_faults(_NOTHING_ASKED, request, row, config, split)
-
-
-@functools.cache
-def _fits(
-    family: str, size: str, hardware: str, dtype: str, quantization: str, kv_cache_dtype: str, split: Split
-) -> bool:
-    """Whether the largest device of a product has room for one token; of a CPU and a GPU nobody knows."""
-    config, memory = config_of(family, size), max(PRODUCTS[hardware].memory_gib, default=0)
-    assert config is not None
-    if not memory:
-        return True
-    device, workload = chip_of(hardware).device, workload_of(_NOTHING_ASKED, config)
-    plan = plan_rank(
-        config, dtype, split, workload, quantization=quantization, kv_cache_dtype=kv_cache_dtype, device=device
-    )
-    return plan.cache_tokens(memory * GIB, DEFAULT_KV_CACHE_FRACTION[device]) > 0
+    if not allowed_splits(family, variant, row, config, world)[0]:
+        raise ClaimFails("no split is allowed")
+    return {}
 
 
 def seen_by_run(mutation: Mutation) -> bool | None:
-    """Whether running the family's CPU cells would fail: no engine can be made for one that was added.
+    """Whether running the changed row's combinations on a CPU would fail: no engine can be made for one of them.
 
-    None where no cell of a CPU was added. Nothing is run for the answer: an engine is made where an attention backend,
-    kernels and a quantization method are found, and no experts are to be shared that are not there. How a sequence
-    becomes long and who serves is nothing that a run of a tiny checkpoint can tell.
+    None where no combination of a CPU was added. Nothing is run for the answer, so one whose engine would compute
+    something wrong is no failure here. Of several ranks only those splits are run that a shape allows, and who serves
+    is nothing to an engine.
     """
     if mutation.after is None:
         return None
-    added = {cell for cell in {*row_cells(mutation.after)} - {*row_cells(mutation.before)} if cell.hardware == "cpu"}
+    added = _combinations(mutation.after) - _combinations(mutation.before)
     if not added:
         return None
-    ways = {(c.dtype, c.attention, c.quantization, c.kv_cache_dtype, c.split[KINDS.index("ep")] > 1) for c in added}
-    return not all(_runs(mutation.family.name, *way) for way in ways)
+    name, ways = mutation.family.name, {replace(combination, serving="offline") for combination in added}
+    return not all(_is_resolved(name, combination) for combination in ways)
+
+
+def _combinations(row: FeatureRow) -> set[Combination]:
+    return set(cells_of_one(row)) if "cpu" in row.hardware else set()
 
 
 @functools.cache
-def _runs(
-    family: str, dtype: Any, attention: Any, quantization: Any, kv_cache_dtype: Any, shared_experts: bool
-) -> bool:
-    """Whether an engine on a CPU can be made for the family's demo model."""
-    registry, config = get_registry(), config_of(family, "demo")
-    assert config is not None
-    try:
-        select_attention(registry.attention_backends, attention, "cpu", dtype, config, None, kv_cache_dtype)
-        select_kernels(registry.kernels, "cpu", dtype, config, quantization)
-    except NpuZooError:
-        return False
-    return quantization in ("none", *registry.quantization_methods) and not (shared_experts and config.moe is None)
+def _is_resolved(name: str, combination: Combination) -> bool:
+    """Whether an engine can be made for a tiny model of a family, under a row of this combination alone."""
+    family = get_registry().families[name]
+    place = {"sizes": (family.variants[0].size,), "world_size": (1,), "source": "zoo"}
+    values = {axis: (getattr(combination, axis),) for axis in ("hardware", *FEATURES)}
+    row = FeatureRow.model_validate({**place, **values})
+    resolve = functools.partial(resolve_combination, name, row, tiny_config(kinds_of(family, row)[0]), combination)
+    claim = Claim("run", Subject("", name), combination.name, lambda: {"engine": resolve().engine})
+    return claim.judge().status == "holds"
 
 
 def judge(mutation: Mutation) -> Outcome:
-    """Ask all four."""
+    """Ask everybody."""
     told = (mutation.family.name, mutation.row, mutation.axis, mutation.kind, mutation.what)
-    seen = (seen_by_table(mutation), seen_by_refusals(mutation), seen_by_build(mutation), seen_by_run(mutation))
-    return Outcome(*told, *seen)
+    table, refusals = seen_by_table(mutation), seen_by_refusals(mutation)
+    return Outcome(*told, table, refusals, seen_by_spec(mutation), seen_by_build(mutation), seen_by_run(mutation))
 
 
-def judge_row(name: str, number: int) -> list[Outcome]:
-    """All changes of one row of a registered family."""
-    return [judge(mutation) for mutation in mutations(get_registry().families[name], number)]
+def judge_family(name: str) -> list[Outcome]:
+    """All changes of the rows of a registered family."""
+    family = get_registry().families[name]
+    return [judge(mutation) for number in range(len(family.rows)) for mutation in mutations(family, number)]
 
 
 def judge_all(families: Iterable[str]) -> list[Outcome]:
-    """All changes of all rows, in a few processes."""
-    rows = [(name, number) for name in families for number in range(len(get_registry().families[name].rows))]
+    """All changes of all rows, a family in a process, which keeps what it finds of shapes and engines."""
     with ProcessPoolExecutor(_JOBS) as pool:
-        return [outcome for found in pool.map(judge_row, *zip(*rows, strict=True)) for outcome in found]
+        return [outcome for found in pool.map(judge_family, families) for outcome in found]
 
 
 def summary(outcomes: Iterable[Outcome]) -> list[tuple[str, ...]]:
@@ -315,8 +323,8 @@ def summary(outcomes: Iterable[Outcome]) -> list[tuple[str, ...]]:
 
 
 def _counts(found: Sequence[Outcome]) -> tuple[int, ...]:
-    seen = [(o.caught, o.table, o.refusals, o.build, bool(o.run), o.by_table_alone) for o in found]
-    return (len(found), *map(sum, zip(*seen, strict=True)))
+    names = ("noticed", *SEEN_BY, "by_table_alone")
+    return (len(found), *(sum(bool(getattr(outcome, name)) for outcome in found) for name in names))
 
 
 def listed(outcomes: Iterable[Outcome]) -> list[str]:
@@ -326,7 +334,7 @@ def listed(outcomes: Iterable[Outcome]) -> list[str]:
         groups.setdefault((outcome.family, outcome.row, outcome.axis, outcome.kind), []).append(outcome.what)
     families = get_registry().families
     return [
-        f"{family}, row {row} ({_place(families[family].rows[row])}), {axis}: {kind} {'; '.join(what)}"
+        f"{family}, row {row + 1} ({_place(families[family].rows[row])}), {axis}: {kind} {'; '.join(what)}"
         for (family, row, axis, kind), what in groups.items()
     ]
 
@@ -340,15 +348,16 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
     table = [("family", "axis", *COLUMNS), ("---",) * (len(COLUMNS) + 2), *summary(outcomes)]
     lines = [_share(outcomes), "", *(f"| {' | '.join(cells)} |" for cells in table)]
     alone = [outcome for outcome in outcomes if outcome.by_table_alone]
-    lines += ["", "Noticed by the table or by refusals, and neither by build nor by run:", ""]
+    lines += ["", "Noticed by the table or by the refusals that it asks for, and by nothing else:", ""]
     return "\n".join([*lines, *(f"- {line}" for line in listed(alone))]) + "\n"
 
 
 def _share(outcomes: Sequence[Outcome]) -> str:
-    changes, caught, table, refusals, *_, alone = _counts(outcomes)
+    counts = dict(zip(COLUMNS, _counts(outcomes), strict=True))
+    changes, noticed, alone = counts["changes"], counts["noticed"], counts["table alone"]
     return (
-        f"{caught} of {changes} changes are noticed ({caught / changes:.2%}): {table} in the comparison with the truth "
-        f"table, {refusals} by refusals; {alone} of them neither by build nor by run."
+        f"{noticed} of {changes} changes are noticed ({noticed / changes:.2%}): {counts['table']} in the comparison "
+        f"with the truth table, {counts['refusals']} by refusals; {alone} by nothing else."
     )
 
 
@@ -368,7 +377,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(*listed(outcome for outcome in outcomes if outcome.by_table_alone), sep="\n")
     if arguments.markdown:
         Path(arguments.markdown).write_text(markdown(outcomes), encoding="utf-8")
-    missed = [outcome for outcome in outcomes if not outcome.caught]
+    missed = [outcome for outcome in outcomes if not outcome.noticed]
     for line in listed(missed):
         print(f"noticed by nobody: {line}", file=sys.stderr)
     return 1 if missed else 0

@@ -141,8 +141,8 @@ class FeatureRow(_Frozen):
 
     def offers(self, axis: str, value: AxisValue | tuple[AxisValue, ...]) -> bool:
         """Whether the row has the value; of a tuple of spellings, one is enough."""
-        spellings = value if isinstance(value, tuple) else (value,)
-        return any(spelling in self.values(axis) for spelling in spellings)
+        own = self.values(axis)
+        return any(spelling in own for spelling in value) if isinstance(value, tuple) else value in own
 
 
 class Denial(_Frozen):

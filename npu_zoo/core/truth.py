@@ -189,6 +189,9 @@ class Difference:
     axis: str
     message: str
 
+    def __str__(self) -> str:
+        return self.message
+
 
 @functools.cache
 def read_truth(reference: str) -> TruthTable:

@@ -70,23 +70,25 @@ def test_a_mutation_differs_from_the_matrix_in_one_field_of_one_row(row: int) ->
 
 
 @pytest.mark.parametrize(
-    ("row", "axis", "what", "build", "run"),
+    ("row", "axis", "what", "spec", "build", "run"),
     [
-        (ON_800I, "world_size", "3", True, None),  # 16 heads
-        (ON_800I, "parallelism", "tp+ep", True, None),  # no experts
-        (ON_800I, "sizes", "33b", False, None),  # it has a world size that fits
-        (ON_800I, "dtype", "float32", False, None),
-        (ON_CPU, "quantization", "sparse", False, True),
-        (ON_CPU, "parallelism", "tp+ep", True, True),
-        (ON_CPU, "kv_cache_dtype", "int8", False, False),
-        (ON_CPU, "serving", "tgi", False, False),
-        (ON_CPU, "dtype", "float32", False, None),  # dropped
-        (ON_CPU, "hardware", "cuda", False, None),
+        (ON_800I, "world_size", "3", False, True, None),  # 16 heads
+        (ON_800I, "parallelism", "tp+ep", False, False, None),  # others make its world sizes too
+        (ON_800I, "parallelism", "tp by tp+ep", True, True, None),  # of one rank it makes nothing; there are no experts
+        (ON_800I, "sizes", "33b", False, False, None),  # it has world sizes that fit
+        (ON_800I, "dtype", "float32", True, False, None),
+        (ON_800I, "hardware", "atlas_300i_duo", True, False, None),  # no bfloat16
+        (ON_CPU, "quantization", "sparse", True, False, True),
+        (ON_CPU, "kv_cache_dtype", "int8", False, False, False),
+        (ON_CPU, "serving", "tgi", False, False, False),
+        (ON_CPU, "dtype", "float32", False, False, None),  # dropped
+        (ON_CPU, "hardware", "cuda", False, False, None),
     ],
 )
-def test_who_notices(row: int, axis: str, what: str, build: bool, run: bool | None) -> None:
+def test_who_notices(row: int, axis: str, what: str, spec: bool, build: bool, run: bool | None) -> None:
     mutation = find(row, axis, what)
-    assert (script.seen_by_build(mutation), script.seen_by_run(mutation)) == (build, run)
+    seen = (script.seen_by_spec(mutation), script.seen_by_build(mutation), script.seen_by_run(mutation))
+    assert seen == (spec, build, run)
     assert script.seen_by_table(mutation)
     assert script.seen_by_refusals(mutation)
 
@@ -98,35 +100,51 @@ def test_weights_that_do_not_fit_a_device_are_noticed_by_build() -> None:
     assert [script.seen_by_build(mutation) for mutation in less] == [True]
 
 
+def test_attention_that_nothing_computes_is_noticed_by_a_run() -> None:
+    family = FAMILIES["deepseek_v3"]
+    row = next(number for number, row in enumerate(family.rows) if row.hardware == ("cpu",))
+    flash = [m for m in script.mutations(family, row) if m.axis == "attention"]
+    assert [(m.what, script.seen_by_run(m)) for m in flash] == [("flash", True), ("paged by flash", True)]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_rows_as_they_are_are_noticed_by_nobody(name: str) -> None:
+    family = FAMILIES[name]
+    part = script.Part(get_registry().plugins[get_registry().owner(name)], get_registry())
+    for number, row in enumerate(family.rows):
+        claims = [c for c in script.spec_claims(part, family, number, row) if c.subject.axis != "row"]
+        assert {claim.judge().status for claim in claims} == {"holds"}
+        assert not script._unbuildable(name, row)
+
+
 def test_without_a_table_a_change_can_go_unnoticed() -> None:
     bare = CODER.model_copy(update={"truth": ""})
-    unseen = [script.judge(m) for m in script.mutations(bare, ON_800I) if m.axis == "dtype"]
-    assert unseen
-    assert [outcome.caught for outcome in unseen] == [False] * len(unseen)
+    unseen = [script.judge(m) for m in script.mutations(bare, ON_800I) if (m.axis, m.what) == ("dtype", "float16")]
+    assert [outcome.noticed for outcome in unseen] == [False]
 
 
-def test_the_report_counts_and_lists(capsys: pytest.CaptureFixture[str]) -> None:
-    seen = script.Outcome("deepseek_coder", 0, "dtype", "add", "float16", True, True, False, None)
-    built = script.Outcome("deepseek_coder", 0, "world_size", "add", "3", True, False, True, None)
-    missed = script.Outcome("deepseek_coder", 0, "dtype", "add", "float32", False, False, False, False)
+def test_the_report_counts_and_lists() -> None:
+    seen = script.Outcome("deepseek_coder", 0, "dtype", "add", "float16", table=True, refusals=True)
+    built = script.Outcome("deepseek_coder", 0, "world_size", "add", "3", table=True, build=True)
+    missed = script.Outcome("deepseek_coder", 0, "dtype", "add", "float32", run=False)
     assert script.summary([seen, built, missed]) == [
-        ("deepseek_coder", "dtype", "2", "1", "1", "1", "0", "0", "1"),
-        ("deepseek_coder", "world_size", "1", "1", "1", "0", "1", "0", "0"),
-        ("all", "", "3", "2", "2", "1", "1", "0", "1"),
+        ("deepseek_coder", "dtype", "2", "1", "1", "1", "0", "0", "0", "1"),
+        ("deepseek_coder", "world_size", "1", "1", "1", "0", "0", "1", "0", "0"),
+        ("all", "", "3", "2", "2", "1", "0", "1", "0", "1"),
     ]
     text = script.markdown([seen, built, missed])
     assert "2 of 3 changes are noticed (66.67%)" in text
-    assert text.splitlines()[-1] == "- deepseek_coder, row 0 (1.3b on atlas_800i_a2), dtype: add float16"
+    assert text.splitlines()[-1] == "- deepseek_coder, row 1 (1.3b on atlas_800i_a2), dtype: add float16"
 
 
-@pytest.mark.parametrize(("caught", "code"), [(True, 0), (False, 1)])
+@pytest.mark.parametrize(("noticed", "code"), [(True, 0), (False, 1)])
 def test_a_change_that_nobody_notices_fails(
-    caught: bool, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    noticed: bool, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    outcome = script.Outcome("deepseek_coder", 0, "dtype", "add", "float16", caught, False, False, None)
+    outcome = script.Outcome("deepseek_coder", 0, "dtype", "add", "float16", table=noticed)
     monkeypatch.setattr(script, "judge_all", lambda families: [outcome])
     assert script.main(["--list", "--markdown", str(tmp_path / "page.md")]) == code
     out, err = capsys.readouterr()
-    line = "deepseek_coder, row 0 (1.3b on atlas_800i_a2), dtype: add float16\n"
-    assert (line in out, err) == (caught, "" if caught else f"noticed by nobody: {line}")
-    assert (tmp_path / "page.md").read_text(encoding="utf-8").startswith(f"{int(caught)} of 1 changes are noticed")
+    line = "deepseek_coder, row 1 (1.3b on atlas_800i_a2), dtype: add float16\n"
+    assert (line in out, err) == (noticed, "" if noticed else f"noticed by nobody: {line}")
+    assert (tmp_path / "page.md").read_text(encoding="utf-8").startswith(f"{int(noticed)} of 1 changes are noticed")

@@ -146,6 +146,16 @@ def _plain_steps(weights: Path, config: EngineConfig) -> list[Tensor]:
     return _steps[weights]
 
 
+def resolve_combination(family_name: str, row: FeatureRow, config: ModelConfig, cell: Combination) -> EngineConfig:
+    """What an engine for a combination is made with; nothing is run.
+
+    Raises:
+        NpuZooError: no engine can be made for it.
+    """
+    with _prepared(family_name, row, config, cell) as weights:
+        return _resolve(family_name, row, cell, weights)
+
+
 @contextlib.contextmanager
 def _prepared(family_name: str, row: FeatureRow, config: ModelConfig, cell: Combination) -> Iterator[Path]:
     """The weights of a combination, in a registry in which the tiny model has the row's cells and no others."""

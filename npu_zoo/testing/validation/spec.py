@@ -75,10 +75,11 @@ def _family_claims(part: Part, family: FamilySpec) -> Iterator[Claim]:
     if family.truth:
         yield _claim(subject.on("row"), f"its rows are those of {family.truth}", _is_its_truth, family)
     for number, row in part.rows(family):
-        yield from _row_claims(part, family, number, row)
+        yield from row_claims(part, family, number, row)
 
 
-def _row_claims(part: Part, family: FamilySpec, number: int, row: FeatureRow) -> Iterator[Claim]:
+def row_claims(part: Part, family: FamilySpec, number: int, row: FeatureRow) -> Iterator[Claim]:
+    """The claims of one row, which has a place among the family's, from 0."""
     subject = part.subject(family, row)
     registry = part.registry
     yield _claim(subject.on("dtype"), "its chips have its dtypes", _has_dtypes, row)
