@@ -20,7 +20,8 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 VENV_NPU ?= .venv-npu
 TORCH_NPU ?= torch-npu==2.13.0
 NPU_RANGE ?= 2.9.0 2.14.0
-PRODUCTS ?= atlas_800i_a2 atlas_800t_a2 atlas_300i_duo
+PRODUCTS ?= atlas_800i_a2 atlas_300i_duo
+ALL_PRODUCTS := atlas_800i_a2 atlas_800t_a2 atlas_300i_duo
 JOBS ?= 2
 
 BIN := $(VENV)/bin
@@ -35,7 +36,7 @@ PYTEST = NPU_ZOO_TORCH_NPU_WHEELS="$$(test ! -d $(WHEELS) || echo $(WHEELS))" OM
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-npu test-example verify lint docs evidence clean
+.PHONY: help venv demo test test-npu test-example validate verify lint docs evidence clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -47,10 +48,10 @@ venv: $(STAMP)-dev
 demo: $(STAMP)-run
 	@$(BIN)/npu-zoo run --model deepseek_coder --echo --prompt "$(DEMO_PROMPT)" --temperature 0 --max-tokens 48
 
-## make test     all tests but the long ones; those on simulated NPUs last
+## make test     all tests but the long ones, every claim of every plugin, and the example plugin as its users have it
 test: $(STAMP)-dev $(NPU_STAMP)
 	$(PYTEST) $(ARGS)
-	@test -n "$(ARGS)" || $(MAKE) --no-print-directory test-npu
+	@test -n "$(ARGS)" || $(MAKE) --no-print-directory test-npu validate test-example
 
 ## make test-npu the real torch_npu on a simulated Ascend runtime, one process per product
 test-npu: $(NPU_STAMP)
@@ -64,6 +65,10 @@ test-npu: $(NPU_STAMP)
 	    tests/npu $(NPU_ARGS) || exit 1; \
 	done
 
+## make validate what the plugins claim: specs, shapes, kernels, and every row that a CPU runs
+validate: $(STAMP)-dev
+	$(BIN)/npu-zoo validate --level run --jobs $(JOBS)
+
 ## make test-example  install npu-zoo and the example plugin as their users do, and run what its author runs
 test-example: $(STAMP)-dev
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/check_example.py
@@ -72,8 +77,8 @@ test-example: $(STAMP)-dev
 verify: $(STAMP)-dev $(NPU_STAMP)
 	$(PYTEST) -m "long or not long" --hypothesis-profile verify $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/mutate_matrices.py
-	$(MAKE) --no-print-directory test-npu
-	$(MAKE) lint
+	$(MAKE) --no-print-directory test-npu PRODUCTS="$(ALL_PRODUCTS)"
+	$(MAKE) --no-print-directory validate test-example lint
 
 ## make lint     ruff and mypy
 lint: $(STAMP)-dev
