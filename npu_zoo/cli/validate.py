@@ -62,7 +62,8 @@ EvidenceFolder = Annotated[
     typer.Option(
         "--evidence",
         metavar="DIR",
-        help="Write evidence records to FAMILY.json in this folder. Default: evidence.json beside each plugin.",
+        help="Write evidence records to FAMILY.json in this folder. Default: evidence.json beside each plugin; with "
+        "--measure the folder evidence.",
     ),
 ]
 
@@ -194,6 +195,7 @@ def _write_evidence(parts: Sequence[Part], outcomes: Sequence[Outcome], folder: 
     from npu_zoo.testing.validation.measuring import versions
     from npu_zoo.testing.validation.records import write_records
 
+    folder = folder or (Path("evidence") if measured else None)
     of_level = [outcome for outcome in outcomes if measured or outcome.level == "simulate"]
     level, told = ("measured", versions()) if measured else ("simulated", {})
     for written in write_records(parts, of_level, level, folder, told):  # type: ignore[arg-type]
