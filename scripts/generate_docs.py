@@ -4,16 +4,43 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import inspect
 import json
+import re
 import sys
+import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from npu_zoo.cli.app import PROGRAM, build_app
 from npu_zoo.cli.help import json_keys, panels
 from npu_zoo.cli.matrix_docs import marked
+from npu_zoo.core import hookspecs
+from npu_zoo.core.evidence import EvidenceRecord
+from npu_zoo.core.features import Conflict, Denial, FeatureRow
+from npu_zoo.core.model_config import (
+    FimFormat,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    PromptFormat,
+    ReasoningFormat,
+    RopeScaling,
+)
+from npu_zoo.core.specs import (
+    AttentionBackendSpec,
+    EngineSpec,
+    FamilySpec,
+    KernelSpec,
+    QuantizationSpec,
+    VariantSpec,
+    WeightFormatSpec,
+)
 from npu_zoo.registry import build_registry, find_candidates
 from npu_zoo.settings import ALIASES, PROCESS_VARIABLES
 from npu_zoo.simulator.golden import load_golden
@@ -107,6 +134,180 @@ with the row's name and source. `undocumented`: no document allows it and the fi
 An empty cell: the row does not speak of that chip.
 
 """
+
+
+HOOKS_INTRODUCTION = """\
+# Hooks
+
+What a plugin may register. It implements any of these functions in the module that its entry point names, each marked
+with `npu_zoo.hookimpl`; [plugin-tutorial.md](plugin-tutorial.md) makes one.
+
+- A hook that returns specs is called once in every process that has a registry: the command line, a program that makes
+  an `LLM`, each rank, each process of `npu-zoo validate`. It must be cheap and must not import torch.
+- A spec is frozen data that refuses fields it does not know. Code is named in it as `package.module:attribute`
+  (`CodeRef`) and imported where it is used. A `Name` has lower-case letters, digits and `_`, a letter first; a
+  `VariantName` may begin with a digit and have `.` and `-` too.
+- A name that is taken, a misspelt hook, a hook without the mark and one that raises drop the plugin as a whole; the
+  others work on, and `npu-zoo plugins` says why. Built-in plugins are loaded first, the others by the names of their
+  entry points.
+- `NPU_ZOO_PLUGINS` selects: unset takes all that are installed, empty the built-in ones, a list those that it names
+  beside them.
+
+"""
+
+HOOKS_OF_SPECS: dict[str, type[BaseModel]] = {
+    "register_families": FamilySpec,
+    "register_kernels": KernelSpec,
+    "register_attention_backends": AttentionBackendSpec,
+    "register_engines": EngineSpec,
+    "register_weight_formats": WeightFormatSpec,
+    "register_quantization_methods": QuantizationSpec,
+}
+PARTS_OF_FAMILIES: tuple[type[BaseModel], ...] = (
+    VariantSpec,
+    FeatureRow,
+    Denial,
+    Conflict,
+    EvidenceRecord,
+    ModelConfig,
+    MoEConfig,
+    MLAConfig,
+    RopeScaling,
+    PromptFormat,
+    ReasoningFormat,
+    FimFormat,
+)
+
+OF_CONFIG_JSON = "as in config.json"
+
+SHARED_FIELDS = {
+    "name": "what it is called; nobody else may register the same name",
+    "title": "what listings call it",
+    "description": "what listings say of it",
+    "documentation": "an address where there is more to read",
+    "note": "a remark for readers; no part of the claim",
+    "family": "whose row it is",
+    "sizes": "the sizes that it speaks of",
+    "hardware": "products, such as `atlas_800i_a2` or `cpu`",
+    "Denial.hardware": "the products that it speaks of; none where the axis is `hardware` itself",
+    "chip": "a chip's name, such as `ascend910b`, or `any`",
+    "dtype": "compute dtypes",
+    "dtypes": "the dtypes that it takes",
+    "world_size": "numbers of devices; dies on a card with two",
+    "attention": "`paged`: blocks behind a block table; `flash`: contiguous per sequence",
+    "quantization": "schemes of the weights, by the names of their methods; `none` is plain",
+    "kv_cache_dtype": "what keys and values are stored as; `auto` is the compute dtype",
+    "long_sequence": "whether prompts beyond the usual length are offered",
+    "serving": "`offline`, `openai`, `mindie_service`, `tgi`",
+    "axis": "the axis that it speaks of",
+    "values": "the values that the source says no to",
+    "source": "the document that says so",
+    "reason": "why, as refusals quote it",
+    "first": "an axis or option, and its value",
+    "second": "the other axis or option, and its value",
+    "implementation": "the class or function",
+    "loader": "the class that reads it into a model",
+    "priority": "the highest that is available wins",
+    "requires": "modules that must be importable",
+    "prompt": "how conversations become text, where a checkpoint's tokenizer has no template",
+    "fim": "the tokens around a hole, for fill in the middle",
+    "rope_scaling": "how positions beyond the trained length are mapped; see RopeScaling",
+    "extra": "the keys of config.json that have no field here",
+    "architecture": "the name in config.json's `architectures`",
+    "begin": "the token before what precedes the hole",
+    "hole": "the token between what precedes the hole and what follows it",
+    "end": "the token behind what follows it",
+}
+"""What fields mean that several specs have alike, or that say it all by their name."""
+
+
+def hooks_page() -> str:
+    """docs/hooks.md: every hook with its specs, from the hookspecs and the specs' docstrings."""
+    lines: list[str] = []
+    for name, hook in hooks().items():
+        lines += _hook(name, hook)
+    lines += ["## What families are made of", ""]
+    for spec in PARTS_OF_FAMILIES:
+        lines += [f"### `{spec.__name__}`", "", _summary(spec), "", *_fields_table(spec)]
+    return GENERATED + HOOKS_INTRODUCTION + "\n".join(lines).rstrip() + "\n"
+
+
+def hooks() -> dict[str, Callable[..., Any]]:
+    """The hooks by name, in the order of their module."""
+    mark = f"{hookspecs.PROJECT}_spec"
+    return {name: found for name, found in vars(hookspecs).items() if callable(found) and hasattr(found, mark)}
+
+
+def _hook(name: str, hook: Callable[..., Any]) -> list[str]:
+    about, sections = docstring_sections(hook)
+    signature = str(inspect.signature(hook)).replace("'", "")
+    lines = [f"## `{name}`", "", f"```python\ndef {name}{signature}: ...\n```", "", _markup(_paragraphs(about)), ""]
+    for argument, text in _entries(sections.get("Args", "")).items():
+        lines.append(f"- **`{argument}`**: {_markup(text)}")
+    lines += [f"- **When**: {_markup(_paragraphs(sections['When']))}"]
+    lines += [f"- **In which process**: {_markup(_paragraphs(sections['Process']))}", ""]
+    lines += ["```python", sections["Example"], "```", ""]
+    if name in HOOKS_OF_SPECS:
+        spec = HOOKS_OF_SPECS[name]
+        lines += [f"### `{spec.__name__}`", "", _summary(spec), "", *_fields_table(spec)]
+    return lines
+
+
+def docstring_sections(documented: Any) -> tuple[str, dict[str, str]]:
+    """A docstring's text before its sections, and each section by its name."""
+    text = inspect.getdoc(documented) or ""
+    parts = re.split(r"^(Attributes|Args|When|Process|Example):\n", text, flags=re.MULTILINE)
+    about, *found = parts
+    return about.strip(), {
+        name: textwrap.dedent(body).strip() for name, body in zip(found[::2], found[1::2], strict=True)
+    }
+
+
+def _entries(section: str) -> dict[str, str]:
+    """What a section says of each name in it; names before one colon share what is said."""
+    found: dict[str, str] = {}
+    for entry in re.split(r"\n(?=\S)", section) if section else []:
+        names, _, text = entry.partition(": ")
+        found.update(dict.fromkeys(names.split(", "), " ".join(text.split())))
+    return found
+
+
+def _summary(spec: type[BaseModel]) -> str:
+    return _markup(_paragraphs(docstring_sections(spec)[0]))
+
+
+def _fields_table(spec: type[BaseModel]) -> list[str]:
+    rows = [f"| {' | '.join((f'`{name}`', *rest))} |" for name, *rest in field_rows(spec)]
+    return ["| field | type | default | meaning |", "|---|---|---|---|", *rows, ""]
+
+
+def field_rows(spec: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
+    """Name, type, default and meaning of each field."""
+    told = _entries(docstring_sections(spec)[1].get("Attributes", ""))
+    annotations = {
+        name: text for base in reversed(spec.__mro__) for name, text in inspect.get_annotations(base).items()
+    }
+    for name, info in spec.model_fields.items():
+        shared = SHARED_FIELDS.get(f"{spec.__name__}.{name}") or SHARED_FIELDS.get(name)
+        meaning = told.get(name) or shared or (OF_CONFIG_JSON if spec in _OF_CONFIG else "")
+        kind = re.sub(r"^Annotated\[(\w+), .*\]$", r"\1", str(annotations[name]))
+        yield name, f"`{_cell(kind)}`", _default(info), _cell(_markup(meaning)).rstrip(".")
+
+
+_OF_CONFIG = (ModelConfig, MoEConfig, MLAConfig, RopeScaling)
+
+
+def _default(info: FieldInfo) -> str:
+    if info.is_required():
+        return "required"
+    value = info.get_default(call_default_factory=True)
+    return f"`{json.dumps(value) if isinstance(value, str) else repr(value)}`"
+
+
+def _markup(text: str) -> str:
+    """A docstring's markup in Markdown's."""
+    text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text).replace("``", "`")
+    return text.strip()
 
 
 def simulator_page() -> str:
@@ -327,6 +528,7 @@ def pages() -> dict[str, str]:
     return {
         "matrix.md": matrix_page(),
         "cli.md": cli_page(),
+        "hooks.md": hooks_page(),
         "simulator-operators.md": simulator_page(),
         "quantization.md": quantization_page(),
         "parallel-measured.md": parallel_page(),

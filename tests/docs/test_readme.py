@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,15 @@ def test_a_session_shows_what_its_command_prints(page: str, command: str, shown:
 
 def test_both_pages_have_a_session() -> None:
     assert {page for page, _, _ in sessions()} == set(PAGES)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_that_are_named_are_accepted(page: str, accept: Callable[[list[str]], None]) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = [shlex.split(line) for line in re.findall(r"^    npu-zoo (.*)$", text, re.MULTILINE)]
+    assert len(found) > 4
+    for words in found:
+        accept(words)
 
 
 @pytest.mark.parametrize("page", PAGES)
