@@ -125,12 +125,17 @@ def test_every_record_is_with_its_row() -> None:
 def test_figures_are_taken_apart_by_what_ran() -> None:
     (data,) = page_data(family_page("deepseek_v3"))["families"]
     record = next(record for row in data["rows"] if "v2-lite" in row["sizes"] for record in row["records"])
-    assert {figure["metric"] for figure in record["figures"]} == {"worst_logprob_difference", "tokens"}
+    metrics = {"worst_logprob_difference", "mean_logprob_difference", "tokens"}
+    assert {figure["metric"] for figure in record["figures"]} == metrics
     runs = {(figure["hardware"], figure["run"]) for figure in record["figures"]}
     assert ("atlas_800t_a2", "bfloat16, paged, tp2+ep2") in runs
     (data,) = page_data(family_page("deepseek_coder"))["families"]
     demo = next(row for row in data["rows"] if row["sizes"] == ["demo"] and row["records"])
     assert {"float16, paged", "float16, flash"} <= {figure["run"] for figure in demo["records"][0]["figures"]}
+    quantized = [row for row in data["rows"] if row["records"] and "demo" in row["sizes"] and row not in (demo,)]
+    runs = {figure["run"] for row in quantized for figure in row["records"][0]["figures"]}
+    assert {"float16, paged, w8a16", "bfloat16, flash, w4a16", "float16, paged, int8_cache"} <= runs
+    assert metrics == {figure["metric"] for row in quantized for figure in row["records"][0]["figures"]}
 
 
 def test_stale_rows_are_told_in_the_table_and_in_the_data() -> None:

@@ -221,12 +221,26 @@ def _record(record: EvidenceRecord, row: FeatureRow) -> dict[str, Any]:
     }
 
 
+def _figure_prefixes(row: FeatureRow) -> list[tuple[str, list[str]]]:
+    """What the names of a row's figures begin with, the longest first, and the values that it stands for."""
+    found = []
+    axes = (row.hardware, row.dtype, row.attention, row.quantization, row.kv_cache_dtype)
+    for hardware, dtype, attention, scheme, cache in itertools.product(*axes):
+        stored = [scheme] * (scheme != "none") + [f"{cache}_cache"] * (cache != "auto")
+        values = [hardware, dtype, attention, *stored]
+        found.append(("_".join(values) + "_", values))
+    return sorted(found, key=lambda entry: -len(entry[0]))
+
+
 def _figure(name: str, value: float, row: FeatureRow) -> dict[str, Any]:
-    """A figure, taken apart where its name begins with a hardware, dtype and attention of the row, and a layout."""
-    for hardware, dtype, attention in itertools.product(row.hardware, row.dtype, row.attention):
-        prefix = f"{hardware}_{dtype}_{attention}_"
+    """A figure, taken apart where its name begins with a combination of the row, and a layout."""
+    for prefix, (hardware, *values) in _figure_prefixes(row):
         if name.startswith(prefix):
             layout, metric = _FIGURE.findall(name.removeprefix(prefix))[0]
-            run = ", ".join(filter(None, (dtype, attention, layout)))
-            return {"hardware": hardware, "run": run, "metric": metric, "value": value}
+            return {
+                "hardware": hardware,
+                "run": ", ".join(filter(None, (*values, layout))),
+                "metric": metric,
+                "value": value,
+            }
     return {"hardware": None, "run": "", "metric": name, "value": value}
