@@ -263,7 +263,8 @@ class Registry:
 
 
 def _row_faults(specs: dict[str, list[Any]]) -> Iterator[SpecFault]:
-    for family in specs.get("register_families", []):
+    families = specs.get("register_families", [])
+    for family in {family.name: family for family in reversed(families)}.values():  # the first of each name is kept
         for row, axis, message in family.faults():
             yield SpecFault(f"{family.name} row {row}", axis, message, family.name, row)
 

@@ -15,6 +15,7 @@ import typer
 
 from npu_zoo.cli import matrix_docs
 from npu_zoo.cli.output import note, print_items, print_table
+from npu_zoo.core.errors import UsageError
 
 if TYPE_CHECKING:
     from npu_zoo.testing.validation.claims import Claim, Level, Outcome
@@ -136,11 +137,11 @@ def run_validation(
         HardwareError: what runs the claims is not installed, or there is nothing to measure.
     """
     from npu_zoo.registry import registry_in_place
-    from npu_zoo.testing.validation import measuring, report, suite
+    from npu_zoo.testing.validation import measuring, records, report, suite
     from npu_zoo.testing.validation.processes import Limits
     from npu_zoo.testing.validation.scope import parts_of, validation_registry
 
-    report.require_replaceable(file for file in (json, junit, markdown) if file)
+    report.require_replaceable([file for file in (json, junit, markdown) if file])
     registry = validation_registry()
     parts = parts_of(registry, plugins, families)
     with registry_in_place(registry):
@@ -151,16 +152,18 @@ def run_validation(
         claims += [claim for part in parts for claim in measuring.claims(part, products)]
         if measure and not claims:
             raise measuring.nothing_to_measure(parts, products)
+        if measure or level == "simulate":
+            records.require_writable(parts, evidence)
         outcomes, complete = _judge(claims, Limits.of_machine(1 if measure else jobs, timeout))
         writers: list[tuple[Path | None, Callable[[], str]]] = [
             (json, lambda: report.to_json(outcomes, level, complete=complete)),
             (junit, lambda: report.to_junit(outcomes)),
             (markdown, lambda: report.to_markdown(outcomes)),
         ]
+        _print(outcomes)
         _write_reports(writers)
         if complete:
             _write_evidence(parts, outcomes, evidence, measured=measure)
-    _print(outcomes)
     if not complete:
         return INTERRUPTED
     return BROKEN if any(outcome.status == "fails" for outcome in outcomes) else 0
@@ -185,10 +188,17 @@ def _judge(claims: Sequence[Claim], limits: Any) -> tuple[list[Outcome], bool]:
 def _write_reports(writers: Sequence[tuple[Path | None, Callable[[], str]]]) -> None:
     from npu_zoo.testing.files import write_whole
 
+    failed = []
     for file, text in writers:
         if file:
-            write_whole(file, text())
-            note(f"wrote {file}")
+            try:
+                write_whole(file, text())
+            except OSError as error:
+                failed.append(f"cannot write {file}: {error.strerror or error}")
+            else:
+                note(f"wrote {file}")
+    if failed:
+        raise UsageError("\n".join([*failed, "name other files, and validate again"]))
 
 
 def _write_evidence(parts: Sequence[Part], outcomes: Sequence[Outcome], folder: Path | None, *, measured: bool) -> None:
@@ -209,7 +219,7 @@ def _print(outcomes: Sequence[Outcome]) -> None:
     for title, status in (("cannot be told here", "skipped"), ("fails", "fails")):
         told = [outcome for outcome in outcomes if outcome.status == status]
         if told:
-            print_items(title, _grouped(told))
+            print_items(title, map(report.printable, _grouped(told)))
             print()
     rows = [
         (plugin, family or "-", level, *(str(found[status]) for status in ("holds", "fails", "skipped")))

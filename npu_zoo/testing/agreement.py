@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,15 +45,20 @@ def compare(reference: Sequence[RequestOutput], found: Sequence[RequestOutput]) 
     for expected, output in zip(reference, found, strict=True):
         pairs = list(zip(_scores(expected), _scores(output), strict=True))
         scored += len(pairs)
-        worst = max([worst, *(abs(a - b) for a, b in pairs)])
+        worst = largest([worst, *(abs(a - b) for a, b in pairs)])
         total += sum(abs(a - b) for a, b in pairs)
         tokens, others = expected.outputs[0].token_ids, output.outputs[0].token_ids
         generated += len(tokens)
         first = next((i for i, (a, b) in enumerate(zip(tokens, others, strict=False)) if a != b), None)
         equal += len(tokens) if first is None else first
         if first is not None:
-            gap = max(gap, _gap(expected, first))
+            gap = largest([gap, _gap(expected, first)])
     return Agreement(scored + generated, worst, equal, gap, total / max(scored, 1))
+
+
+def largest(values: Iterable[float]) -> float:
+    """The largest; what is no number counts as larger than all, where max() may pass over it."""
+    return max(values, key=lambda value: (math.isnan(value), value))
 
 
 def agree(reference: LLM, other: LLM, prompts: Sequence[Sequence[int]]) -> Agreement:

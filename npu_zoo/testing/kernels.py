@@ -21,6 +21,7 @@ from npu_zoo.nn.routing import Routing
 from npu_zoo.platforms.ascend import chip_of_soc
 from npu_zoo.registry import Registry, load_code
 from npu_zoo.selection import is_importable
+from npu_zoo.testing.agreement import largest
 
 ROWS = (1, 2, 33)
 TOLERANCE: dict[str, float] = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3}
@@ -234,7 +235,9 @@ def largest_error(spec: KernelSpec, dtype: str, registry: Registry) -> float:
             found = _run(spec, oracle_spec, registry)(kernel, trial)
             due = _run(spec, oracle_spec, registry)(oracle, due_trial)
         for one, other in zip(found, due, strict=True):
-            worst = max(worst, _error(one.cpu(), other, spec.operation, stored, relative_to_largest=scheme is not None))
+            worst = largest(
+                [worst, _error(one.cpu(), other, spec.operation, stored, relative_to_largest=scheme is not None)]
+            )
     return worst
 
 

@@ -39,6 +39,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse names of plugins that are not installed, before xdist starts processes that would pass over it."""
+    names = config.getoption("--npu-zoo-plugin")
+    if names and not hasattr(config, "workerinput"):
+        from npu_zoo.core.errors import UsageError
+        from npu_zoo.testing.validation.scope import parts_of, validation_registry
+
+        try:
+            parts_of(validation_registry(), names)
+        except UsageError as error:
+            raise pytest.UsageError(str(error)) from error
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection(session: pytest.Session) -> None:
     """Collect the suites before what was asked for; where no file is named, nothing else."""
@@ -59,15 +72,11 @@ class _Suites:
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, session: pytest.Session, items: list[pytest.Item]) -> None:
         """Put the suites first."""
-        from npu_zoo.core.errors import NpuZooError
         from npu_zoo.testing.validation.scope import parts_of, validation_registry
         from npu_zoo.testing.validation.suite import claims_of
 
         registry = validation_registry()
-        try:
-            claims = claims_of(parts_of(registry, self._names), self._level)
-        except NpuZooError as error:
-            raise pytest.UsageError(str(error)) from error
+        claims = claims_of(parts_of(registry, self._names), self._level)
         suites: dict[str, ConformanceSuite] = {}
         added: list[pytest.Item] = []
         for claim in claims:

@@ -25,7 +25,7 @@ from npu_zoo.core.parallel import Split
 from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.core.specs import FamilySpec, VariantSpec
 from npu_zoo.request import bundled_directory, parse_dtype
-from npu_zoo.testing.agreement import Agreement, agree
+from npu_zoo.testing.agreement import Agreement, agree, largest
 from npu_zoo.testing.quantized import quantized
 from npu_zoo.testing.shapes import rank_shape, write_random_model
 from npu_zoo.testing.variants import TINY, with_tiny_variant
@@ -222,10 +222,10 @@ def _alone(reference: LLM, llm: LLM) -> list[Agreement]:
 def _worst(found: Sequence[Agreement]) -> Agreement:
     return Agreement(
         tokens=sum(one.tokens for one in found),
-        worst_logprob=max(one.worst_logprob for one in found),
+        worst_logprob=largest(one.worst_logprob for one in found),
         equal_tokens=sum(one.equal_tokens for one in found),
-        worst_gap=max(one.worst_gap for one in found),
-        mean_logprob=max(one.mean_logprob for one in found),
+        worst_gap=largest(one.worst_gap for one in found),
+        mean_logprob=largest(one.mean_logprob for one in found),
     )
 
 

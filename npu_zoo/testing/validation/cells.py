@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.engine import RequestOutput
-from npu_zoo.core.features import Attention, FeatureRow
+from npu_zoo.core.features import Attention, FeatureRow, layout_names
 from npu_zoo.core.hardware import DType
 from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.core.parallel import Split
@@ -23,7 +23,7 @@ from npu_zoo.dispatch import resolve
 from npu_zoo.registry import get_registry
 from npu_zoo.selection import select_attention, select_kernels
 from npu_zoo.settings import engine_args
-from npu_zoo.testing.agreement import SCORED, Agreement, compare
+from npu_zoo.testing.agreement import SCORED, Agreement, compare, largest
 from npu_zoo.testing.door import unchecked_config
 from npu_zoo.testing.quantized import quantized
 from npu_zoo.testing.reference import PROMPTS
@@ -68,7 +68,7 @@ class Combination:
     @property
     def name(self) -> str:
         """The values that are not the usual ones, such as ``bfloat16 paged w8a16 tp2``."""
-        shared = self.split.describe() if self.split.world_size > 1 else ""
+        shared = layout_names(self.split)[0] if self.split.world_size > 1 else ""
         unusual = ["" if self.quantization == "none" else self.quantization]
         unusual += ["" if self.kv_cache_dtype == "auto" else f"{self.kv_cache_dtype} cache"]
         unusual += ["" if self.serving == "offline" else self.serving, "long sequences" if self.long_sequence else ""]
@@ -100,7 +100,7 @@ def run_alone(family_name: str, row: FeatureRow, config: ModelConfig, cell: Comb
                     compare(due, llm.generate(_LISTED, SCORED)),
                     compare(due[:1], llm.generate(_LISTED[:1], SCORED)),
                 ]
-    mean, worst = max(one.mean_logprob for one in found), max(one.worst_logprob for one in found)
+    mean, worst = largest(one.mean_logprob for one in found), largest(one.worst_logprob for one in found)
     return _within(mean, worst, bound_of(cell, config))
 
 
@@ -115,7 +115,7 @@ def run_ranks_of(family_name: str, row: FeatureRow, config: ModelConfig, cell: C
         due = _plain_steps(weights, plainest(several))
         found = _two_steps(several)
     differences = [(one - other).abs() for one, other in zip(due, found, strict=True)]
-    mean, worst = max(float(d.mean()) for d in differences), max(float(d.max()) for d in differences)
+    mean, worst = largest(float(d.mean()) for d in differences), largest(float(d.max()) for d in differences)
     return _within(mean, worst, bound_of(cell, config))
 
 

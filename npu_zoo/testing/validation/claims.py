@@ -89,7 +89,7 @@ class Claim:
             return Outcome.of(self, "fails", str(error), begin=begin)
         # A plugin is foreign code: whatever it raises, and sys.exit too, fails its claim alone.
         except (Exception, SystemExit) as error:
-            return Outcome.of(self, "fails", f"{type(error).__name__}: {error}", begin=begin)
+            return Outcome.of(self, "fails", error_text(error), begin=begin)
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,15 @@ class Outcome:
         """The outcome of a claim whose check began at a time of ``time.monotonic``."""
         seconds = time.monotonic() - begin
         return cls(claim.level, claim.subject, claim.text, status, message, figures or {}, seconds)
+
+
+def error_text(error: BaseException) -> str:
+    """The kind of an error of foreign code, and what it says of itself, if it can."""
+    try:
+        said = str(error)
+    except Exception:
+        said = "its own text cannot be made"
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def levels_up_to(level: Level) -> tuple[Level, ...]:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import concurrent.futures
+import concurrent.futures.process
 import contextlib
+import importlib
 import multiprocessing
 import os
 import resource
 import signal
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import npu_zoo
 from npu_zoo.core.errors import HardwareError
+from npu_zoo.parallel.worker import die_with_parent
 from npu_zoo.platforms.detection import available_memory
 from npu_zoo.registry import registry_in_place
 from npu_zoo.selection import is_importable
-from npu_zoo.testing.validation.claims import Claim, Outcome
+from npu_zoo.testing.validation.claims import Claim, Outcome, error_text
 from npu_zoo.testing.validation.scope import validation_registry
 from npu_zoo.testing.validation.simulate import ENVIRONMENT, VARIABLE
 
@@ -53,10 +57,12 @@ def judge(claims: Sequence[Claim], limits: Limits) -> Iterator[tuple[int, Outcom
     Raises:
         HardwareError: processes are needed, and what runs them is not installed.
     """
+    apart = [(number, claim) for number, claim in enumerate(claims) if claim.apart]
+    if apart and not is_importable("pebble"):
+        raise HardwareError("claims that run code need pebble: pip install 'npu-zoo[testing]'")
     for number, claim in enumerate(claims):
         if not claim.apart:
             yield number, claim.judge()
-    apart = [(number, claim) for number, claim in enumerate(claims) if claim.apart]
     for product in dict.fromkeys(claim.simulates for _, claim in apart):
         environment = {VARIABLE: product, **ENVIRONMENT} if product else {}
         of_product = [(number, claim) for number, claim in apart if claim.simulates == product]
@@ -66,38 +72,69 @@ def judge(claims: Sequence[Claim], limits: Limits) -> Iterator[tuple[int, Outcom
 def _judge_apart(
     claims: list[tuple[int, Claim]], limits: Limits, environment: Mapping[str, str]
 ) -> Iterator[tuple[int, Outcome]]:
-    if not is_importable("pebble"):
-        raise HardwareError("claims that run code need pebble: pip install 'npu-zoo[testing]'; --level spec runs none")
+    """Judge in pools until each claim is: a process that ends between two claims takes its pool along."""
+    waiting = dict(claims)
+    with tempfile.TemporaryDirectory(prefix="npu-zoo-validate-", ignore_cleanup_errors=True) as scratch:
+        variables = {**_THREADS, **environment, "TMPDIR": scratch}  # a process that is killed leaves its files behind
+        while waiting:
+            before = len(waiting)
+            with _variables(variables), contextlib.closing(_judge_in_pool(waiting, limits)) as judged:
+                for number, outcome in judged:
+                    del waiting[number]
+                    yield number, outcome
+            if len(waiting) == before:
+                yield from ((number, _unjudged(claim)) for number, claim in waiting.items())
+                return
+
+
+def _judge_in_pool(waiting: Mapping[int, Claim], limits: Limits) -> Generator[tuple[int, Outcome], None, None]:
+    """The outcomes of all claims, or of those that were judged before the pool broke."""
     from pebble import ProcessPool
 
-    # The simulated runtime reserves whole devices' address space, which the limit would count.
-    share = None if VARIABLE in environment else available_memory() // limits.jobs
     context = multiprocessing.get_context("spawn")
-    with _variables({**_THREADS, **environment}):
-        pool: Any = ProcessPool(min(limits.jobs, len(claims)), initializer=prepare, initargs=(share,), context=context)
-        try:
-            waiting: dict[concurrent.futures.Future[Outcome], tuple[int, Claim]] = {}
-            for number, claim in claims:
-                waiting[pool.schedule(_judge, args=[claim], timeout=limits.timeout)] = (number, claim)
-            for future in concurrent.futures.as_completed(waiting):
-                number, claim = waiting[future]
-                yield number, _outcome(future, claim, limits)
-            pool.close()
-        finally:
-            pool.stop()
-            pool.join()
+    # The simulated runtime reserves whole devices' address space, which the limit would count.
+    simulates = any(claim.simulates for claim in waiting.values())
+    share = None if simulates else max(_MEMORY_OF_A_JOB, available_memory() // limits.jobs)
+    heavy = any(claim.level != "spec" for claim in waiting.values())
+    workers = min(limits.jobs, len(waiting))
+    pool: Any = ProcessPool(workers, initializer=prepare, initargs=(share, os.getpid(), heavy), context=context)
+    try:
+        futures: dict[concurrent.futures.Future[Outcome], int] = {}
+        for number, claim in waiting.items():
+            futures[pool.schedule(_judge, args=[claim], timeout=limits.timeout)] = number
+        for future in concurrent.futures.as_completed(futures):
+            number = futures[future]
+            outcome = _outcome(future, waiting[number], limits)
+            if outcome is not None:
+                yield number, outcome
+    finally:
+        pool.stop()
+        pool.join()
+
+
+def _unjudged(claim: Claim) -> Outcome:
+    message = "it was not judged: processes end before they are given a claim, see what they say above"
+    return Outcome.of(claim, "fails", message, begin=time.monotonic())
 
 
 def _judge(claim: Claim) -> Outcome:
-    return claim.judge()
+    """Judge in a process of its own, where even what ends a process is the claim's failure alone."""
+    begin = time.monotonic()
+    try:
+        return claim.judge()
+    except BaseException as error:
+        return Outcome.of(claim, "fails", error_text(error), begin=begin)
 
 
-def prepare(memory: int | None) -> None:
+def prepare(memory: int | None, parent: int, heavy: bool) -> None:
     """Make a process ready to judge: what plugins print goes to stderr, and no claim takes more than its memory.
 
     Args:
-        memory: bytes; None sets no limit.
+        memory: the most bytes of data that the process may have; None sets no limit.
+        parent: the process that started it, with which it ends.
+        heavy: whether models are built; what that takes is imported now, and not within the time of a claim.
     """
+    die_with_parent(parent)
     os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
     if memory is not None:
@@ -106,13 +143,17 @@ def prepare(memory: int | None) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
     with contextlib.suppress(RuntimeError):  # a claim that needs the simulated runtime says why it is not there
         npu_zoo.simulate()
+    if heavy and is_importable("torch"):
+        for module in ("npu_zoo.engine.llm", "transformers"):
+            importlib.import_module(module)
     _kept.enter_context(registry_in_place(validation_registry()))
 
 
 _kept = contextlib.ExitStack()
 
 
-def _outcome(future: concurrent.futures.Future[Outcome], claim: Claim, limits: Limits) -> Outcome:
+def _outcome(future: concurrent.futures.Future[Outcome], claim: Claim, limits: Limits) -> Outcome | None:
+    """What came of a claim; None where its pool broke before it was judged."""
     from pebble import ProcessExpired
 
     begin = time.monotonic()
@@ -123,6 +164,10 @@ def _outcome(future: concurrent.futures.Future[Outcome], claim: Claim, limits: L
         return Outcome.of(claim, "fails", message, begin=begin - limits.timeout)
     except ProcessExpired as error:
         return Outcome.of(claim, "fails", f"its process ended: {_ending(error.exitcode)}", begin=begin)
+    except (concurrent.futures.process.BrokenProcessPool, concurrent.futures.CancelledError):
+        return None
+    except Exception as error:  # the claim or its outcome does not travel between processes
+        return Outcome.of(claim, "fails", f"it cannot be judged elsewhere: {error_text(error)}", begin=begin)
 
 
 def _ending(code: int | None) -> str:

@@ -57,7 +57,7 @@ def write_records(
     """Write each family's records: new ones of the rows that ran, and those that it has of others.
 
     Args:
-        outcomes: those of the level; rows of which none ran keep what they have.
+        outcomes: those of the level; rows of which some could not be told keep what they have, unless others failed.
         folder: gets ``FAMILY.json``; where it is left out, the file beside the family's plugin is replaced.
         versions: of the hardware and its software, where they took part.
 
@@ -67,14 +67,10 @@ def write_records(
     written = []
     for part in parts:
         for family in part.families:
-            of_family = [outcome for outcome in outcomes if outcome.subject.family == family.name and _ran(outcome)]
-            if of_family:
+            of_family = [outcome for outcome in outcomes if outcome.subject.family == family.name]
+            if any(outcome.status != "skipped" for outcome in of_family):
                 written.append(_write_family(part, family, of_family, level, folder, versions))
     return written
-
-
-def _ran(outcome: Outcome) -> bool:
-    return outcome.status != "skipped"
 
 
 def _write_family(
@@ -90,13 +86,16 @@ def _write_family(
     for _, row in part.rows(family):
         number = part.subject(family, row).row
         of_row = [outcome for outcome in outcomes if outcome.subject.row == number]
-        if of_row:
-            ran.add(row_digest(row))
-        if of_row and all(outcome.status == "holds" for outcome in of_row):
+        found = {outcome.status for outcome in of_row}
+        if found == {"holds"}:
             made.append(_record(family, row, of_row, code, level, versions))
-    kept = [record for record in read_records(file) if record.level != level or record.row not in ran]
+        if found == {"holds"} or "fails" in found:  # of a row that is told in part nothing is known
+            ran.add(row_digest(row))
+    before = read_records(file)
+    kept = [r for r in before if r.family == family.name and (r.level != level or r.row not in ran)]
     known = {row_digest(row): number for number, row in part.rows(family)}
-    records = sorted((r for r in (*kept, *made) if r.row in known), key=lambda r: (known[r.row], r.level))
+    own = sorted((r for r in (*kept, *made) if r.row in known), key=lambda r: (known[r.row], r.level))
+    records = [*(record for record in before if record.family != family.name), *own]
     write_whole(file, json.dumps([record.model_dump(mode="json") for record in records], indent=2) + "\n")
     return Written(file, len(made), len(ran) - len(made))
 
@@ -129,6 +128,32 @@ def _what_ran(variant: VariantSpec) -> ModelConfig:
         return ModelConfig.from_hf(read_config(directory))
     assert variant.config is not None
     return rank_shape(variant.config, Split())
+
+
+def require_writable(parts: Iterable[Part], folder: Path | None = None) -> None:
+    """Refuse what :func:`write_records` could not write to, before anything is run.
+
+    Raises:
+        UsageError: a folder cannot be written to, or a file in it holds no records; says what to do.
+    """
+    if folder:
+        _make_writable(folder)
+    for part in parts:
+        for family in part.families:
+            file = folder / f"{family.name}.json" if folder else evidence_file(part)
+            try:
+                read_records(file)
+            except (OSError, ValueError):
+                raise UsageError(f"{file} exists and holds no evidence records; remove it, or --evidence DIR") from None
+
+
+def _make_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be made: {error.strerror or error}; name another: --evidence DIR") from None
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"{folder} cannot be written to; name another: --evidence DIR")
 
 
 def evidence_file(part: Part) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
@@ -18,6 +19,9 @@ from npu_zoo.testing.validation.claims import LEVELS, Level, Outcome
 TITLE = "npu-zoo validate"
 FORMAT = 1
 """Of the JSON; a change that readers would notice makes it another."""
+
+# What no UTF-8 can hold, and what a message may quote of a damaged file name.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 # Characters that XML 1.0 cannot hold, which a message may quote.
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -40,7 +44,8 @@ def to_json(outcomes: Sequence[Outcome], level: Level, *, complete: bool) -> str
         "counts": counts(outcomes),
         "claims": [_claim(outcome) for outcome in outcomes],
     }
-    return json.dumps(found, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
+    return _SURROGATE.sub("\ufffd", text)
 
 
 def _claim(outcome: Outcome) -> dict[str, Any]:
@@ -64,7 +69,7 @@ def to_junit(outcomes: Sequence[Outcome]) -> str:
         for level in LEVELS:
             found = [outcome for outcome in outcomes if (outcome.subject.plugin, outcome.level) == (plugin, level)]
             if found:
-                suite = ElementTree.SubElement(root, "testsuite", {"name": f"{plugin} {level}", **_totals(found)})
+                suite = ElementTree.SubElement(root, "testsuite", {"name": _xml(f"{plugin} {level}"), **_totals(found)})
                 for outcome in found:
                     _add_case(suite, outcome)
     ElementTree.indent(root)
@@ -79,7 +84,7 @@ def _totals(outcomes: Sequence[Outcome]) -> dict[str, str]:
 
 def _add_case(suite: ElementTree.Element, outcome: Outcome) -> None:
     name = _xml(f"{outcome.subject.describe()}: {outcome.text}")
-    classname = f"{outcome.subject.plugin}.{outcome.level}"
+    classname = _xml(f"{outcome.subject.plugin}.{outcome.level}")
     case = ElementTree.SubElement(suite, "testcase", classname=classname, name=name, time=f"{outcome.seconds:.3f}")
     if outcome.status == "fails":
         told = ElementTree.SubElement(case, "failure", message=_xml(outcome.message.split("\n")[0]))
@@ -103,13 +108,23 @@ def to_markdown(outcomes: Sequence[Outcome]) -> str:
     ]
     for (plugin, family, level), found in summary(outcomes).items():
         cells = (plugin, family or "-", level, *(str(found[status]) for status in ("holds", "fails", "skipped")))
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(map(_markdown, cells))} |")
     for title, status in (("Fails", "fails"), ("Could not be told here", "skipped")):
         told = [outcome for outcome in outcomes if outcome.status == status]
         if told:
             lines += ["", f"## {title}", ""]
-            lines += [f"- {describe(outcome)}: {' '.join(outcome.message.split())}" for outcome in told]
+            lines += [f"- {_markdown(f'{describe(outcome)}: {outcome.message}')}" for outcome in told]
     return "\n".join(lines) + "\n"
+
+
+def _markdown(text: str) -> str:
+    """One line that Markdown shows as it is, in tables too."""
+    return re.sub(r"([\\`*|<])", r"\\\1", printable(" ".join(text.split())))
+
+
+def printable(text: str) -> str:
+    """A text without what would steer a terminal, and without what no file can hold."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def summary(outcomes: Iterable[Outcome]) -> dict[tuple[str, str, Level], dict[str, int]]:
@@ -128,14 +143,20 @@ def describe(outcome: Outcome) -> str:
     return f"{whose}{subject.describe()}{axis}: {outcome.text}"
 
 
-def require_replaceable(files: Iterable[Path]) -> None:
+def require_replaceable(files: Sequence[Path]) -> None:
     """Refuse to write over what is no earlier report, before anything is run.
 
     Raises:
-        UsageError: a file exists and is something else, or its folder does not exist.
+        UsageError: a file exists and is something else, its folder cannot be written to, or it is named twice.
     """
-    for file in files:
+    for number, file in enumerate(files):
+        if file.absolute() in [other.absolute() for other in files[:number]]:
+            raise UsageError(f"{file} is named for two reports; name a file for each")
         if file.is_dir() or not file.parent.is_dir():
             raise UsageError(f"{file} is a folder" if file.is_dir() else f"{file.parent} is no folder; make it first")
+        if not os.access(file.parent, os.W_OK):
+            raise UsageError(f"{file.parent} cannot be written to; name a file elsewhere")
+        if file.exists() and not file.is_file():
+            raise UsageError(f"{file} is no plain file; name another")
         if file.exists() and TITLE not in file.read_text("utf-8", errors="replace")[:400]:
             raise UsageError(f"{file} exists and is no report of `{TITLE}`; name another file, or remove it")

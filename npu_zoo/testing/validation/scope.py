@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from npu_zoo.core.errors import UnknownModelError, UsageError
+from npu_zoo.core.errors import NpuZooError, UnknownModelError, UsageError
 from npu_zoo.core.evidence import EvidenceRecord, row_digest
 from npu_zoo.core.features import FeatureRow
-from npu_zoo.core.specs import FamilySpec
+from npu_zoo.core.specs import FamilySpec, VariantSpec
 from npu_zoo.registry import PLUGINS_VARIABLE, PluginRecord, Registry, build_registry, find_candidates
+from npu_zoo.testing.shapes import config_of
 from npu_zoo.testing.validation.claims import Subject
 
 _KINDS = {
@@ -56,6 +57,15 @@ class Part:
         """A family's sound rows, each with its place among them, from 0."""
         yield from enumerate(family.rows)
 
+    @property
+    def readable(self) -> Part:
+        """The same where variants whose bundled checkpoint cannot be read are as those without hyperparameters."""
+        registry = self.registry
+        for family in self.families:
+            variants = tuple(v.model_copy(update=_NO_SHAPE) if bundled_fault(v, family) else v for v in family.variants)
+            registry = registry.with_family(family.model_copy(update={"variants": variants}))
+        return replace(self, registry=registry)
+
     def subject(self, family: FamilySpec, row: FeatureRow) -> Subject:
         """A row as its author numbered it, from 1, with those that are left out."""
         left_out = {fault.row for fault in self.record.faults if fault.family == family.name}
@@ -67,6 +77,18 @@ class Part:
         """The row that a record speaks of, or else the family."""
         row = next((row for row in family.rows if row_digest(row) == record.row), None)
         return self.subject(family, row) if row else Subject(self.record.name, family.name)
+
+
+_NO_SHAPE = {"bundled": "", "config": None}
+
+
+def bundled_fault(variant: VariantSpec, family: FamilySpec) -> str:
+    """Why the checkpoint that a variant names as bundled cannot be read; empty where it can, or where none is named."""
+    try:
+        config_of(variant, family)
+    except (NpuZooError, ImportError, ValueError) as error:
+        return str(error)
+    return ""
 
 
 def validation_registry() -> Registry:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -19,7 +21,7 @@ from npu_zoo.core.features import FeatureRow, splits_of
 from npu_zoo.core.hardware import chip_of
 from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.core.quantization import scheme_operations
-from npu_zoo.core.specs import AttentionBackendSpec, CodeRef, FamilySpec, KernelSpec
+from npu_zoo.core.specs import AttentionBackendSpec, CodeRef, FamilySpec, KernelSpec, VariantSpec
 from npu_zoo.core.truth import differences, read_truth
 from npu_zoo.registry import PluginRecord, Registry, SpecFault
 from npu_zoo.selection import select_attention, select_kernels
@@ -27,7 +29,7 @@ from npu_zoo.testing.evidence import current_code
 from npu_zoo.testing.shapes import configs_of
 from npu_zoo.testing.validation.claims import Claim, ClaimFails, Figures, Subject
 from npu_zoo.testing.validation.refusals import row_refusals
-from npu_zoo.testing.validation.scope import Part
+from npu_zoo.testing.validation.scope import Part, bundled_fault
 
 Spec = TypeVar("Spec", KernelSpec, AttentionBackendSpec)
 
@@ -36,7 +38,7 @@ import json, sys
 from importlib.metadata import EntryPoint
 from npu_zoo.registry import Candidate, build_registry
 point = EntryPoint(sys.argv[1], sys.argv[2], "npu_zoo")
-record = build_registry([Candidate(point.name, point.load)]).plugins[point.name]
+record = build_registry([Candidate(point.name, point.load)], tolerant=True).plugins[point.name]
 heavy = sorted({"torch", "torch_npu", "transformers"} & set(sys.modules))
 print(json.dumps({"error": record.error, "heavy": heavy}))
 """
@@ -67,15 +69,17 @@ def _family_claims(part: Part, family: FamilySpec) -> Iterator[Claim]:
     for variant in family.variants:
         if variant.bundled:
             named = Subject(part.record.name, family.name, axis="bundled", name=variant.name)
-            yield _claim(named, f"{variant.bundled} holds a checkpoint", _holds_checkpoint, variant.bundled)
+            yield _claim(named, f"{variant.bundled} holds a checkpoint", _holds_checkpoint, variant, family)
     for record in family.records:
         named = part.subject_of_record(family, record)
         text = f"its {record.level} record of {record.date} speaks of today's row and code"
         yield _claim(named.on("evidence"), text, _is_fresh, part, family, record)
     if family.truth:
         yield _claim(subject.on("row"), f"its rows are those of {family.truth}", _is_its_truth, family)
-    for number, row in part.rows(family):
-        yield from row_claims(part, family, number, row)
+    readable = part.readable
+    family = readable.registry.families[family.name]
+    for number, row in readable.rows(family):
+        yield from row_claims(readable, family, number, row)
 
 
 def row_claims(part: Part, family: FamilySpec, number: int, row: FeatureRow) -> Iterator[Claim]:
@@ -141,10 +145,7 @@ def code_references(spec: Any) -> list[tuple[str, str]]:
 def _is_there(reference: str) -> Figures:
     """Looked up in the module's source, so that nothing is imported; a module without source passes here."""
     module, _, attribute = reference.partition(":")
-    try:
-        found = importlib.util.find_spec(module)
-    except Exception as error:  # of a package above it, which is foreign code
-        raise ClaimFails(f"{module} cannot be found: {type(error).__name__}: {error}") from error
+    found = _find_module(module)
     if found is None:
         raise ClaimFails(f"there is no module {module}")
     names = _names_of(Path(found.origin)) if found.origin and found.origin.endswith(".py") else None
@@ -153,9 +154,20 @@ def _is_there(reference: str) -> Figures:
     return {}
 
 
+def _find_module(name: str) -> ModuleSpec | None:
+    """Where a module is; unlike importlib.util.find_spec, without importing the packages above it."""
+    package, *parts = name.split(".")
+    found = importlib.util.find_spec(package)
+    for part in parts:
+        if found is None or found.submodule_search_locations is None:
+            return None
+        found = PathFinder.find_spec(f"{found.name}.{part}", found.submodule_search_locations)
+    return found
+
+
 def _names_of(file: Path) -> set[str] | None:
     """Names that a module binds at its top level; None where it binds some in a way that is not told by looking."""
-    tree = ast.parse(file.read_text("utf-8"))
+    tree = ast.parse(file.read_bytes())
     if any(isinstance(node, ast.FunctionDef) and node.name == "__getattr__" for node in tree.body):
         return None
     nodes = [node for statement in tree.body for node in _in_place(statement)]
@@ -176,12 +188,10 @@ def _in_place(node: ast.AST) -> Iterator[ast.AST]:
             yield from _in_place(child)
 
 
-def _holds_checkpoint(bundled: str) -> Figures:
-    package, _, folder = bundled.partition(":")
-    found = importlib.util.find_spec(package)
-    places = list(found.submodule_search_locations or ()) if found else []
-    if not any((Path(place) / folder / "config.json").is_file() for place in places):
-        raise ClaimFails(f"{folder}/config.json is not in the package {package}; is it among its package data?")
+def _holds_checkpoint(variant: VariantSpec, family: FamilySpec) -> Figures:
+    fault = bundled_fault(variant, family)
+    if fault:
+        raise ClaimFails(f"{fault}; is it among its package's data?")
     return {}
 
 
@@ -200,7 +210,7 @@ def _is_fresh(part: Part, family: FamilySpec, record: EvidenceRecord) -> Figures
 def _is_its_truth(family: FamilySpec) -> Figures:
     found = differences(family, read_truth(family.truth))
     if found:
-        raise ClaimFails("\n".join(map(str, found)))
+        raise ClaimFails("\n".join(f"{difference.axis}: {difference.message}" for difference in found))
     return {}
 
 
@@ -259,12 +269,10 @@ def _has_method(registry: Registry, family: FamilySpec, row: FeatureRow, scheme:
 
 
 def _places(family: FamilySpec, row: FeatureRow) -> Iterator[tuple[ModelConfig, str, Any]]:
-    """Every model that a row speaks of, with each chip and dtype."""
-    chips = dict.fromkeys(chip_of(hardware).name for hardware in row.hardware)
-    for config in configs_of(family, row):
-        for chip in chips:
-            for dtype in row.dtype:
-                yield config, chip, dtype
+    """Every model that a row speaks of, with each chip and those of its dtypes that the chip has."""
+    chips = {chip.name: chip for chip in map(chip_of, row.hardware)}
+    for config, chip in itertools.product(configs_of(family, row), chips.values()):
+        yield from ((config, chip.name, dtype) for dtype in row.dtype if dtype in chip.dtypes)
 
 
 def _or_fails(choose: Callable[..., Any], *arguments: Any) -> Any:
