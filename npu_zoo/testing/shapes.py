@@ -86,6 +86,14 @@ def kind_of(config: ModelConfig) -> tuple[object, ...]:
     return (config.architecture, sharing, config.rope_scaling.kind, config.tie_word_embeddings, routing, latent)
 
 
+def shared_kind_of(config: ModelConfig) -> tuple[object, ...]:
+    """What of a kind decides how ranks share it: neither how positions are scaled nor how experts are chosen."""
+    moe, mla = config.moe, config.mla
+    sharing = (config.num_key_value_heads < config.num_attention_heads, config.num_key_value_heads == 1)
+    experts = moe and moe.n_shared_experts > 0
+    return (config.architecture, sharing, config.tie_word_embeddings, experts, mla and mla.q_lora_rank is not None)
+
+
 def kinds_of(family: FamilySpec, row: FeatureRow) -> list[ModelConfig]:
     """One of the models that a row speaks of for each of their kinds."""
     return list({kind_of(config): config for config in reversed(configs_of(family, row))}.values())[::-1]

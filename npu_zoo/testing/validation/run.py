@@ -14,7 +14,7 @@ from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.core.specs import FamilySpec
 from npu_zoo.registry import get_registry
 from npu_zoo.selection import is_importable
-from npu_zoo.testing.shapes import kind_of, kinds_of, tiny_config
+from npu_zoo.testing.shapes import kind_of, kinds_of, shared_kind_of, tiny_config
 from npu_zoo.testing.validation.build import allowed_splits
 from npu_zoo.testing.validation.cells import Combination, run_alone, run_ranks_of
 from npu_zoo.testing.validation.claims import CannotTell, Claim, ClaimFails, Figures, Subject
@@ -45,12 +45,16 @@ def row_claims(part: Part, family: FamilySpec, row: FeatureRow) -> Iterator[Clai
     if "cpu" not in row.hardware:
         return
     subject = part.subject(family, row)
+    shared = set()
     for config in kinds_of(family, row):
         tiny = tiny_config(config)
         named = Subject(subject.plugin, subject.family, subject.row, "", f"{describe_kind(config)}, {row.describe()}")
         for cell in cells_of_one(row) if 1 in row.world_size else ():
             check = functools.partial(run_alone, family.name, row, tiny, cell)
             yield Claim("run", named.on("dtype"), f"runs in {cell.name}", check, True)
+        if shared_kind_of(config) in shared:
+            continue
+        shared.add(shared_kind_of(config))
         for cell in cells_of_ranks(family, row, tiny):
             check = functools.partial(run_ranks_of, family.name, row, tiny, cell)
             yield Claim("run", named.on("world_size"), f"runs in {cell.name}", check, True)
