@@ -77,7 +77,7 @@ test-example: $(STAMP)-dev
 verify: $(STAMP)-dev $(NPU_STAMP)
 	$(PYTEST) -m "long or not long" --hypothesis-profile verify $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/mutate_matrices.py
-	$(MAKE) --no-print-directory test-npu PRODUCTS="$(ALL_PRODUCTS)"
+	$(MAKE) --no-print-directory test-npu PRODUCTS="$(ALL_PRODUCTS)" NPU_ARGS='-m "long or not long"'
 	$(MAKE) --no-print-directory validate test-example lint
 
 ## make lint     ruff and mypy

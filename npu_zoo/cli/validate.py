@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -86,6 +86,12 @@ def validate(
     junit: JunitFile = None,
     markdown: MarkdownFile = None,
     evidence: EvidenceFolder = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            "--resume", metavar="FILE", help="Take over what held in an interrupted run's --json, of this code."
+        ),
+    ] = None,
     jobs: JobsOption = None,
     timeout: TimeoutOption = None,
 ) -> None:
@@ -105,6 +111,7 @@ def validate(
         junit=junit,
         markdown=markdown,
         evidence=evidence,
+        resume=resume,
         jobs=jobs,
         timeout=timeout,
     )
@@ -124,6 +131,7 @@ def run_validation(
     junit: Path | None = None,
     markdown: Path | None = None,
     evidence: Path | None = None,
+    resume: Path | None = None,
     jobs: int | None = None,
     timeout: float | None = None,
 ) -> int:
@@ -137,7 +145,7 @@ def run_validation(
         HardwareError: what runs the claims is not installed, or there is nothing to measure.
     """
     from npu_zoo.registry import registry_in_place
-    from npu_zoo.testing.validation import measuring, records, report, suite
+    from npu_zoo.testing.validation import measuring, records, report, resuming
     from npu_zoo.testing.validation.processes import Limits
     from npu_zoo.testing.validation.scope import parts_of, validation_registry
 
@@ -146,17 +154,16 @@ def run_validation(
     parts = parts_of(registry, plugins, families)
     with registry_in_place(registry):
         products = measuring.products_at_hand(hardware) if measure else ()
-        claims = [] if measure else suite.claims_of(parts, level, only=only)
-        if not measure and not (only and level != "spec"):
-            claims += [claim for part in parts if not part.record.error for claim in matrix_docs.claims(part)]
-        claims += [claim for part in parts for claim in measuring.claims(part, products)]
-        if measure and not claims:
-            raise measuring.nothing_to_measure(parts, products)
+        claims = _measured(parts, products) if measure else _claims(parts, level, only=only)
         if measure or level == "simulate":
             records.require_writable(parts, evidence)
-        outcomes, complete = _judge(claims, Limits.of_machine(1 if measure else jobs, timeout))
+        code = resuming.code_of(parts)
+        earlier = resuming.outcomes_of(resume, claims, code) if resume and not measure else {}
+        if resume:
+            note(f"{len(earlier)} of {len(claims)} claims are taken over from {resume}")
+        outcomes, complete = _judge(claims, Limits.of_machine(1 if measure else jobs, timeout), earlier)
         writers: list[tuple[Path | None, Callable[[], str]]] = [
-            (json, lambda: report.to_json(outcomes, level, complete=complete)),
+            (json, lambda: report.to_json(outcomes, level, complete=complete, code=code)),
             (junit, lambda: report.to_junit(outcomes)),
             (markdown, lambda: report.to_markdown(outcomes)),
         ]
@@ -169,18 +176,42 @@ def run_validation(
     return BROKEN if any(outcome.status == "fails" for outcome in outcomes) else 0
 
 
-def _judge(claims: Sequence[Claim], limits: Any) -> tuple[list[Outcome], bool]:
-    """The outcomes in the order of the claims, and whether they are all of them."""
+def _claims(parts: Sequence[Part], level: Level, *, only: bool) -> list[Claim]:
+    """What plugins claim up to a level, with what stands in their projects' pages."""
+    from npu_zoo.testing.validation import suite
+
+    claims = suite.claims_of(parts, level, only=only)
+    if only and level != "spec":
+        return claims
+    return claims + [claim for part in parts if not part.record.error for claim in matrix_docs.claims(part)]
+
+
+def _measured(parts: Sequence[Part], products: Sequence[str]) -> list[Claim]:
+    from npu_zoo.testing.validation import measuring
+
+    claims = [claim for part in parts for claim in measuring.claims(part, products)]
+    if not claims:
+        raise measuring.nothing_to_measure(parts, products)
+    return claims
+
+
+def _judge(claims: Sequence[Claim], limits: Any, earlier: Mapping[int, Outcome]) -> tuple[list[Outcome], bool]:
+    """The outcomes in the order of the claims, and whether they are all of them.
+
+    Args:
+        earlier: those that are known, by place.
+    """
     from npu_zoo.testing.validation.processes import judge
 
-    found: dict[int, Outcome] = {}
-    with ClaimProgress(len(claims)) as progress:
+    found = dict(earlier)
+    places = [number for number in range(len(claims)) if number not in earlier]
+    with ClaimProgress(len(places)) as progress:
         try:
-            for number, outcome in judge(claims, limits):
-                found[number] = outcome
+            for place, outcome in judge([claims[number] for number in places], limits):
+                found[places[place]] = outcome
                 progress.update(outcome)
         except KeyboardInterrupt:
-            note(f"interrupted: {len(found)} of {len(claims)} claims were judged")
+            note(f"interrupted: {len(found)} of {len(claims)} claims are known; --json keeps them for --resume")
             return [found[number] for number in sorted(found)], False
     return [found[number] for number in sorted(found)], True
 

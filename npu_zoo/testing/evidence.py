@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import npu_zoo
@@ -48,6 +49,11 @@ def _files_of(module: str) -> list[Path]:
 
 def current_code(family: FamilySpec, plugin: PluginRecord) -> str:
     """Today's digest of :func:`evidence_files`."""
+    return digest_of_files(evidence_files(family, plugin))
+
+
+def digest_of_files(files: Iterable[Path]) -> str:
+    """:func:`npu_zoo.core.evidence.code_digest` of some files, of which those that were seen before are not parsed."""
     memory = _remembered()
     before = len(memory)
 
@@ -57,7 +63,7 @@ def current_code(family: FamilySpec, plugin: PluginRecord) -> str:
             memory[key] = source_digest(source)
         return memory[key]
 
-    code = code_digest(evidence_files(family, plugin), digest_of)
+    code = code_digest(files, digest_of)
     if len(memory) > before:
         _remember(memory)
     return code

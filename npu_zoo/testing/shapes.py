@@ -87,11 +87,11 @@ def kind_of(config: ModelConfig) -> tuple[object, ...]:
 
 
 def shared_kind_of(config: ModelConfig) -> tuple[object, ...]:
-    """What of a kind decides how ranks share it: neither how positions are scaled nor how experts are chosen."""
+    """What of a kind decides how ranks share it, in one family: not how positions are scaled or experts chosen."""
     moe, mla = config.moe, config.mla
     sharing = (config.num_key_value_heads < config.num_attention_heads, config.num_key_value_heads == 1)
     experts = moe and moe.n_shared_experts > 0
-    return (config.architecture, sharing, config.tie_word_embeddings, experts, mla and mla.q_lora_rank is not None)
+    return (sharing, config.tie_word_embeddings, experts, mla and mla.q_lora_rank is not None)
 
 
 def kinds_of(family: FamilySpec, row: FeatureRow) -> list[ModelConfig]:

@@ -116,7 +116,7 @@ def test_static_batches_do_not_change_what_transformers_says(checkpoint: Path) -
     assert worker.started < alone.start < alone.first_token <= alone.all_started <= alone.end < padded.start
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_whole_script_on_a_tiny_model(tmp_path: Path) -> None:
     record_file = tmp_path / "record.json"
     options = ["--shape", "tiny", "--rounds", "1", "--threads", "1", "--cases", "decode-8,shared-prefix"]

@@ -175,6 +175,7 @@ def test_a_rank_that_dies_is_named_where_rank_0_does_not(site: Path) -> None:
     assert errors[0].startswith(f"error: rank 1 on {HOST} was killed (SIGKILL), perhaps for memory")
 
 
+@pytest.mark.long
 def test_ranks_are_started_anew_as_often_as_is_asked(site: Path) -> None:
     ran = launch("--nproc-per-node", "2", "--max-restarts", "1", "stand-in", "fail_once")
     assert ran.code == 0, ran.err

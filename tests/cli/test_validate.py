@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from npu_zoo.cli import matrix_docs, validate
-from npu_zoo.testing.validation import measuring, processes, suite
+from npu_zoo.testing.validation import measuring, processes, resuming, suite
 from npu_zoo.testing.validation.claims import CannotTell, Claim, ClaimFails, Figures, Subject
 
 
@@ -21,8 +21,9 @@ def check(message: str, error: type[Exception] | None) -> Figures:
     return {}
 
 
-def claim(row: int, message: str = "", error: type[Exception] | None = None) -> Claim:
-    return Claim("spec", Subject("orchid", "orchid", row, "dtype"), "is so", functools.partial(check, message, error))
+def claim(row: int, message: str = "", error: type[Exception] | None = None, *, apart: bool = False) -> Claim:
+    subject, judged = Subject("orchid", "orchid", row, "dtype"), functools.partial(check, message, error)
+    return Claim("spec", subject, "is so", judged, apart)
 
 
 @pytest.fixture
@@ -131,10 +132,63 @@ def test_an_interruption_reports_what_was_judged(
     report, folder = tmp_path / "a.json", tmp_path / "evidence"
     ran = cli("validate", "wizardcoder", "--level", "simulate", "--json", str(report), "--evidence", str(folder))
     assert ran.code == 130
-    assert ran.err.splitlines()[0] == "note: interrupted: 2 of 4 claims were judged"
+    assert ran.err.splitlines()[0] == "note: interrupted: 2 of 4 claims are known; --json keeps them for --resume"
     found = json.loads(report.read_text())
     assert (found["complete"], len(found["claims"])) == (False, 2)
     assert list(folder.iterdir()) == []
+
+
+@pytest.fixture
+def judged(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows whose claims are judged, all of them in this process."""
+    found: list[int] = []
+
+    def judge(claims: list[Claim], limits: Any) -> Iterator[Any]:
+        for number, one in enumerate(claims):
+            found.append(one.subject.row)
+            yield number, one.judge()
+
+    monkeypatch.setattr(processes, "judge", judge)
+    return found
+
+
+def test_what_held_is_taken_over_from_an_interrupted_run(
+    cli: Callable, claims: list[Claim], judged: list[int], tmp_path: Path
+) -> None:
+    report = tmp_path / "a.json"
+    claims += [claim(1, apart=True), claim(2, "it is not", ClaimFails, apart=True), claim(3)]
+    assert cli("validate", "wizardcoder", "--level", "spec", "--json", str(report)).code == 6
+    claims.append(claim(4, apart=True))
+    judged.clear()
+    ran = cli("validate", "wizardcoder", "--level", "spec", "--resume", str(report), "--json", str(report))
+    assert ran.err.splitlines()[0] == f"note: 1 of 4 claims are taken over from {report}"
+    assert judged == [2, 3, 4]  # what data alone tells is asked again, as it takes no time
+    assert [claim["row"] for claim in json.loads(report.read_text())["claims"]] == [1, 2, 3, 4]
+
+
+def test_nothing_is_taken_over_from_other_code(
+    cli: Callable, claims: list[Claim], judged: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = tmp_path / "a.json"
+    claims.append(claim(1, apart=True))
+    cli("validate", "wizardcoder", "--level", "spec", "--json", str(report))
+    monkeypatch.setattr(resuming, "code_of", lambda parts: "another")
+    ran = cli("validate", "wizardcoder", "--level", "spec", "--resume", str(report))
+    assert "note: 0 of 1 claims are taken over" in ran.err
+    assert judged == [1, 1]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"claims": 1}', None])
+def test_what_is_no_report_cannot_be_resumed(
+    cli: Callable, claims: list[Claim], tmp_path: Path, text: str | None
+) -> None:
+    report = tmp_path / "a.json"
+    if text is not None:
+        report.write_text(text)
+    ran = cli("validate", "wizardcoder", "--level", "spec", "--resume", str(report))
+    assert ran.code == 2
+    assert str(report) in ran.err
+    assert "report of `npu-zoo validate --json`" in ran.err
 
 
 def test_a_claim_that_cannot_be_listed_is_a_failure(cli: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,7 +170,7 @@ llm.generate([[5, 6]], SamplingParams(max_tokens=1900, ignore_eos=True))
 """
 
 
-@pytest.mark.parametrize("kind", ["sleep", pytest.param("raise", marks=pytest.mark.long)])
+@pytest.mark.parametrize("kind", [pytest.param("sleep", marks=pytest.mark.long), "raise"])
 def test_the_first_rank_fails(kind: str, tmp_path: Path) -> None:
     environ = {**os.environ, FAULTS: str(tmp_path / "faults")}
     here = str(Path(__file__).parent)

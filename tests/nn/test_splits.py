@@ -94,6 +94,7 @@ WHOLE_EXPERTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.long  # `npu-zoo validate` runs every split of each family
 @pytest.mark.parametrize(
     ("family", "split", "dispatch"),
     [("deepseek_v3", split, "all_to_all") for split in WHOLE_EXPERTS]
@@ -106,6 +107,7 @@ def test_ranks_with_whole_experts(family: str, split: Split, dispatch: str, tmp_
     assert alike(run(tmp_path / "weights", family, split, expert_dispatch=dispatch), whole)
 
 
+@pytest.mark.long  # `npu-zoo validate` runs every split of each family
 @pytest.mark.parametrize("family", ["deepseek_coder", "deepseek_moe"])
 @pytest.mark.parametrize("split", [Split(dp=2), Split(2, dp=2), Split(dp=2, pp=2)], ids=Split.describe)
 def test_replicas_of_the_attention(family: str, split: Split, tmp_path: Path) -> None:
@@ -158,6 +160,7 @@ def test_quantized_ranks(family: str, scheme: str, bound: float, tmp_path: Path)
     assert alike(run(tmp_path / "weights", family, 2), whole, bound)
 
 
+@pytest.mark.long  # `npu-zoo validate` runs every split of each family
 @pytest.mark.parametrize(
     ("family", "scheme", "split"),
     [

@@ -35,6 +35,7 @@ DENSE = [Split(2), Split(pp=2), Split(pp=3), Split(2, pp=2), Split(dp=2)]
 EXPERTS = [
     Split(2), Split(pp=3), Split(2, ep=2), Split(2, pp=2, ep=2), Split(dp=2, ep=2), Split(2, dp=2, ep=4),
 ]  # fmt: skip
+LONG = ("deepseek_coder", "deepseek_v3")
 FAMILIES = {"deepseek_coder": DENSE, "wizardcoder": DENSE[3:]}  # the two are of one architecture
 if not DUO:
     FAMILIES |= {"deepseek_moe": [Split(2), *EXPERTS[3:5]], "deepseek_v3": EXPERTS}
@@ -67,7 +68,13 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(
+    params=[
+        # One of each kind of layer; the evidence of rows has the others, and make verify.
+        pytest.param(name, marks=pytest.mark.long) if name in LONG else name
+        for name in FAMILIES
+    ]
+)
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -112,7 +119,8 @@ def generated(llm: LLM, tokens: int) -> Report:
 
 @pytest.mark.parametrize(
     ("family", "split"),
-    [("deepseek_coder", Split(2, pp=2))] + ([] if DUO else [("deepseek_moe", Split(dp=2, ep=2))]),
+    [pytest.param("deepseek_coder", Split(2, pp=2), marks=[] if DUO else pytest.mark.long)]
+    + ([] if DUO else [pytest.param("deepseek_moe", Split(dp=2, ep=2))]),
     ids=lambda value: value.describe() if isinstance(value, Split) else value,
 )
 def test_graphs_equal_launching_one_by_one(family: str, split: Split) -> None:
@@ -127,7 +135,7 @@ def test_graphs_equal_launching_one_by_one(family: str, split: Split) -> None:
 
 
 @pytest.mark.chip("ascend910b")
-@pytest.mark.parametrize("split", [Split(2, ep=2), Split(2, dp=2, ep=4)], ids=Split.describe)
+@pytest.mark.parametrize("split", [Split(2, ep=2), pytest.param(Split(2, dp=2, ep=4), marks=pytest.mark.long)])
 def test_tokens_sent_to_their_experts_ranks_alone(split: Split) -> None:
     """Prompts go by all-to-all, whose sizes depend on the tokens; captured steps never do."""
     sent = config_of("deepseek_v3", split, expert_dispatch="all_to_all")
@@ -157,7 +165,7 @@ def test_a_row_of_the_matrix_and_a_cache_that_is_measured(capfd: pytest.CaptureF
 SCHEMES: dict[str, dict[str, Any]] = {"w8a16": {"bits": 8}, "w8a8": {"bits": 8, "activations": 8}}
 QUANTIZED = [("deepseek_coder", "6.7b", "w8a8", Split(2))]
 if not DUO:
-    QUANTIZED += [("deepseek_coder", "6.7b", "w8a16", Split(2)), ("deepseek_moe", "16b", "w8a8", Split(2, ep=2))]
+    QUANTIZED = [("deepseek_coder", "6.7b", "w8a16", Split(2)), ("deepseek_moe", "16b", "w8a8", Split(2, ep=2))]
 
 
 @pytest.mark.parametrize(("family", "size", "scheme", "split"), QUANTIZED)
@@ -177,7 +185,7 @@ def test_quantized(family: str, size: str, scheme: str, split: Split, tmp_path: 
 
 
 @pytest.mark.chip("ascend910b")
-@pytest.mark.parametrize("family", ["deepseek_coder", "deepseek_moe"])
+@pytest.mark.parametrize("family", ["deepseek_coder", pytest.param("deepseek_moe", marks=pytest.mark.long)])
 def test_int8_keys_and_values(family: str) -> None:
     options = {"kv_cache_dtype": "int8", "allow_experimental": True}
     with (

@@ -87,6 +87,7 @@ def wait_for_steps(hosts: Any) -> None:
     time.sleep(8)
 
 
+@pytest.mark.long
 def test_the_loss_of_a_host_ends_the_run_on_the_other(hosts: Any) -> None:
     with launched(hosts, *LONG) as processes:
         wait_for_steps(hosts)

@@ -39,6 +39,7 @@ class Report(_Strict):
     npu_zoo: str
     level: Level
     complete: bool
+    code: str
     counts: dict[Status, int]
     claims: list[ClaimReport]
 

@@ -29,7 +29,10 @@ from npu_zoo.testing.validation.simulate import ENVIRONMENT, VARIABLE
 _MEMORY_OF_A_JOB = 3 << 29
 """Bytes that a process with torch and a few tiny models may take."""
 
-_THREADS = {"OMP_NUM_THREADS": "1"}
+_VARIABLES = {
+    "OMP_NUM_THREADS": "1",
+    "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",  # without CANN torch_npu breaks `import torch`
+}
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def _judge_apart(
     """Judge in pools until each claim is: a process that ends between two claims takes its pool along."""
     waiting = dict(claims)
     with tempfile.TemporaryDirectory(prefix="npu-zoo-validate-", ignore_cleanup_errors=True) as scratch:
-        variables = {**_THREADS, **environment, "TMPDIR": scratch}  # a process that is killed leaves its files behind
+        variables = {**_VARIABLES, **environment, "TMPDIR": scratch}  # a process that is killed leaves its files behind
         while waiting:
             before = len(waiting)
             with _variables(variables), contextlib.closing(_judge_in_pool(waiting, limits)) as judged:

@@ -33,14 +33,19 @@ def counts(outcomes: Iterable[Outcome]) -> dict[str, int]:
     return {status: found[status] for status in ("holds", "fails", "skipped")}
 
 
-def to_json(outcomes: Sequence[Outcome], level: Level, *, complete: bool) -> str:
-    """Everything, as one object: ``claims`` has an object for each claim."""
+def to_json(outcomes: Sequence[Outcome], level: Level, *, complete: bool, code: str = "") -> str:
+    """Everything, as one object: ``claims`` has an object for each claim.
+
+    Args:
+        code: what the outcomes rest on; a later run takes them over where it is the same.
+    """
     found: dict[str, Any] = {
         "title": TITLE,
         "format": FORMAT,
         "npu_zoo": npu_zoo.__version__,
         "level": level,
         "complete": complete,
+        "code": code,
         "counts": counts(outcomes),
         "claims": [_claim(outcome) for outcome in outcomes],
     }

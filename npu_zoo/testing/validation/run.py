@@ -7,6 +7,7 @@ import itertools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from npu_zoo.core.features import FeatureRow
 from npu_zoo.core.hardware import PRODUCTS
@@ -41,15 +42,20 @@ def claims(part: Part) -> Iterator[Claim]:
 
 
 def row_claims(part: Part, family: FamilySpec, row: FeatureRow) -> Iterator[Claim]:
-    """A row's combinations on a CPU: each of one rank, and each split of several."""
+    """A row's combinations on a CPU: each of one rank, and each split of several.
+
+    The first kind of model that the row speaks of is run in every combination of one rank, the others in as few as have
+    each value. Splits are run for each kind that ranks share in a way of its own.
+    """
     if "cpu" not in row.hardware:
         return
     subject = part.subject(family, row)
     shared = set()
-    for config in kinds_of(family, row):
+    for position, config in enumerate(kinds_of(family, row)):
         tiny = tiny_config(config)
         named = Subject(subject.plugin, subject.family, subject.row, "", f"{describe_kind(config)}, {row.describe()}")
-        for cell in cells_of_one(row) if 1 in row.world_size else ():
+        cells = cells_in_turns(row) if position else cells_of_one(row)
+        for cell in cells if 1 in row.world_size else ():
             check = functools.partial(run_alone, family.name, row, tiny, cell)
             yield Claim("run", named.on("dtype"), f"runs in {cell.name}", check, True)
         if shared_kind_of(config) in shared:
@@ -64,6 +70,14 @@ def cells_of_one(row: FeatureRow) -> list[Combination]:
     """Every combination of one rank that a row offers on a CPU."""
     axes = (row.dtype, row.attention, row.quantization, row.kv_cache_dtype, row.serving, row.long_sequence)
     return [Combination("cpu", *values) for values in itertools.product(*axes)]
+
+
+def cells_in_turns(row: FeatureRow) -> list[Combination]:
+    """As few combinations of one rank as have each value of a row: for models of further kinds."""
+    axes: list[tuple[Any, ...]] = [row.dtype, row.attention, row.quantization, row.kv_cache_dtype, row.serving]
+    axes.append(row.long_sequence)
+    turns = [itertools.cycle(axis) for axis in axes]
+    return [Combination("cpu", *(next(turn) for turn in turns)) for _ in range(max(map(len, axes)))]
 
 
 def cells_of_ranks(family: FamilySpec, row: FeatureRow, tiny: ModelConfig) -> list[Combination]:
@@ -117,7 +131,10 @@ def _equals_transformers(family_name: str, config: ModelConfig) -> Figures:
     from npu_zoo.testing.reference import compare_with_reference, transformers_class, transformers_logits
     from npu_zoo.testing.shapes import write_random_model
 
-    model_class = transformers_class(config.architecture)
+    try:
+        model_class = transformers_class(config.architecture)
+    except (ImportError, OSError) as error:  # such as torch_npu's own libraries where CANN is missing
+        raise CannotTell(f"transformers cannot be imported here: {error}") from error
     if model_class is None:
         raise CannotTell(
             f"transformers has no class {config.architecture}; hold it against another model in a test: "

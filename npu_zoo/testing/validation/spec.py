@@ -27,7 +27,7 @@ from npu_zoo.registry import PluginRecord, Registry, SpecFault
 from npu_zoo.selection import select_attention, select_kernels
 from npu_zoo.testing.evidence import current_code
 from npu_zoo.testing.shapes import configs_of
-from npu_zoo.testing.validation.claims import Claim, ClaimFails, Figures, Subject
+from npu_zoo.testing.validation.claims import CannotTell, Claim, ClaimFails, Figures, Subject
 from npu_zoo.testing.validation.refusals import row_refusals
 from npu_zoo.testing.validation.scope import Part, bundled_fault
 
@@ -118,6 +118,9 @@ def _refuse_fault(fault: SpecFault) -> Figures:
 
 def _is_light(name: str, target: str) -> Figures:
     """In a process of its own: this one may have torch for reasons of its own."""
+    module = target.partition(":")[0]
+    if module not in sys.modules and importlib.util.find_spec(module.partition(".")[0]) is None:
+        raise CannotTell(f"{target} is an object of this process, which no other can load")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     environment.pop("NPU_ZOO_SIMULATE", None)
     command = [sys.executable, "-c", _HEAVY, name, target]
