@@ -299,11 +299,11 @@ class ClaimProgress(AbstractContextManager["ClaimProgress"]):
         self._failed += outcome.status == "fails"
         now = time.monotonic()
         failed = f"{self._failed} failed" if self._failed else ""
+        rate = self._done / max(now - self._begin, 1e-9)
         if self._bar:
-            self._bar.update(self._bar.task_ids[0], completed=self._done, failed=failed)
+            self._bar.update(self._bar.task_ids[0], completed=self._done, failed=failed, rate=f"{rate:.1f}/s")
         elif now - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = now
-            rate = self._done / (now - self._begin)
             left = (self._total - self._done) / rate
             text = f"{self._done}/{self._total} claims, {rate:.1f}/s, about {left:.0f} s left"
             print(", ".join(filter(None, [text, failed])), file=sys.stderr, flush=True)
@@ -313,7 +313,8 @@ def _bar(total: int) -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns: list[Any] = [TextColumn("claims"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    bar = Progress(*columns, TextColumn("[red]{task.fields[failed]}"), console=Console(stderr=True), transient=True)
-    bar.add_task("claims", total=total, failed="")
+    columns: list[Any] = [TextColumn("claims"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")]
+    columns += [TimeRemainingColumn(), TextColumn("[red]{task.fields[failed]}")]
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    bar.add_task("claims", total=total, failed="", rate="")
     return bar

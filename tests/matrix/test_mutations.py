@@ -134,7 +134,8 @@ def test_the_report_counts_and_lists() -> None:
     ]
     text = script.markdown([seen, built, missed])
     assert "2 of 3 changes are noticed (66.67%)" in text
-    assert text.splitlines()[-1] == "- deepseek_coder, row 1 (1.3b on atlas_800i_a2), dtype: add float16"
+    assert text.splitlines()[-1] == "| all |  | 3 | 2 | 2 | 1 | 0 | 1 | 0 | 1 |"
+    assert script.listed([seen]) == ["deepseek_coder, row 1 (1.3b on atlas_800i_a2), dtype: add float16"]
 
 
 @pytest.mark.parametrize(("noticed", "code"), [(True, 0), (False, 1)])
@@ -147,4 +148,7 @@ def test_a_change_that_nobody_notices_fails(
     out, err = capsys.readouterr()
     line = "deepseek_coder, row 1 (1.3b on atlas_800i_a2), dtype: add float16\n"
     assert (line in out, err) == (noticed, "" if noticed else f"noticed by nobody: {line}")
-    assert (tmp_path / "page.md").read_text(encoding="utf-8").startswith(f"{int(noticed)} of 1 changes are noticed")
+    assert (tmp_path / "page.md").read_text(encoding="utf-8").count(f"\n{int(noticed)} of 1 changes are noticed") == 1
+    assert script.main(["--check", str(tmp_path / "page.md")]) == code
+    (tmp_path / "page.md").write_text("another")
+    assert script.main(["--check", str(tmp_path / "page.md")]) == 1
