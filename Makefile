@@ -11,7 +11,7 @@
 #   NPU_RANGE    the oldest and the newest release that the simulated runtime is built for in tests
 #   ARGS         further arguments of pytest in `make test`, which then leaves out the simulated NPUs
 #   NPU_ARGS     those of `make test-npu`
-#   JOBS         tests that run at once, on one thread each
+#   JOBS         tests that run at once, on one thread each; as many as cores, four at most
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,7 +22,7 @@ TORCH_NPU ?= torch-npu==2.13.0
 NPU_RANGE ?= 2.9.0 2.14.0
 PRODUCTS ?= atlas_800i_a2 atlas_300i_duo
 ALL_PRODUCTS := atlas_800i_a2 atlas_800t_a2 atlas_300i_duo
-JOBS ?= 2
+JOBS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores < 4 ? cores : 4)))
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq

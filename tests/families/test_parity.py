@@ -40,7 +40,13 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
+OFTEN = {"v3", "v3-two-groups", "v2-q_lora", "v2-groups", "moe", "moe-grouped-heads"}
+"""Cases that have between them what tells the kinds apart; the others are for make verify."""
+
+
+@pytest.fixture(
+    scope="module", params=[name if name in OFTEN else pytest.param(name, marks=pytest.mark.long) for name in CASES]
+)
 def pair(request: pytest.FixtureRequest, make_pair: Callable[..., Any]) -> Any:
     return make_pair(**CASES[request.param])
 

@@ -61,7 +61,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory, make_pair: Callable[..., A
     return {**found, "llama": ("deepseek_coder:custom", write_llama(tmp_path_factory.mktemp("llama")))}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.long)])
 @pytest.mark.parametrize("scheme", [name for name in SCHEMES if name != "w8a8"])
 @pytest.mark.parametrize("shape", ["llama", "moe", "v3", "v2"])
 def test_weights_only(sources: Any, shape: str, scheme: str, dtype: str, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def alike(one: list[Tensor], other: list[Tensor], bound: float = 1e-4) -> bool:
     return all((a - b).abs().max() < bound for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.long)])
 @pytest.mark.parametrize("family", ["deepseek_coder", "wizardcoder", "deepseek_moe", "deepseek_v3"])
 def test_ranks_together_are_the_whole_model(family: str, size: int, tmp_path: Path) -> None:
     write_random_model(tmp_path / "weights", get_registry().families[family], shape_of(family))
@@ -80,6 +80,7 @@ def test_ranks_together_are_the_whole_model(family: str, size: int, tmp_path: Pa
     assert alike(run(tmp_path / "weights", family, size), whole)
 
 
+@pytest.mark.long  # `npu-zoo validate` runs every split of each family
 @pytest.mark.parametrize("split", [Split(pp=3), Split(2, pp=2)], ids=Split.describe)
 @pytest.mark.parametrize("family", ["deepseek_coder", "wizardcoder", "deepseek_moe", "deepseek_v3"])
 def test_stages_together_are_the_whole_model(family: str, split: Split, tmp_path: Path) -> None:
@@ -141,6 +142,7 @@ def test_key_value_heads_are_copied_where_there_are_fewer_than_ranks(tmp_path: P
     assert alike(run(tmp_path / "weights", "deepseek_coder", 4), whole)
 
 
+@pytest.mark.long  # `npu-zoo validate` runs every split of each family
 @pytest.mark.parametrize(
     ("family", "scheme", "bound"),
     [
