@@ -71,11 +71,21 @@ def _slow(seconds: float) -> Figures:
     return {}
 
 
-def test_an_idle_process_that_is_killed_takes_no_claim_along() -> None:
-    outcomes = judge([claim(_slow, 2.0), claim(holds)], Limits(2, timeout=60))
+def _until(awaited: Path, arrived: Path) -> Figures:
+    """Tells that it is judged, and waits for another file."""
+    arrived.touch()
+    while not awaited.exists():
+        time.sleep(0.01)
+    return {"process": os.getpid()}
+
+
+def test_an_idle_process_that_is_killed_takes_no_claim_along(tmp_path: Path) -> None:
+    go, both = tmp_path / "go", (tmp_path / "one", tmp_path / "two")
+    outcomes = judge([claim(_until, go, both[0]), claim(_until, *both)], Limits(2, timeout=60))
     number, first = next(outcomes)
-    assert number == 1
+    assert number == 1  # it waited for the other one, which another process judges
     os.kill(int(first.figures["process"]), signal.SIGKILL)
+    go.touch()
     assert [(number, outcome.status) for number, outcome in outcomes] == [(0, "holds")]
 
 
