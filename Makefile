@@ -76,7 +76,7 @@ test-example: $(STAMP)-dev
 ## make verify   the long round: every test, more examples of each property, every change of a matrix, the linters
 verify: $(STAMP)-dev $(NPU_STAMP)
 	$(PYTEST) -m "long or not long" --hypothesis-profile verify $(ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/python scripts/mutate_matrices.py --check docs/mutations.md
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/mutate_matrices.py --list --check docs/mutations.md
 	$(MAKE) --no-print-directory test-npu PRODUCTS="$(ALL_PRODUCTS)" NPU_ARGS='-m "long or not long"'
 	$(MAKE) --no-print-directory validate test-example lint
 

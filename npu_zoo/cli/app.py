@@ -39,6 +39,9 @@ PROGRAM = "npu-zoo"
 INTERRUPTED = 130
 USAGE = 2
 
+_GUARDED = ("validate", "plugin")
+"""Commands that look at plugins which may end or hang what loads them, and so load them by themselves."""
+
 Info = TypeVar("Info", CommandInfo, TyperInfo)
 
 
@@ -163,7 +166,9 @@ def find_command(name: str) -> Any:
 
 
 def _invoke(arguments: list[str], options: GlobalOptions) -> int:
-    command = typer.main.get_command(_with_plugins(build_app()))
+    named = next((argument for argument in arguments if not argument.startswith("-")), "")
+    app = build_app() if named in _GUARDED else _with_plugins(build_app())
+    command = typer.main.get_command(app)
     result = command.main(arguments, prog_name=PROGRAM, standalone_mode=False, obj=options)
     return result if isinstance(result, int) else 0
 

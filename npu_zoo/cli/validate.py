@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 BROKEN = 6
 INTERRUPTED = 130
+NOTHING_TOLD = 4
+"""As for hardware or an environment that is missing."""
+
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -51,6 +54,10 @@ LevelOption = Annotated[
         "the CPU) or simulate (rows on NPUs run on the simulated runtime); each includes those before. Default: run.",
     ),
 ]
+ResumeFile = Annotated[
+    Path | None,
+    typer.Option("--resume", metavar="FILE", help="Take over what held in an interrupted run's --json, of this code."),
+]
 JobsOption = Annotated[
     int | None,
     typer.Option("--jobs", metavar="N", min=1, help="Processes at once. Default: cores, as far as memory goes."),
@@ -70,9 +77,11 @@ EvidenceFolder = Annotated[
 
 
 def validate(
-    families: Annotated[list[str] | None, typer.Argument(metavar="FAMILY…", help="Only these families.")] = None,
+    families: Annotated[
+        list[str] | None, typer.Argument(metavar="FAMILY…", help="These families, and no others.")
+    ] = None,
     plugin: Annotated[
-        list[str] | None, typer.Option("--plugin", metavar="NAME", help="Only what this plugin brings; repeatable.")
+        list[str] | None, typer.Option("--plugin", metavar="NAME", help="All that this plugin brings; repeatable.")
     ] = None,
     level: LevelOption = LevelName.run,
     only: Annotated[bool, typer.Option("--only", help="Leave out the levels below.")] = False,
@@ -86,19 +95,15 @@ def validate(
     junit: JunitFile = None,
     markdown: MarkdownFile = None,
     evidence: EvidenceFolder = None,
-    resume: Annotated[
-        Path | None,
-        typer.Option(
-            "--resume", metavar="FILE", help="Take over what held in an interrupted run's --json, of this code."
-        ),
-    ] = None,
+    resume: ResumeFile = None,
     jobs: JobsOption = None,
     timeout: TimeoutOption = None,
 ) -> None:
     """Check what plugins claim: specs, shapes, kernels, every row of their matrices.
 
-    Levels simulate and --measure write evidence records. The exit code is 0 where every claim holds and 6 where one
-    fails; a claim that cannot be told on this machine is listed with what is missing.
+    Levels simulate and --measure write evidence records. A claim that cannot be told on this machine is listed with
+    what is missing. The exit code is 0 where no claim fails, 6 where one does, and 4 where none of the level could be
+    told. Families and plugins that are named are looked at together.
     """
     code = run_validation(
         tuple(plugin or ()),
@@ -146,13 +151,18 @@ def run_validation(
     """
     from npu_zoo.registry import registry_in_place
     from npu_zoo.testing.validation import measuring, records, report, resuming
+    from npu_zoo.testing.validation.probing import unloadable_plugins, without_plugins
     from npu_zoo.testing.validation.processes import Limits
     from npu_zoo.testing.validation.scope import parts_of, validation_registry
 
+    _require_effect(level, only=only, measure=measure, hardware=hardware, evidence=evidence, resume=resume)
     report.require_replaceable([file for file in (json, junit, markdown) if file])
-    registry = validation_registry()
+    evidence = evidence or (Path("evidence") if measure else None)
+    limits = Limits.of_machine(1 if measure else jobs, timeout)
+    left_out = unloadable_plugins(limits.timeout)
+    registry = validation_registry(left_out)
     parts = parts_of(registry, plugins, families)
-    with registry_in_place(registry):
+    with registry_in_place(registry), without_plugins(left_out):
         products = measuring.products_at_hand(hardware) if measure else ()
         claims = _measured(parts, products) if measure else _claims(parts, level, only=only)
         if measure or level == "simulate":
@@ -161,7 +171,7 @@ def run_validation(
         earlier = resuming.outcomes_of(resume, claims, code) if resume and not measure else {}
         if resume:
             note(f"{len(earlier)} of {len(claims)} claims are taken over from {resume}")
-        outcomes, complete = _judge(claims, Limits.of_machine(1 if measure else jobs, timeout), earlier)
+        outcomes, complete = _judge(claims, limits, earlier)
         writers: list[tuple[Path | None, Callable[[], str]]] = [
             (json, lambda: report.to_json(outcomes, level, complete=complete, code=code)),
             (junit, lambda: report.to_junit(outcomes)),
@@ -171,9 +181,42 @@ def run_validation(
         _write_reports(writers)
         if complete:
             _write_evidence(parts, outcomes, evidence, measured=measure)
+    return _exit_code(outcomes, level, complete=complete, measure=measure)
+
+
+def _require_effect(
+    level: Level,
+    *,
+    only: bool,
+    measure: bool,
+    hardware: str | None,
+    evidence: Path | None,
+    resume: Path | None,
+) -> None:
+    """Refuse options that would do nothing."""
+    idle = {
+        "--hardware is for --measure": hardware is not None and not measure,
+        "--evidence is for --measure and --level simulate": evidence is not None
+        and level != "simulate"
+        and not measure,
+        "--measure runs rows of this machine's hardware and no level; leave out --only": measure and only,
+        "--measure takes nothing over; leave out --resume": measure and resume is not None,
+    }
+    for told, wrong in idle.items():
+        if wrong:
+            raise UsageError(told)
+
+
+def _exit_code(outcomes: Sequence[Outcome], level: Level, *, complete: bool, measure: bool) -> int:
     if not complete:
         return INTERRUPTED
-    return BROKEN if any(outcome.status == "fails" for outcome in outcomes) else 0
+    if any(outcome.status == "fails" for outcome in outcomes):
+        return BROKEN
+    asked = [outcome for outcome in outcomes if measure or outcome.level == level]
+    if asked and all(outcome.status == "skipped" for outcome in asked):
+        note(f"no claim of level {level} could be told here")
+        return NOTHING_TOLD
+    return 0
 
 
 def _claims(parts: Sequence[Part], level: Level, *, only: bool) -> list[Claim]:
@@ -182,6 +225,8 @@ def _claims(parts: Sequence[Part], level: Level, *, only: bool) -> list[Claim]:
 
     claims = suite.claims_of(parts, level, only=only)
     if only and level != "spec":
+        if not claims:
+            raise UsageError(f"nothing is claimed at level {level} by {', '.join(part.record.name for part in parts)}")
         return claims
     return claims + [claim for part in parts if not part.record.error for claim in matrix_docs.claims(part)]
 
@@ -236,7 +281,6 @@ def _write_evidence(parts: Sequence[Part], outcomes: Sequence[Outcome], folder: 
     from npu_zoo.testing.validation.measuring import versions
     from npu_zoo.testing.validation.records import write_records
 
-    folder = folder or (Path("evidence") if measured else None)
     of_level = [outcome for outcome in outcomes if measured or outcome.level == "simulate"]
     level, told = ("measured", versions()) if measured else ("simulated", {})
     for written in write_records(parts, of_level, level, folder, told):  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from typing import Any
 import pytest
 
 from npu_zoo.cli import matrix_docs, validate
+from npu_zoo.registry import registry_in_place
 from npu_zoo.testing.validation import measuring, processes, resuming, suite
 from npu_zoo.testing.validation.claims import CannotTell, Claim, ClaimFails, Figures, Subject
+from npu_zoo.testing.validation.scope import parts_of, validation_registry
 
 
 def check(message: str, error: type[Exception] | None) -> Figures:
@@ -246,3 +249,37 @@ def test_processes_that_are_not_installed_are_asked_for(cli: Callable, monkeypat
     ran = cli("validate", "wizardcoder", "--level", "build")
     assert ran.code == 4
     assert "pip install 'npu-zoo[testing]'" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--hardware", "cpu"], "--hardware is for --measure"),
+        (["--evidence", "records"], "--evidence is for --measure and --level simulate"),
+        (["--measure", "--only"], "leave out --only"),
+        (["--measure", "--resume", "a.json"], "leave out --resume"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(cli: Callable, arguments: list[str], told: str) -> None:
+    ran = cli("validate", "wizardcoder", *arguments)
+    assert ran.code == 2
+    assert told in ran.err
+
+
+def test_a_level_of_which_nothing_is_claimed_or_told_does_not_pass(cli: Callable, claims: list[Claim]) -> None:
+    ran = cli("validate", "wizardcoder", "--level", "simulate", "--only")
+    assert ran.code == 2
+    assert "nothing is claimed at level simulate by wizardcoder" in ran.err
+    claims.append(claim(1, "there is no NPU", CannotTell))
+    ran = cli("validate", "wizardcoder", "--level", "spec")
+    assert ran.code == 4
+    assert "no claim of level spec could be told here" in ran.err
+    claims.append(claim(2))
+    assert cli("validate", "wizardcoder", "--level", "spec").code == 0
+
+
+def test_claims_of_the_built_in_plugins_have_names_of_their_own() -> None:
+    registry = validation_registry()
+    with registry_in_place(registry):
+        names = [one.id for one in suite.claims_of(parts_of(registry), "simulate")]
+    assert [name for name, count in Counter(names).items() if count > 1] == []

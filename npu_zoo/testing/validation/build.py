@@ -63,7 +63,7 @@ def _row_claims(part: Part, family: FamilySpec, row: FeatureRow) -> Iterator[Cla
             check = functools.partial(builds, family.name, variant.name, row, size)
             yield Claim("build", named, text, check, apart=True)
             for hardware in row.hardware:
-                text = f"{size} device{'s'[: size > 1]} of {hardware} hold it"
+                text = f"fits {size} device{'s'[: size > 1]} of {hardware}"
                 check = functools.partial(fits, family.name, variant.name, row, size, hardware)
                 if chip_of(hardware).device == "npu":
                     yield Claim("build", named, text, check)

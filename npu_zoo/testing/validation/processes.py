@@ -163,7 +163,7 @@ def _outcome(future: concurrent.futures.Future[Outcome], claim: Claim, limits: L
     try:
         return future.result()
     except concurrent.futures.TimeoutError:
-        message = f"it did not come back within {limits.timeout:g} s, and its process was ended"
+        message = f"it did not come back within {limits.timeout:g} s, or ended its process with code 0"
         return Outcome.of(claim, "fails", message, begin=begin - limits.timeout)
     except ProcessExpired as error:
         return Outcome.of(claim, "fails", f"its process ended: {_ending(error.exitcode)}", begin=begin)

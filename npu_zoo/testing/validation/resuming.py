@@ -45,12 +45,16 @@ def outcomes_of(file: Path, claims: Sequence[Claim], code: str) -> dict[int, Out
     report = _read(file)
     if report.get("code") != code:
         return {}
-    held = {_key(claim): claim for claim in report["claims"] if claim["status"] == "holds"}
+    try:
+        known = [_key(claim) for claim in report["claims"]]
+        held = {_key(claim): claim for claim in report["claims"] if claim["status"] == "holds"}
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"{file} is no report of `npu-zoo validate --json`: {error!r}") from None
     found = {}
     for number, claim in enumerate(claims):
         subject = claim.subject
         key = (claim.level, subject.plugin, subject.family, subject.row, subject.axis, subject.name, claim.text)
-        if claim.apart and key in held:
+        if claim.apart and key in held and known.count(key) == 1:
             earlier = held[key]
             figures, seconds = earlier["figures"], earlier["seconds"]
             found[number] = Outcome(claim.level, subject, claim.text, "holds", "", figures, seconds)

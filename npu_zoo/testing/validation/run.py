@@ -64,6 +64,9 @@ def row_claims(part: Part, family: FamilySpec, row: FeatureRow) -> Iterator[Clai
         for cell in cells_of_ranks(family, row, tiny):
             check = functools.partial(run_ranks_of, family.name, row, tiny, cell)
             yield Claim("run", named.on("world_size"), f"runs in {cell.name}", check, True)
+        for size in sizes_not_run(family, row, tiny):
+            check = functools.partial(_not_run, size, tiny)
+            yield Claim("run", named.on("world_size"), f"runs in a split of {size} ranks", check)
 
 
 def cells_of_one(row: FeatureRow) -> list[Combination]:
@@ -90,12 +93,31 @@ def cells_of_ranks(family: FamilySpec, row: FeatureRow, tiny: ModelConfig) -> li
     ]
 
 
+def sizes_not_run(family: FamilySpec, row: FeatureRow, tiny: ModelConfig) -> list[int]:
+    """World sizes of a row that ranks cannot share a tiny model in."""
+    variant = next(variant for variant in family.variants if variant.size in row.sizes)
+    return [size for size in row.world_size if size > 1 and not allowed_splits(family, variant, row, tiny, size)[0]]
+
+
+def _not_run(size: int, tiny: ModelConfig) -> Figures:
+    raise CannotTell(
+        f"{size} ranks cannot share a tiny model of {tiny.num_attention_heads} heads and {tiny.num_hidden_layers} "
+        "layers; level build holds the real shapes against it"
+    )
+
+
 def describe_kind(config: ModelConfig) -> str:
     """What tells a kind of model from the family's others."""
     parts = [config.architecture]
-    parts += ["grouped heads"] if config.num_key_value_heads < config.num_attention_heads and not config.mla else []
+    if config.num_key_value_heads < config.num_attention_heads and not config.mla:
+        parts.append("grouped heads" if config.num_key_value_heads > 1 else "one key-value head")
     parts += [] if config.rope_scaling.kind == "none" else [f"rope {config.rope_scaling.kind}"]
-    parts += [config.moe.topk_method] if config.moe else []
+    parts += ["tied embeddings"] if config.tie_word_embeddings else []
+    if config.moe:
+        parts += [config.moe.topk_method, config.moe.scoring_func]
+        parts += ["groups of experts"] if config.moe.n_group > 1 else []
+        parts += ["normed weights"] if config.moe.norm_topk_prob else []
+        parts += ["shared experts"] if config.moe.n_shared_experts else []
     parts += ["queries' latent"] if config.mla and config.mla.q_lora_rank else []
     return ", ".join(parts)
 

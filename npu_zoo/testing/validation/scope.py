@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from npu_zoo.core.errors import NpuZooError, UnknownModelError, UsageError
+from npu_zoo.core.errors import NpuZooError, PluginError, UnknownModelError, UsageError
 from npu_zoo.core.evidence import EvidenceRecord, row_digest
 from npu_zoo.core.features import FeatureRow
 from npu_zoo.core.specs import FamilySpec, VariantSpec
-from npu_zoo.registry import PLUGINS_VARIABLE, PluginRecord, Registry, build_registry, find_candidates
+from npu_zoo.registry import PLUGINS_VARIABLE, Candidate, PluginRecord, Registry, build_registry, find_candidates
 from npu_zoo.testing.shapes import config_of
 from npu_zoo.testing.validation.claims import Subject
 
@@ -91,9 +91,23 @@ def bundled_fault(variant: VariantSpec, family: FamilySpec) -> str:
     return ""
 
 
-def validation_registry() -> Registry:
-    """The installed plugins, of which the sound parts are kept whatever else they brought."""
-    return build_registry(find_candidates(os.environ.get(PLUGINS_VARIABLE)), tolerant=True)
+def validation_registry(left_out: Mapping[str, str] | None = None) -> Registry:
+    """The installed plugins, of which the sound parts are kept whatever else they brought.
+
+    Args:
+        left_out: plugins that are not loaded, by name with the reason.
+    """
+    reasons = left_out or {}
+    candidates = find_candidates(os.environ.get(PLUGINS_VARIABLE))
+    kept = (_refused(c, reasons[c.name]) if c.name in reasons else c for c in candidates)
+    return build_registry(kept, tolerant=True)
+
+
+def _refused(candidate: Candidate, reason: str) -> Candidate:
+    def load() -> object:
+        raise PluginError(reason)
+
+    return replace(candidate, load=load)
 
 
 def parts_of(registry: Registry, plugins: Sequence[str] = (), families: Sequence[str] = ()) -> list[Part]:

@@ -204,8 +204,8 @@ def _is_fresh(part: Part, family: FamilySpec, record: EvidenceRecord) -> Figures
     code = current_code(family, part.record)
     if record.code != code:
         raise ClaimFails(
-            f"stale: it was made with the code {record.code}, and today's is {code}; run it again: "
-            f"npu-zoo validate {family.name} --level simulate"
+            f"stale: it was made with the code {record.code}, and today's is {code}; run it again: npu-zoo validate "
+            f"{family.name} {'--measure' if record.level == 'measured' else '--level simulate'}"
         )
     return {"date": record.date}
 
