@@ -48,8 +48,9 @@ def test_a_launch_that_can_start(cli: Cli) -> None:
     assert (ran.code, ran.err) == (0, "")
     lines = ran.out.splitlines()
     assert lines[0] == "4 ranks on atlas_800i_a2 take on this machine:"
-    assert [line.split("  ")[0] for line in lines[4:]] == ["the ranks meet", "HCCL, at the host", "HCCL, at the NPU"]
-    assert "the system chooses" in lines[5]
+    uses = [line.split("  ")[0] for line in lines[4:]]  # a port that another program happens to use takes more lines
+    assert list(filter(None, uses)) == ["the ranks meet", "HCCL, at the host", "HCCL, at the NPU"]
+    assert "the system chooses" in lines[4 + uses.index("HCCL, at the host")]
     assert max(map(len, lines)) <= 80
 
 
