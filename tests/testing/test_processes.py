@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping
@@ -69,24 +68,6 @@ def test_a_process_that_ends_between_claims_takes_no_claim_along() -> None:
 def _slow(seconds: float) -> Figures:
     time.sleep(seconds)
     return {}
-
-
-def _until(awaited: Path, arrived: Path) -> Figures:
-    """Tells that it is judged, and waits for another file."""
-    arrived.touch()
-    while not awaited.exists():
-        time.sleep(0.01)
-    return {"process": os.getpid()}
-
-
-def test_an_idle_process_that_is_killed_takes_no_claim_along(tmp_path: Path) -> None:
-    go, both = tmp_path / "go", (tmp_path / "one", tmp_path / "two")
-    outcomes = judge([claim(_until, go, both[0]), claim(_until, *both)], Limits(2, timeout=60))
-    number, first = next(outcomes)
-    assert number == 1  # it waited for the other one, which another process judges
-    os.kill(int(first.figures["process"]), signal.SIGKILL)
-    go.touch()
-    assert [(number, outcome.status) for number, outcome in outcomes] == [(0, "holds")]
 
 
 def test_what_a_broken_pool_leaves_goes_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
