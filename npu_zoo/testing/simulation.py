@@ -248,7 +248,7 @@ def record_of(
         versions: of the hardware and its software, where they took part.
     """
     figures = {f"{cell}_{name}": value for cell, found in cells.items() for name, value in found.items()}
-    installed = {name: version for name in ("torch", "torch_npu") if (version := _version(name))}
+    installed = {name: version for name in ("torch", "torch_npu") if (version := installed_version(name))}
     return EvidenceRecord(
         family=family.name,
         row=row_digest(row),
@@ -261,7 +261,8 @@ def record_of(
     )
 
 
-def _version(name: str) -> str:
+def installed_version(name: str) -> str:
+    """The version of an installed distribution; empty where there is none."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

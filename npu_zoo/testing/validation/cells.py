@@ -196,13 +196,12 @@ def _length(weights: Path, *, long: bool) -> int:
 
 def plainest(config: EngineConfig) -> EngineConfig:
     """The same weights on one rank of a CPU in float32, by references alone."""
+    from npu_zoo.testing.kernels import reference_of_operation
+
     registry, model = get_registry(), config.model_config
     operations = registry.families[config.family].operations
-    kernels = {name: spec for name, spec in registry.kernels.items() if spec.chip == "any"}
-    lowest: dict[str, int] = {}
-    for spec in kernels.values():
-        lowest[spec.operation] = min(spec.priority, lowest.get(spec.operation, spec.priority))
-    references = {name: spec for name, spec in kernels.items() if spec.priority == lowest[spec.operation]}
+    offered = {spec.operation for spec in registry.kernels.values() if spec.chip == "any"}
+    references = {spec.name: spec for spec in (reference_of_operation(name, registry) for name in sorted(offered))}
     backends = {name: backend for name, backend in registry.attention_backends.items() if backend.chip == "any"}
     return unchecked_config(
         config,

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Collection, Iterator
 
 from npu_zoo.registry import PLUGINS_VARIABLE, find_candidates
+from npu_zoo.testing.validation.processes import environment_of_children
 
 _LOADED = "npu-zoo: loaded"
 _LOAD = f"""
@@ -52,13 +53,7 @@ def without_plugins(names: Collection[str]) -> Iterator[None]:
     if not names:
         yield
         return
-    before = os.environ.get(PLUGINS_VARIABLE)
-    others = [c.name for c in find_candidates(before) if not c.builtin and c.target and c.name not in names]
-    os.environ[PLUGINS_VARIABLE] = ",".join(others)
-    try:
+    candidates = find_candidates(os.environ.get(PLUGINS_VARIABLE))
+    others = [c.name for c in candidates if not c.builtin and c.target and c.name not in names]
+    with environment_of_children({PLUGINS_VARIABLE: ",".join(others)}):
         yield
-    finally:
-        if before is None:
-            del os.environ[PLUGINS_VARIABLE]
-        else:
-            os.environ[PLUGINS_VARIABLE] = before

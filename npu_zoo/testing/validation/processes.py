@@ -81,7 +81,7 @@ def _judge_apart(
         variables = {**_VARIABLES, **environment, "TMPDIR": scratch}  # a process that is killed leaves its files behind
         while waiting:
             before = len(waiting)
-            with _variables(variables), contextlib.closing(_judge_in_pool(waiting, limits)) as judged:
+            with environment_of_children(variables), contextlib.closing(_judge_in_pool(waiting, limits)) as judged:
                 for number, outcome in judged:
                     del waiting[number]
                     yield number, outcome
@@ -181,7 +181,7 @@ def _ending(code: int | None) -> str:
 
 
 @contextlib.contextmanager
-def _variables(changes: Mapping[str, str]) -> Iterator[None]:
+def environment_of_children(changes: Mapping[str, str]) -> Iterator[None]:
     """Environment variables that processes started meanwhile have."""
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)

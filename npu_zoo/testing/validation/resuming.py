@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import npu_zoo
 from npu_zoo.core.errors import UsageError
 from npu_zoo.testing.evidence import digest_of_files, plugin_files
+from npu_zoo.testing.simulation import installed_version
 from npu_zoo.testing.validation.claims import Claim, Outcome
 from npu_zoo.testing.validation.scope import Part
 
@@ -22,14 +22,7 @@ def code_of(parts: Iterable[Part]) -> str:
     files = set(Path(npu_zoo.__file__).parent.rglob("*.py"))
     for part in parts:
         files |= {file for family in part.families for file in plugin_files(family, part.record)}
-    return " ".join([digest_of_files(files), *(f"{name}-{_version(name)}" for name in _MATTERING)])
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "none"
+    return " ".join([digest_of_files(files), *(f"{name}-{installed_version(name) or 'none'}" for name in _MATTERING)])
 
 
 def outcomes_of(file: Path, claims: Sequence[Claim], code: str) -> dict[int, Outcome]:
