@@ -19,7 +19,6 @@ from pydantic.fields import FieldInfo
 
 from npu_zoo.cli.app import PROGRAM, build_app
 from npu_zoo.cli.help import json_keys, panels
-from npu_zoo.cli.matrix_docs import marked
 from npu_zoo.core import hookspecs
 from npu_zoo.core.evidence import EvidenceRecord
 from npu_zoo.core.features import Conflict, Denial, FeatureRow
@@ -45,6 +44,7 @@ from npu_zoo.registry import build_registry, find_candidates
 from npu_zoo.settings import ALIASES, PROCESS_VARIABLES
 from npu_zoo.simulator.golden import load_golden
 from npu_zoo.simulator.rules.table import CHIPS, YES, Rule, load_rules
+from npu_zoo.testing.validation.pages import marked
 
 DOCS = Path(__file__).parent.parent / "docs"
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"

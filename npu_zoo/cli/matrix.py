@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from npu_zoo import matrix_text
 from npu_zoo.cli.help import json_output
 from npu_zoo.cli.options import JsonFlag, request_options
-from npu_zoo.cli.output import joined, print_fields, print_json, print_table, write_file
+from npu_zoo.cli.output import print_fields, print_json, print_table, write_file
 from npu_zoo.core.errors import UsageError
 from npu_zoo.core.evidence import EvidenceRecord, row_digest
-from npu_zoo.core.features import AXES, FeatureRow, Verdict
+from npu_zoo.core.features import AXES, FeatureRow, Verdict, joined
 from npu_zoo.core.specs import FamilySpec, VariantSpec
 from npu_zoo.dispatch import check as check_request
 from npu_zoo.registry import Registry, get_registry
@@ -23,7 +24,7 @@ from npu_zoo.settings import Settings
 from npu_zoo.testing.evidence import stale_records
 
 if TYPE_CHECKING:
-    from npu_zoo.cli.matrix_formats import MatrixPart
+    from npu_zoo.matrix_text import MatrixPart
 
 REFUSED = 3
 VERDICT_KEYS: dict[str, str] = {
@@ -103,8 +104,6 @@ def show_matrix(
     A row says what is supported together, who says so, and how far it is proven. As html it is a page that needs no
     network, with filters, and behind each cell its rows and the commands that run them.
     """
-    from npu_zoo.cli import matrix_formats
-
     if force and output is None:
         raise UsageError("--force replaces the file that --output names; give --output FILE too")
     registry = get_registry()
@@ -113,7 +112,7 @@ def show_matrix(
         chosen = [(family, variant)]
     else:
         chosen = [(family, None) for family in registry.families.values()]
-    parts = [matrix_formats.part_of(family, variant, _stale(family, registry)) for family, variant in chosen]
+    parts = [matrix_text.part_of(family, variant, _stale(family, registry)) for family, variant in chosen]
     form = Format.json if as_json else form
     if output is None:
         _print_matrix(parts, form)
@@ -137,7 +136,7 @@ def _print_matrix(parts: list[MatrixPart], form: Format) -> None:
     elif form is Format.table:
         matrix_formats.print_tables(parts)
     elif form is Format.markdown:
-        print(matrix_formats.markdown(parts), end="")
+        print(matrix_text.markdown(parts), end="")
     else:
         from npu_zoo.cli.matrix_page import page
 

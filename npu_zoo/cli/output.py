@@ -60,11 +60,6 @@ def write_file(path: Path, text: str, *, replace: bool = False) -> None:
             scratch.unlink()
 
 
-def joined(values: Iterable[object]) -> str:
-    """Values as a cell or sentence shows them; true and false in lower case."""
-    return ", ".join(str(value).lower() if isinstance(value, bool) else str(value) for value in values)
-
-
 def count_text(values: int) -> str:
     """A large number of values in words."""
     return f"{values / 1e9:,.1f} billion" if values >= 1e9 else f"{values / 1e6:,.1f} million"

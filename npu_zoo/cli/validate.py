@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from npu_zoo.cli import matrix_docs
 from npu_zoo.cli.output import note, print_items, print_table
 from npu_zoo.core.errors import UsageError
 
@@ -220,15 +219,13 @@ def _exit_code(outcomes: Sequence[Outcome], level: Level, *, complete: bool, mea
 
 
 def _claims(parts: Sequence[Part], level: Level, *, only: bool) -> list[Claim]:
-    """What plugins claim up to a level, with what stands in their projects' pages."""
+    """What plugins claim up to a level."""
     from npu_zoo.testing.validation import suite
 
     claims = suite.claims_of(parts, level, only=only)
-    if only and level != "spec":
-        if not claims:
-            raise UsageError(f"nothing is claimed at level {level} by {', '.join(part.record.name for part in parts)}")
-        return claims
-    return claims + [claim for part in parts if not part.record.error for claim in matrix_docs.claims(part)]
+    if not claims:
+        raise UsageError(f"nothing is claimed at level {level} by {', '.join(part.record.name for part in parts)}")
+    return claims
 
 
 def _measured(parts: Sequence[Part], products: Sequence[str]) -> list[Claim]:

@@ -310,7 +310,7 @@ def _narrow(
             left = matching
             continue
         supported = _union(left, axis)
-        rest = f"; supported: {', '.join(map(_spell, supported))}" if supported else "; no row offers any"
+        rest = f"; supported: {joined(supported)}" if supported else "; no row offers any"
         text = f"{axis}={_spell(_first(value))} is not supported by {model}{context}{rest}"
         reasons.append(Reason(axis=axis, value=_first(value), supported=supported, message=text))
     return (left[0], ()) if not reasons and left else (None, tuple(reasons))
@@ -326,7 +326,12 @@ def _first(value: AxisValue | tuple[AxisValue, ...]) -> AxisValue:
     return value[-1] if isinstance(value, tuple) else value
 
 
-def _spell(value: AxisValue) -> str:
+def joined(values: Iterable[object]) -> str:
+    """Values as a cell or sentence shows them; true and false in lower case."""
+    return ", ".join(map(_spell, values))
+
+
+def _spell(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from npu_zoo.cli.matrix_formats import part_of
 from npu_zoo.cli.matrix_page import page
 from npu_zoo.core.config import EngineArgs
 from npu_zoo.core.evidence import row_digest
@@ -22,6 +21,7 @@ from npu_zoo.core.features import AXES, Conflict, FeatureRow, Verdict, layout_na
 from npu_zoo.core.hardware import PRODUCTS
 from npu_zoo.core.specs import FamilySpec
 from npu_zoo.dispatch import check, resolve
+from npu_zoo.matrix_text import part_of
 from npu_zoo.registry import get_registry
 from npu_zoo.settings import ALIASES
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from npu_zoo.cli.matrix_formats import part_of
 from npu_zoo.cli.matrix_page import page
 from npu_zoo.core.evidence import row_digest
+from npu_zoo.matrix_text import part_of
 from npu_zoo.registry import get_registry
 
 

@@ -19,7 +19,6 @@ import yaml
 
 import npu_zoo.testing
 from npu_zoo.api import FamilySpec, KernelSpec, hookimpl
-from npu_zoo.cli import matrix_docs
 from npu_zoo.core.truth import Line, SourceTable, TruthTable
 from npu_zoo.registry import Candidate, build_registry, get_registry, registry_in_place
 from npu_zoo.testing import simulation
@@ -145,7 +144,6 @@ def all_claims() -> list[Claim]:
         with registry_in_place(one):
             parts: list[Part] = parts_of(one)
             found += claims_of(parts, "simulate")
-            found += [claim for part in parts for claim in matrix_docs.claims(part)]
     return found
 
 

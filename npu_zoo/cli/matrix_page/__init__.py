@@ -12,9 +12,9 @@ import string
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from npu_zoo.cli.matrix_formats import MatrixPart
 from npu_zoo.cli.matrix_page.data import page_data
 from npu_zoo.cli.matrix_page.tables import tables
+from npu_zoo.matrix_text import MatrixPart
 
 __all__ = ["page"]
 

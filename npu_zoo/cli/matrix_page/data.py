@@ -9,7 +9,6 @@ from typing import Any
 
 from npu_zoo import __version__
 from npu_zoo.checkpoint import read_config
-from npu_zoo.cli.matrix_formats import MatrixPart
 from npu_zoo.core.config import EngineArgs
 from npu_zoo.core.evidence import EvidenceRecord, row_digest
 from npu_zoo.core.features import AXES, AxisValue, FeatureRow, layout_names, split_flags, splits_of
@@ -17,6 +16,7 @@ from npu_zoo.core.hardware import PRODUCTS
 from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.core.parallel import Split
 from npu_zoo.core.specs import FamilySpec, VariantSpec
+from npu_zoo.matrix_text import MatrixPart
 from npu_zoo.request import Request, bundled_directory
 from npu_zoo.splitting import split_faults
 from npu_zoo.weights.quantize import SCHEMES

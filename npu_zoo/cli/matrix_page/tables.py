@@ -5,9 +5,9 @@ from __future__ import annotations
 import html
 from collections.abc import Collection, Sequence
 
-from npu_zoo.cli.matrix_formats import MatrixPart
 from npu_zoo.core.evidence import row_digest
 from npu_zoo.core.features import FeatureRow
+from npu_zoo.matrix_text import MatrixPart
 
 
 def tables(parts: Sequence[MatrixPart], stale: Collection[tuple[str, str]]) -> str:

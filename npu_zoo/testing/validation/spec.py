@@ -27,6 +27,7 @@ from npu_zoo.registry import PluginRecord, Registry, SpecFault
 from npu_zoo.selection import select_attention, select_kernels
 from npu_zoo.testing.evidence import current_code
 from npu_zoo.testing.shapes import configs_of
+from npu_zoo.testing.validation import pages
 from npu_zoo.testing.validation.claims import CannotTell, Claim, ClaimFails, Figures, Subject
 from npu_zoo.testing.validation.refusals import row_refusals
 from npu_zoo.testing.validation.scope import Part, bundled_fault
@@ -62,6 +63,7 @@ def claims(part: Part) -> Iterator[Claim]:
             yield _claim(subject, f"{reference} is there", _is_there, reference)
     for family in part.families:
         yield from _family_claims(part, family)
+    yield from pages.claims(part)
 
 
 def _family_claims(part: Part, family: FamilySpec) -> Iterator[Claim]:

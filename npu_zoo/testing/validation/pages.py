@@ -11,14 +11,11 @@ import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from npu_zoo.cli.matrix_formats import markdown, part_of
 from npu_zoo.core.specs import FamilySpec
-
-if TYPE_CHECKING:
-    from npu_zoo.testing.validation.claims import Claim, Figures
-    from npu_zoo.testing.validation.scope import Part
+from npu_zoo.matrix_text import markdown, part_of
+from npu_zoo.testing.validation.claims import Claim, ClaimFails, Figures, Subject
+from npu_zoo.testing.validation.scope import Part
 
 _BLOCK = re.compile(r"<!-- npu-zoo matrix (\S+) -->\n(.*?)<!-- /npu-zoo matrix -->", re.DOTALL)
 _LEVELS_UP = 4
@@ -32,8 +29,6 @@ def marked(family: FamilySpec) -> str:
 
 def claims(part: Part) -> Iterator[Claim]:
     """One claim for each matrix that stands in a file of the plugin's project; none where it has no such files here."""
-    from npu_zoo.testing.validation.claims import Claim, Subject
-
     root = project_of(part.record.target)
     for file in _pages(root) if root else ():
         text = file.read_text("utf-8", errors="replace")
@@ -61,14 +56,10 @@ def _pages(root: Path) -> list[Path]:
 
 
 def _unknown(name: str) -> Figures:
-    from npu_zoo.testing.validation.claims import ClaimFails
-
     raise ClaimFails(f"the marks name the family '{name}', which no plugin registers")
 
 
 def _is_current(family: FamilySpec, text: str) -> Figures:
-    from npu_zoo.testing.validation.claims import ClaimFails
-
     if text != markdown([part_of(family, None)]):
         raise ClaimFails(
             f"the page differs from the rows; put what `npu-zoo matrix {family.name} --format markdown` writes between "
