@@ -2,7 +2,7 @@
 
 from npu_zoo.core.attention import AttentionBackend, AttentionMetadata, CacheLayout, SequenceSlice
 from npu_zoo.core.config import EngineConfig
-from npu_zoo.core.engine import CompletionOutput, Engine, Logprob, RequestMetrics, RequestOutput
+from npu_zoo.core.engine import CompletionOutput, Engine, EngineStats, Logprob, RequestMetrics, RequestOutput
 from npu_zoo.core.errors import (
     ConfigError,
     EngineError,
@@ -37,9 +37,10 @@ from npu_zoo.core.model_config import (
     PromptFormat,
     ReasoningFormat,
     RopeScaling,
+    ToolFormat,
 )
 from npu_zoo.core.quantization import QuantizationConfig
-from npu_zoo.core.sampling import SamplingParams
+from npu_zoo.core.sampling import SamplingParams, StructuredOutputs
 from npu_zoo.core.specs import (
     AttentionBackendSpec,
     EngineSpec,
@@ -68,6 +69,7 @@ __all__ = [
     "EngineConfig",
     "EngineError",
     "EngineSpec",
+    "EngineStats",
     "EvidenceRecord",
     "FamilySpec",
     "FeatureMatrix",
@@ -92,7 +94,9 @@ __all__ = [
     "SamplingParams",
     "SequenceSlice",
     "Shard",
+    "StructuredOutputs",
     "TokenizerError",
+    "ToolFormat",
     "UnknownModelError",
     "UnsupportedError",
     "UsageError",

@@ -448,6 +448,7 @@ def _text_fields(request: Request, config: ModelConfig) -> dict[str, Any]:
         "chat": variant.chat,
         "prompt": variant.prompt or family.prompt,
         "reasoning": variant.reasoning,
+        "tools": variant.tools,
         "fim": family.fim,
         "stop_token_ids": tuple(dict.fromkeys((*config.eos_token_id, *variant.stop_token_ids))),
     }

@@ -48,7 +48,12 @@ ALIASES: dict[str, str] = {
 """Short spellings of keys, in a file and in the environment."""
 
 SAMPLING_TABLE = "sampling"
-SAMPLING_FIELDS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(SamplingParams))
+_OF_ONE_REQUEST = ("logit_bias", "structured_outputs")
+SAMPLING_FIELDS: tuple[str, ...] = tuple(
+    f.name for f in dataclasses.fields(SamplingParams) if f.name not in _OF_ONE_REQUEST
+)
+"""What is a setting; the rest makes sense for a single request alone."""
+
 _SHORT = {name: alias for alias, name in ALIASES.items()}
 
 

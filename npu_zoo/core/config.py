@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from npu_zoo.core.errors import ConfigError
 from npu_zoo.core.features import Attention, FeatureRow
 from npu_zoo.core.hardware import DType
-from npu_zoo.core.model_config import FimFormat, ModelConfig, PromptFormat, ReasoningFormat
+from npu_zoo.core.model_config import FimFormat, ModelConfig, PromptFormat, ReasoningFormat, ToolFormat
 from npu_zoo.core.parallel import Split
 from npu_zoo.core.quantization import QuantizationConfig
 
@@ -126,6 +126,7 @@ class EngineConfig:
         row: the matrix row that offers the request.
         prompt: the variant's or family's prompt format, for checkpoints that bring no chat template.
         reasoning: what stands around the model's reasoning; None where it has no markers.
+        tools: how the model calls tools; None where it does not.
         stop_token_ids: every id that ends a text.
         binding: where each rank of this machine runs and has its memory, in words.
         rank_bindings: the same as :class:`npu_zoo.parallel.numa.RankBinding`, one for each rank; none where nothing is
@@ -181,6 +182,7 @@ class EngineConfig:
     chat: bool
     prompt: PromptFormat | None
     reasoning: ReasoningFormat | None
+    tools: ToolFormat | None
     fim: FimFormat | None
     stop_token_ids: tuple[int, ...]
     quantization_config: QuantizationConfig | None = None

@@ -31,7 +31,9 @@ class CompletionOutput:
     Attributes:
         text: decoded output without stop string; never ends inside a character.
         logprobs: per output token, the most likely tokens and the chosen one; None unless asked for.
-        stop_reason: the stop string or token id that ended it; None for end of text or length.
+        finish_reason: ``stop`` at end of text or a stop, ``length`` at a limit, ``abort`` where it was called off.
+        stop_reason: the stop string or token id that ended it, ``max_time`` where that limit did; None for end of text
+            or the limit of tokens.
     """
 
     index: int
@@ -78,6 +80,43 @@ class RequestOutput:
     reasoning_open: bool = False
 
 
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A request as an engine takes it, with its prompt in token ids.
+
+    Attributes:
+        prompt: the text that the ids were made of, where there is one.
+        priority: lower ones are admitted first and give their room up last (as in vLLM).
+        max_time: seconds from arrival after which the output ends as it is; None for no limit.
+    """
+
+    request_id: str
+    prompt_token_ids: Sequence[int]
+    sampling_params: SamplingParams
+    prompt: str | None = None
+    priority: int = 0
+    max_time: float | None = None
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """How an engine stands; counts are since its start.
+
+    Attributes:
+        num_running, num_waiting: sequences, one for each of a request's ``n`` completions.
+        kv_cache_usage: share of the room for keys and values that is held by sequences, 0 to 1.
+        prefix_cache_queries, prefix_cache_hits: tokens of admitted prompts, and how many of them the cache had.
+        num_preemptions: sequences that lost their room and were recomputed.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_cache_usage: float = 0.0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    num_preemptions: int = 0
+
+
 class Engine(ABC):
     """Runs requests. Not thread-safe: one thread calls it.
 
@@ -95,6 +134,8 @@ class Engine(ABC):
         sampling_params: SamplingParams,
         *,
         add_special_tokens: bool = True,
+        priority: int = 0,
+        max_time: float | None = None,
     ) -> None:
         """Queue a request.
 
@@ -102,6 +143,7 @@ class Engine(ABC):
             request_id: unique among unfinished requests.
             prompt: text, or token ids which are taken as they are.
             add_special_tokens: whether the tokenizer adds bos to a text; a rendered chat brings its own.
+            priority, max_time: see :class:`GenerationRequest`.
 
         Raises:
             PromptError: empty, longer than ``max_model_len`` allows, or holding ids outside the vocabulary.
@@ -119,6 +161,10 @@ class Engine(ABC):
     @abstractmethod
     def has_unfinished_requests(self) -> bool:
         """Whether :meth:`step` has anything to do."""
+
+    @abstractmethod
+    def stats(self) -> EngineStats:
+        """How it stands now; cheap enough to be asked for after every step."""
 
     @abstractmethod
     def render_chat(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:

@@ -452,6 +452,30 @@ class ReasoningFormat(BaseModel):
         ]
 
 
+class ToolFormat(BaseModel):
+    """How a model calls tools: ``begin``, one or more calls with ``between`` in the middle, ``end``.
+
+    A call is ``call_begin before_name NAME before_arguments ARGUMENTS after_arguments call_end``, its arguments a JSON
+    object. Text may stand before ``begin``.
+
+    Attributes:
+        instructions: a Jinja template that tells a model of its ``tools`` (a list as in OpenAI's API), as an addition
+            to the system message; used where the chat template itself does not read ``tools``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    begin: str = Field(min_length=1)
+    end: str = Field(min_length=1)
+    call_begin: str = Field(min_length=1)
+    call_end: str = Field(min_length=1)
+    before_name: str = ""
+    before_arguments: str = Field(min_length=1)
+    after_arguments: str = ""
+    between: str = ""
+    instructions: str = Field(min_length=1)
+
+
 class FimFormat(BaseModel):
     """Fill in the middle, in prefix-suffix-middle order: ``begin prefix hole suffix end``."""
 

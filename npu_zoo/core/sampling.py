@@ -3,10 +3,48 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 from npu_zoo.core.errors import UsageError
+
+
+@dataclass(frozen=True)
+class StructuredOutputs:
+    """What an output has to look like, under vLLM's names; exactly one is set. A request's reasoning is left free.
+
+    Attributes:
+        json: a JSON schema, as text.
+        json_object: any JSON object.
+        regex: a regular expression that the whole output matches.
+        choice: texts of which the output is one.
+        grammar: a context-free grammar in llguidance's dialect of Lark.
+
+    Raises:
+        UsageError: none or several are set, or one is empty.
+    """
+
+    json: str | None = None
+    json_object: bool = False
+    regex: str | None = None
+    choice: tuple[str, ...] | list[str] = ()
+    grammar: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "choice", _as_tuple(self.choice))
+        names = [field.name for field in fields(self)]
+        given = [name for name in names if getattr(self, name)]
+        if len(given) != 1:
+            found = f"has {' and '.join(given)}" if given else "has none of them"
+            raise UsageError(f"structured_outputs takes one of {', '.join(names)}, and {found}")
+        if not all(isinstance(text, str) and text for text in self.choice):
+            raise UsageError("structured_outputs.choice holds an empty string or something that is no string")
+
+    @property
+    def kind(self) -> str:
+        """The name of what is set."""
+        return next(field.name for field in fields(self) if getattr(self, field.name))
 
 
 @dataclass(frozen=True)
@@ -24,6 +62,8 @@ class SamplingParams:
         stop: strings that end the text and are not part of it, found across token borders too.
         logprobs: this many most likely tokens per position, the chosen one always among them.
         prompt_logprobs: the same for the prompt's tokens.
+        logit_bias: what is added to the logits of tokens, by id, from -100 to 100 (as in OpenAI's API).
+        structured_outputs: what the output has to look like.
 
     Raises:
         UsageError: a value is out of its range; all such values are named at once.
@@ -47,6 +87,8 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    logit_bias: Mapping[int, float] | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", _as_tuple(self.stop))
@@ -104,6 +146,15 @@ def _sampling_faults(p: SamplingParams) -> list[str]:
         faults.append("stop holds an empty string or something that is no string")
     if not all(isinstance(i, int) and i >= 0 for i in p.stop_token_ids):
         faults.append("stop_token_ids holds something that is no token id")
+    if p.logit_bias is not None and not _is_bias(p.logit_bias):
+        faults.append("logit_bias is no mapping from token ids to numbers from -100 to 100")
     if not any(faults) and p.max_tokens is not None and p.min_tokens > p.max_tokens:
         faults.append(f"min_tokens={p.min_tokens} exceeds max_tokens={p.max_tokens}")
     return faults
+
+
+def _is_bias(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(token_id, int) and token_id >= 0 and isinstance(bias, (int, float)) and -100 <= bias <= 100
+        for token_id, bias in value.items()
+    )

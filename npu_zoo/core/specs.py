@@ -14,7 +14,7 @@ from npu_zoo.core.compressed_tensors import QUANT_METHOD
 from npu_zoo.core.evidence import EvidenceRecord, row_digest
 from npu_zoo.core.features import Attention, Conflict, Denial, FeatureMatrix, FeatureRow
 from npu_zoo.core.hardware import DType
-from npu_zoo.core.model_config import FimFormat, ModelConfig, PromptFormat, ReasoningFormat
+from npu_zoo.core.model_config import FimFormat, ModelConfig, PromptFormat, ReasoningFormat, ToolFormat
 
 CodeRef = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 """``package.module:attribute``."""
@@ -55,6 +55,7 @@ class VariantSpec(_Spec):
         stop_token_ids: ids that end a text beside config.json's and generation_config.json's eos_token_id.
         prompt: how its conversations become text, where that is not as the family's do.
         reasoning: what stands around its reasoning, which is kept out of the history of a conversation.
+        tools: how it calls tools; None where it was not trained to.
     """
 
     name: VariantName
@@ -69,6 +70,7 @@ class VariantSpec(_Spec):
     stop_token_ids: tuple[int, ...] = ()
     prompt: PromptFormat | None = None
     reasoning: ReasoningFormat | None = None
+    tools: ToolFormat | None = None
 
 
 class FamilySpec(_Spec):

@@ -67,6 +67,11 @@ class KVManager(ABC):
     def num_total(self) -> int:
         """All blocks or slots."""
 
+    @property
+    def usage(self) -> float:
+        """The share that sequences hold, 0 to 1."""
+        return 1.0 - self.num_free / self.num_total
+
 
 class BlockManager(KVManager):
     """Blocks of ``block_size`` tokens behind a block table.

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
-import operator
+import heapq
 import time
 from collections.abc import Sequence as SequenceOf
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from npu_zoo.core.config import EngineConfig
-from npu_zoo.core.engine import CompletionOutput, Engine, Logprob, Progress, RequestMetrics, RequestOutput
-from npu_zoo.core.errors import EngineError, PromptError, UsageError
+from npu_zoo.core.engine import (
+    CompletionOutput,
+    Engine,
+    EngineStats,
+    FinishReason,
+    Logprob,
+    Progress,
+    RequestMetrics,
+    RequestOutput,
+)
+from npu_zoo.core.errors import EngineError, UsageError
 from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.engine.block_manager import BlockManager, KVManager, SlotManager
 from npu_zoo.engine.detokenizer import IncrementalDetokenizer
 from npu_zoo.engine.executor import create_runner
+from npu_zoo.engine.prompting import PromptEncoder
 from npu_zoo.engine.replicas import ReplicatedKV
 from npu_zoo.engine.runner import ModelRunner
 from npu_zoo.engine.sampler import Sampler, TokenLogprobs, top_logprobs
 from npu_zoo.engine.scheduler import ScheduledRow, Scheduler
 from npu_zoo.engine.sequence import Request, Sequence
 from npu_zoo.engine.step import step_rows
-from npu_zoo.engine.tokenizer import Tokenizer, checked_messages
 
-_REASONING_TAIL = 16  # tokens of a prompt in which a marker and white space behind it are looked for
+MAX_TIME = "max_time"
+"""The stop reason of a completion that its request's time limit ended."""
+
 _PROMPT_LOGPROB_ROWS = 256  # positions at a time, so that long prompts do not hold [tokens, vocab_size] at once
 
 
@@ -34,7 +44,8 @@ class NativeEngine(Engine):
 
     def __init__(self, config: EngineConfig, progress: Progress | None = None) -> None:
         self.config = config
-        self.tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config)
+        self.prompts = PromptEncoder(config)
+        self.tokenizer = self.prompts.tokenizer
         self.runner = create_runner(config, progress)
         self.kv = create_kv_manager(config, self.runner)
         self.scheduler = Scheduler(
@@ -44,12 +55,13 @@ class NativeEngine(Engine):
             enable_chunked_prefill=config.enable_chunked_prefill,
         )
         self.sampler = Sampler(self.runner.kernels.top_k_top_p)
-        self.max_model_len = self.runner.cache.max_model_len
+        self.max_model_len = self.prompts.max_model_len = self.runner.cache.max_model_len
         self._stop_ids = frozenset(config.stop_token_ids) | frozenset(
             self.tokenizer.eos_token_ids if self.tokenizer else ()
         )
         self._requests: dict[str, Request] = {}
         self._owner: dict[int, Request] = {}
+        self._deadlines: list[tuple[float, str, Request]] = []
         self._shut_down = False
 
     def add_request(
@@ -59,19 +71,25 @@ class NativeEngine(Engine):
         sampling_params: SamplingParams,
         *,
         add_special_tokens: bool = True,
+        priority: int = 0,
+        max_time: float | None = None,
     ) -> None:
         """See :meth:`Engine.add_request`."""
         if self._shut_down:
             raise EngineError("the engine was shut down and takes no more requests; start another one")
         if request_id in self._requests:
             raise UsageError(f"request id '{request_id}' is in use by an unfinished request")
-        token_ids = self._prompt_token_ids(prompt, add_special_tokens=add_special_tokens)
+        if max_time is not None and not max_time > 0:
+            raise UsageError(f"max_time={max_time!r} is not a number of seconds above 0")
+        token_ids = self.prompts.encode(prompt, add_special_tokens=add_special_tokens)
         metrics = RequestMetrics(arrival_time=time.monotonic())
-        sequences = [self._sequence(index, token_ids, sampling_params) for index in range(sampling_params.n)]
+        sequences = [self._sequence(index, token_ids, sampling_params, priority) for index in range(sampling_params.n)]
         text = prompt if isinstance(prompt, str) else None
-        opened = self._ends_in_reasoning(token_ids)
+        opened = self.prompts.ends_in_reasoning(token_ids)
         request = Request(request_id, text, token_ids, sampling_params, sequences, metrics, opened)
         self._requests[request_id] = request
+        if max_time is not None:
+            heapq.heappush(self._deadlines, (metrics.arrival_time + max_time, request_id, request))
         for sequence in sequences:
             self._owner[sequence.number] = request
             self.scheduler.add(sequence)
@@ -81,13 +99,7 @@ class NativeEngine(Engine):
         request = self._requests.get(request_id)
         if request is None:
             return None
-        # A step that was interrupted may have finished a sequence without retiring it.
-        for sequence in request.sequences:
-            if sequence.number in self._owner:
-                if not sequence.finished:
-                    sequence.finish("abort")
-                    self._flush_text(sequence)
-                self._retire(sequence)
+        self._end(request, "abort")
         return self._report(request)
 
     def has_unfinished_requests(self) -> bool:
@@ -96,6 +108,9 @@ class NativeEngine(Engine):
 
     def step(self) -> list[RequestOutput]:
         """See :meth:`Engine.step`."""
+        return [*self._end_overdue(), *self._compute_step()]
+
+    def _compute_step(self) -> list[RequestOutput]:
         rows = self.scheduler.schedule()
         if not rows:
             if self.scheduler.has_work():
@@ -114,16 +129,22 @@ class NativeEngine(Engine):
 
     def render_chat(self, messages: SequenceOf[dict[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
         """See :meth:`Engine.render_chat`."""
-        tokenizer = self._need_tokenizer("chat")
-        if self.config.reasoning:
-            messages = [dict(m) for m in self.config.reasoning.without_reasoning(checked_messages(messages))]
-        return tokenizer.encode_chat(messages, add_generation_prompt=add_generation_prompt)
+        return self.prompts.render_chat(messages, add_generation_prompt=add_generation_prompt)
 
     def render_fim(self, prefix: str, suffix: str) -> list[int]:
         """See :meth:`Engine.render_fim`."""
-        if self.config.fim is None:
-            raise PromptError(f"{self.config.family} has no fill-in-the-middle format")
-        return self._need_tokenizer("fill in the middle").fim_prompt(prefix, suffix, self.config.fim)
+        return self.prompts.render_fim(prefix, suffix)
+
+    def stats(self) -> EngineStats:
+        """See :meth:`Engine.stats`."""
+        return EngineStats(
+            num_running=len(self.scheduler.running),
+            num_waiting=self.scheduler.num_waiting,
+            kv_cache_usage=self.kv.usage,
+            prefix_cache_queries=self.scheduler.prefix_queries,
+            prefix_cache_hits=self.scheduler.prefix_hits,
+            num_preemptions=self.scheduler.num_preemptions,
+        )
 
     def explain(self) -> dict[str, Any]:
         """See :meth:`Engine.explain`."""
@@ -164,43 +185,26 @@ class NativeEngine(Engine):
                 self._retire(sequence)
         return [self._report(request) for request in touched.values()]
 
-    def _ends_in_reasoning(self, prompt: list[int]) -> bool:
-        if self.tokenizer is None or self.config.reasoning is None:
-            return False
-        tail = self.tokenizer.decode(prompt[-_REASONING_TAIL:], skip_special_tokens=False)
-        return tail.rstrip().endswith(self.config.reasoning.start)
+    def _end_overdue(self) -> list[RequestOutput]:
+        """End the requests whose time is over, as they are; their outputs are reported once more."""
+        ended = []
+        while self._deadlines and self._deadlines[0][0] <= time.monotonic():
+            request = heapq.heappop(self._deadlines)[2]
+            if not request.finished:
+                self._end(request, "length", MAX_TIME)
+                ended.append(self._report(request))
+        return ended
 
-    def _need_tokenizer(self, purpose: str) -> Tokenizer:
-        if self.tokenizer is None:
-            raise PromptError(f"{purpose} needs the tokenizer, and skip_tokenizer_init is set; give token ids")
-        return self.tokenizer
+    def _end(self, request: Request, reason: FinishReason, stop_reason: str | None = None) -> None:
+        # A step that was interrupted may have finished a sequence without retiring it.
+        for sequence in request.sequences:
+            if sequence.number in self._owner:
+                if not sequence.finished:
+                    sequence.finish(reason, stop_reason)
+                    self._flush_text(sequence)
+                self._retire(sequence)
 
-    def _prompt_token_ids(self, prompt: str | SequenceOf[int], *, add_special_tokens: bool) -> list[int]:
-        if isinstance(prompt, str):
-            tokenizer = self._need_tokenizer("a text prompt")
-            token_ids = tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
-        else:
-            token_ids = _as_ids(prompt)
-        if not token_ids:
-            raise PromptError("the prompt is empty; give at least one token")
-        size = self.config.model_config.vocab_size
-        strange = [t for t in token_ids if not 0 <= t < size]
-        if strange:
-            raise PromptError(f"the prompt holds {strange[0]!r}, which is no token id; ids are 0 to {size - 1}")
-        if len(token_ids) >= self.max_model_len:
-            raise PromptError(
-                f"the prompt has {len(token_ids)} tokens, and max_model_len={self.max_model_len} leaves room for "
-                f"{self.max_model_len - 1} and one of output; {self._how_to_fit()}"
-            )
-        return token_ids
-
-    def _how_to_fit(self) -> str:
-        longest = self.config.model_config.context_length
-        if self.max_model_len >= longest:
-            return f"shorten it: {longest} is the model's own limit"
-        return f"shorten it, or raise --max-model-len (the model's own limit is {longest})"
-
-    def _sequence(self, index: int, token_ids: list[int], params: SamplingParams) -> Sequence:
+    def _sequence(self, index: int, token_ids: list[int], params: SamplingParams, priority: int) -> Sequence:
         room = self.max_model_len - len(token_ids)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         wants_logprobs = params.logprobs is not None
@@ -214,6 +218,7 @@ class NativeEngine(Engine):
             params=params,
             max_tokens=max_tokens,
             seed=self.config.seed if params.seed is None else params.seed,
+            priority=priority,
             output=output,
             detokenizer=self._detokenizer(params),
             prompt_logprobs=[] if params.prompt_logprobs is not None and index == 0 else None,
@@ -323,28 +328,6 @@ class NativeEngine(Engine):
             chosen = targets[first : first + _PROMPT_LOGPROB_ROWS]
             logits = self.runner.compute_logits(hidden[first : first + len(chosen)])
             found.extend(self._describe(entry) for entry in top_logprobs(logits, chosen, [wanted] * len(chosen)))
-
-
-def _as_ids(prompt: SequenceOf[int]) -> list[int]:
-    """Token ids as plain integers, from whatever counts as one (NumPy's and torch's do)."""
-    if isinstance(prompt, (bytes, bytearray)):
-        raise PromptError("the prompt is of bytes; give text, or a list of token ids")
-    ids: list[int] = []
-    for token_id in prompt:
-        if isinstance(token_id, bool) or not hasattr(token_id, "__index__"):
-            raise PromptError(f"the prompt holds {token_id!r}, which is no token id; give text, or whole numbers")
-        ids.append(operator.index(token_id))
-    return ids
-
-
-def load_tokenizer(config: EngineConfig) -> Tokenizer:
-    """The tokenizer of a run's checkpoint, with the family's chat template as the fallback."""
-    return Tokenizer(
-        Path(config.weights),
-        trust_remote_code=config.trust_remote_code,
-        chat_template=config.prompt.chat_template if config.prompt else None,
-        chat_template_adds_bos=bool(config.prompt and config.prompt.adds_bos),
-    )
 
 
 def create_kv_manager(config: EngineConfig, runner: ModelRunner) -> KVManager:

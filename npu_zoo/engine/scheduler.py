@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
+import bisect
+import heapq
 from dataclasses import dataclass
+from operator import attrgetter
 
 from npu_zoo.engine.block_manager import KVManager
 from npu_zoo.engine.sequence import Sequence
@@ -28,17 +30,25 @@ class ScheduledRow:
 
 
 class Scheduler:
-    """First come, first served, within a budget of tokens and sequences per step.
+    """By priority, then first come, first served, within a budget of tokens and sequences per step.
 
-    Running sequences go first; when they run out of room, the one that came last gives its room up and is recomputed
-    later, together with what it has generated. So the one that came first always gets on.
+    Running sequences go first; when they run out of room, the last one by priority and arrival gives its room up and
+    is recomputed later, together with what it has generated. So the first of all always gets on. A sequence that waits
+    takes room from none that runs.
+
+    Attributes:
+        running: in their order.
+        prefix_queries, prefix_hits: tokens of sequences that were admitted for the first time, and how many of them
+            were in the cache.
+        num_preemptions: how often a sequence gave its room up.
     """
 
     def __init__(
         self, kv: KVManager, *, max_num_seqs: int, max_num_batched_tokens: int, enable_chunked_prefill: bool
     ) -> None:
-        self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.prefix_queries = self.prefix_hits = self.num_preemptions = 0
+        self._waiting = WaitingQueue()
         self._kv = kv
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -46,19 +56,24 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
-        self.waiting.append(sequence)
+        self._waiting.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence that finished or was aborted, and free its room."""
         if sequence in self.running:
             self.running.remove(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
+        else:
+            self._waiting.discard(sequence)
         self._kv.release(sequence)
 
     def has_work(self) -> bool:
         """Whether any sequence waits or runs."""
-        return bool(self.waiting or self.running)
+        return bool(self._waiting or self.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for room."""
+        return len(self._waiting)
 
     def schedule(self) -> list[ScheduledRow]:
         """The next step's rows, single tokens first; their room is reserved and their full blocks are shared."""
@@ -94,8 +109,8 @@ class Scheduler:
 
     def _admit(self, rows: list[ScheduledRow]) -> None:
         budget = self._max_num_batched_tokens - sum(row.num_tokens for row in rows)
-        while self.waiting and len(self.running) < self._max_num_seqs and budget > 0:
-            sequence = self.waiting[0]
+        while self._waiting and len(self.running) < self._max_num_seqs and budget > 0:
+            sequence = self._waiting.first()
             cached = self._kv.attach_prefix(sequence)
             missing = sequence.num_tokens - cached
             num_tokens = min(missing, budget)
@@ -104,11 +119,13 @@ class Scheduler:
             if too_large or not self._kv.reserve(sequence, sequence.num_tokens):
                 self._kv.release(sequence)
                 return
-            self.waiting.popleft()
-            self.running.append(sequence)
+            self._waiting.discard(sequence)
+            bisect.insort(self.running, sequence, key=attrgetter("rank"))
             sequence.num_computed_tokens = cached
             if not sequence.preemptions:
                 sequence.num_cached_tokens = cached
+                self.prefix_queries += sequence.num_tokens
+                self.prefix_hits += cached
             rows.append(self._row(sequence, num_tokens))
             budget -= num_tokens
 
@@ -120,4 +137,33 @@ class Scheduler:
         self._kv.release(sequence)
         sequence.num_computed_tokens = 0
         sequence.preemptions += 1
-        self.waiting.appendleft(sequence)
+        self.num_preemptions += 1
+        self._waiting.add(sequence)
+
+
+class WaitingQueue:
+    """Sequences in their order, where adding, taking and giving up one cost the logarithm of their number."""
+
+    def __init__(self) -> None:
+        self._queued: dict[int, Sequence] = {}
+        self._order: list[tuple[int, int]] = []
+
+    def __len__(self) -> int:
+        return len(self._queued)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence at its place."""
+        self._queued[sequence.number] = sequence
+        heapq.heappush(self._order, sequence.rank)
+
+    def discard(self, sequence: Sequence) -> None:
+        """Forget a sequence, if it is there."""
+        self._queued.pop(sequence.number, None)
+        if not self._queued:
+            self._order.clear()
+
+    def first(self) -> Sequence:
+        """The sequence whose turn it is; there must be one."""
+        while self._order[0][1] not in self._queued:  # those that were given up leave their place behind
+            heapq.heappop(self._order)
+        return self._queued[self._order[0][1]]

@@ -26,6 +26,7 @@ class Sequence:
         replica: of the attention, whose cache has the room; chosen by the KV manager.
         digests: of the full blocks of ``token_ids``, as far as they were needed; owned by the KV manager.
         seed: of this completion's draws.
+        priority: lower ones are admitted first and give their room up last.
         output: what the user sees of it.
     """
 
@@ -37,6 +38,7 @@ class Sequence:
     seed: int
     output: CompletionOutput
     detokenizer: IncrementalDetokenizer | None = None
+    priority: int = 0
     number: int = field(default_factory=lambda: next(_numbers))
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
@@ -45,6 +47,11 @@ class Sequence:
     replica: int = 0
     digests: list[bytes] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Its place among all sequences: by priority, then by arrival."""
+        return self.priority, self.number
 
     @property
     def num_tokens(self) -> int:

@@ -1,0 +1,120 @@
+"""From texts, conversations and holes to fill to the token ids that an engine runs. Needs no torch."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from npu_zoo.core.config import EngineConfig
+from npu_zoo.core.errors import PromptError
+from npu_zoo.engine.tokenizer import Tokenizer, checked_messages
+
+_REASONING_TAIL = 16  # tokens of a prompt in which a marker and white space behind it are looked for
+
+
+class PromptEncoder:
+    """Makes and checks the prompts of one run.
+
+    Args:
+        config: the run's.
+        max_model_len: the engine's limit, which may be below the config's.
+
+    Attributes:
+        tokenizer: None where the run takes token ids only.
+    """
+
+    def __init__(self, config: EngineConfig, max_model_len: int | None = None) -> None:
+        self.config = config
+        self.max_model_len = max_model_len or config.max_model_len
+        self.tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config)
+
+    def encode(self, prompt: str | Sequence[int], *, add_special_tokens: bool = True) -> list[int]:
+        """A prompt's token ids; ids that are given are checked and taken as they are.
+
+        Raises:
+            PromptError: empty, longer than ``max_model_len`` allows, or holding ids outside the vocabulary.
+        """
+        if isinstance(prompt, str):
+            ids = self.need_tokenizer("a text prompt").encode(prompt, add_special_tokens=add_special_tokens)
+        else:
+            ids = _as_ids(prompt)
+        return self.check(ids)
+
+    def check(self, token_ids: list[int]) -> list[int]:
+        """The ids, if the model can take them; raises as :meth:`encode`."""
+        if not token_ids:
+            raise PromptError("the prompt is empty; give at least one token")
+        size = self.config.model_config.vocab_size
+        strange = [t for t in token_ids if not 0 <= t < size]
+        if strange:
+            raise PromptError(f"the prompt holds {strange[0]!r}, which is no token id; ids are 0 to {size - 1}")
+        if len(token_ids) >= self.max_model_len:
+            raise PromptError(
+                f"the prompt has {len(token_ids)} tokens, and max_model_len={self.max_model_len} leaves room for "
+                f"{self.max_model_len - 1} and one of output; {self._how_to_fit()}"
+            )
+        return token_ids
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
+        """The token ids of a conversation; earlier answers go in without their reasoning.
+
+        Raises:
+            PromptError: a message lacks role or content, or the template refuses the conversation.
+        """
+        tokenizer = self.need_tokenizer("chat")
+        if self.config.reasoning:
+            messages = self.config.reasoning.without_reasoning(checked_messages(messages))
+        return tokenizer.encode_chat(messages, add_generation_prompt=add_generation_prompt)
+
+    def render_fim(self, prefix: str, suffix: str) -> list[int]:
+        """The token ids that ask for the text between a prefix and a suffix.
+
+        Raises:
+            PromptError: the family has no such format, or the checkpoint's tokenizer lacks its tokens.
+        """
+        if self.config.fim is None:
+            raise PromptError(f"{self.config.family} has no fill-in-the-middle format")
+        return self.need_tokenizer("fill in the middle").fim_prompt(prefix, suffix, self.config.fim)
+
+    def ends_in_reasoning(self, token_ids: Sequence[int]) -> bool:
+        """Whether a prompt ends inside the model's reasoning, so that what it generates begins there."""
+        if self.tokenizer is None or self.config.reasoning is None:
+            return False
+        tail = self.tokenizer.decode(token_ids[-_REASONING_TAIL:], skip_special_tokens=False)
+        return tail.rstrip().endswith(self.config.reasoning.start)
+
+    def need_tokenizer(self, purpose: str) -> Tokenizer:
+        """The tokenizer; a PromptError that says what for where there is none."""
+        if self.tokenizer is None:
+            raise PromptError(f"{purpose} needs the tokenizer, and skip_tokenizer_init is set; give token ids")
+        return self.tokenizer
+
+    def _how_to_fit(self) -> str:
+        longest = self.config.model_config.context_length
+        if self.max_model_len >= longest:
+            return f"shorten it: {longest} is the model's own limit"
+        return f"shorten it, or raise --max-model-len (the model's own limit is {longest})"
+
+
+def _as_ids(prompt: Sequence[int]) -> list[int]:
+    """Token ids as plain integers, from whatever counts as one (NumPy's and torch's do)."""
+    if isinstance(prompt, (bytes, bytearray)):
+        raise PromptError("the prompt is of bytes; give text, or a list of token ids")
+    ids: list[int] = []
+    for token_id in prompt:
+        if isinstance(token_id, bool) or not hasattr(token_id, "__index__"):
+            raise PromptError(f"the prompt holds {token_id!r}, which is no token id; give text, or whole numbers")
+        ids.append(operator.index(token_id))
+    return ids
+
+
+def load_tokenizer(config: EngineConfig) -> Tokenizer:
+    """The tokenizer of a run's checkpoint, with the family's chat template as the fallback."""
+    return Tokenizer(
+        Path(config.weights),
+        trust_remote_code=config.trust_remote_code,
+        chat_template=config.prompt.chat_template if config.prompt else None,
+        chat_template_adds_bos=bool(config.prompt and config.prompt.adds_bos),
+    )
