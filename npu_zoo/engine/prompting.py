@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from npu_zoo.core.config import EngineConfig
-from npu_zoo.core.errors import PromptError
+from npu_zoo.core.errors import PromptError, PromptLengthError
+from npu_zoo.core.model_config import ToolFormat
 from npu_zoo.engine.tokenizer import Tokenizer, checked_messages
+from npu_zoo.engine.tool_instructions import with_instructions
 
 _REASONING_TAIL = 16  # tokens of a prompt in which a marker and white space behind it are looked for
 
@@ -51,22 +53,35 @@ class PromptEncoder:
         if strange:
             raise PromptError(f"the prompt holds {strange[0]!r}, which is no token id; ids are 0 to {size - 1}")
         if len(token_ids) >= self.max_model_len:
-            raise PromptError(
+            raise PromptLengthError(
                 f"the prompt has {len(token_ids)} tokens, and max_model_len={self.max_model_len} leaves room for "
                 f"{self.max_model_len - 1} and one of output; {self._how_to_fit()}"
             )
         return token_ids
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> list[int]:
         """The token ids of a conversation; earlier answers go in without their reasoning.
 
+        Args:
+            tools: what the model may call, as in OpenAI's API. Where the chat template does not read them, the
+                format's instructions tell the model of them.
+
         Raises:
-            PromptError: a message lacks role or content, or the template refuses the conversation.
+            PromptError: a message lacks role or content, the template refuses the conversation, or the model has no
+                format of tool calls.
         """
         tokenizer = self.need_tokenizer("chat")
         if self.config.reasoning:
             messages = self.config.reasoning.without_reasoning(checked_messages(messages))
-        return tokenizer.encode_chat(messages, add_generation_prompt=add_generation_prompt)
+        if tools and not tokenizer.template_reads_tools:
+            messages, tools = with_instructions(messages, tools, self._need_tools()), ()
+        return tokenizer.encode_chat(messages, add_generation_prompt=add_generation_prompt, tools=tools)
 
     def render_fim(self, prefix: str, suffix: str) -> list[int]:
         """The token ids that ask for the text between a prefix and a suffix.
@@ -90,6 +105,11 @@ class PromptEncoder:
         if self.tokenizer is None:
             raise PromptError(f"{purpose} needs the tokenizer, and skip_tokenizer_init is set; give token ids")
         return self.tokenizer
+
+    def _need_tools(self) -> ToolFormat:
+        if self.config.tools is None:
+            raise PromptError(f"{self.config.model} has no format of tool calls; leave the tools out")
+        return self.config.tools
 
     def _how_to_fit(self) -> str:
         longest = self.config.model_config.context_length
