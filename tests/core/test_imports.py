@@ -48,7 +48,7 @@ PLUGIN_SURFACE = {"api", "nn"}
 HEAVY = {"torch", "torch_npu", "transformers", "accelerate"}
 TORCH_FREE = {"", "__main__", "api", "checkpoint", "cli", "communication", "core", "dispatch", "platforms", "plugins"}
 TORCH_FREE |= {"fitting", "parallel", "planning", "registry", "request", "selection", "settings", "splitting"}
-TORCH_FREE |= {"matrix_text", "uninstalled"}
+TORCH_FREE |= {"matrix_text", "server", "uninstalled"}
 
 
 @dataclass(frozen=True)
