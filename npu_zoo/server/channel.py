@@ -76,14 +76,13 @@ class Channel:
             self._queued.append(message)
             self._changed.notify_all()
 
-    def close(self, grace: float = 0.0) -> None:
-        """End the connection.
-
-        Args:
-            grace: seconds that what was sent may take to go out before.
-        """
+    def flush(self, timeout: float) -> None:
+        """Wait until everything sent has been handed to the system, or the other side is gone; seconds at most."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or not (self._queued or self._writing), grace)
+            self._changed.wait_for(lambda: self._closed or not (self._queued or self._writing), timeout)
+
+    def close(self) -> None:
+        """End the connection; what has not gone out is dropped."""
         self._end()
 
     def join(self) -> None:

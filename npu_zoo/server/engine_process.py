@@ -41,7 +41,6 @@ from npu_zoo.server.messages import (
     portable_error,
 )
 
-_SECONDS_FOR_LAST_WORDS = 1.0
 _SECONDS_BETWEEN_TRIES = 0.1
 
 
@@ -121,7 +120,7 @@ class EngineServer:
                 self._tell_all()
         finally:
             for front_end in self._front_ends:
-                front_end.channel.close(_SECONDS_FOR_LAST_WORDS)
+                front_end.channel.close()
 
     def _accept(self) -> None:
         while True:
