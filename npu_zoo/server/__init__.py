@@ -1,1 +1,1 @@
-"""Serving a model to many clients: a supervisor, the engine in a process of its own, and the front end."""
+"""The OpenAI-compatible server: a supervisor, an engine process and an HTTP front end."""
