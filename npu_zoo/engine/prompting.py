@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.errors import PromptError, PromptLengthError
 from npu_zoo.core.model_config import ToolFormat
+from npu_zoo.engine.guidance import GuideMaker
 from npu_zoo.engine.tokenizer import Tokenizer, checked_messages
 from npu_zoo.engine.tool_instructions import with_instructions
 
@@ -25,12 +27,21 @@ class PromptEncoder:
 
     Attributes:
         tokenizer: None where the run takes token ids only.
+        stop_token_ids: every id that ends a text.
     """
 
     def __init__(self, config: EngineConfig, max_model_len: int | None = None) -> None:
         self.config = config
         self.max_model_len = max_model_len or config.max_model_len
         self.tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config)
+        own = self.tokenizer.eos_token_ids if self.tokenizer else ()
+        self.stop_token_ids = frozenset(config.stop_token_ids) | frozenset(own)
+
+    @functools.cached_property
+    def guides(self) -> GuideMaker:
+        """What checks forms of outputs, and leads sequences along them."""
+        tokenizer = self.need_tokenizer("an output of a given form")
+        return GuideMaker(tokenizer, self.config.model_config.vocab_size, self.stop_token_ids)
 
     def encode(self, prompt: str | Sequence[int], *, add_special_tokens: bool = True) -> list[int]:
         """A prompt's token ids; ids that are given are checked and taken as they are.
