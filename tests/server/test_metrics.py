@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from npu_zoo.core.engine import CompletionOutput, EngineStats, RequestMetrics, RequestOutput
 from npu_zoo.core.sampling import SamplingParams
-from npu_zoo.server.metric_specs import METRICS, PROCESS_FACTS, PROCESSES, token_buckets
+from npu_zoo.server.metric_specs import LABEL_VALUES, METRICS, PROCESS_FACTS, PROCESSES, token_buckets
 from npu_zoo.server.metrics import ObservedRequest, ServerMetrics
 
 # As Prometheus 2 and 3 ask for it.
@@ -143,11 +143,17 @@ def test_a_model_s_name_cannot_break_the_exposition() -> None:
     assert labels == {name, None}
 
 
+def test_what_can_happen_shows_before_it_did() -> None:
+    found = scraped(new_metrics())
+    for (name, label), values in LABEL_VALUES.items():
+        assert [found[name, frozenset({(label, known)})] for known in values] == [0] * len(values)
+
+
 def test_two_servers_count_apart() -> None:
     one, other = new_metrics(), new_metrics()
     one.rejected("draining")
     assert value(one, "npu_zoo_requests_rejected_total", reason="draining") == 1
-    assert value(other, "npu_zoo_requests_rejected_total", reason="draining") is None
+    assert value(other, "npu_zoo_requests_rejected_total", reason="draining") == 0
 
 
 @dataclass
