@@ -189,6 +189,9 @@ def test_numbers_that_are_none_in_json() -> None:
     [
         "Authorization: Bearer {}",
         "authorization=Basic {} and more",
+        "api_key={} and more",
+        "api-key: '{}'\nnext line",
+        "Authorization: {} more",
         "{{'Authorization': 'Bearer {}'}}",
         '{{"api_key": "{}"}}',
         "GET /v1/models?api_key={}&x=1",
@@ -256,6 +259,10 @@ def test_uvicorn_logs_the_same_way(fmt: LogFormat, monkeypatch: pytest.MonkeyPat
     assert "never retrieved" in last
     if fmt == "json":
         assert [found["logger"] for found in records(stream)] == ["uvicorn.error", "asyncio"]
+
+
+def test_white_space_around_a_message_is_dropped() -> None:
+    assert json.loads(JsonFormatter().format(record("Exception in ASGI application\n")))["message"].endswith("tion")
 
 
 def test_uvicorn_takes_the_config() -> None:
