@@ -68,6 +68,7 @@ _FIELD_METAVARS = {
     "keep_alive": "SECONDS",
     "grace": "SECONDS",
     "log_format": "text|json",
+    "log_file": "FILE",
     "log_level": "debug|info|warning|error",
     "otlp_endpoint": "URL",
 }

@@ -30,7 +30,7 @@ _FILES_PER_CONNECTION = 65536
 def serve(descriptor: int, setup: FrontEndSetup) -> None:
     """Serve on a listening socket until SIGTERM, as :class:`~npu_zoo.server.front_end_process.FrontEndStart` asks."""
     options: ServeOptions = setup.options.serve
-    logging.config.dictConfig(logging_config(options.log_format, options.log_level))
+    logging.config.dictConfig(logging_config(options.log_format, options.log_level, options.log_file))
     _allow_many_connections()
     with socket.socket(fileno=descriptor) as listener:
         asyncio.run(FrontEnd(setup).run(listener))

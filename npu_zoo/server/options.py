@@ -61,6 +61,7 @@ class ServeOptions(BaseModel):
     )
     log_format: Literal["text", "json"] = Field("text", description="Log lines for people or as JSON objects.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
+    log_file: Path | None = Field(None, description="File that log lines are added to; standard error when unset.")
     log_prompts: bool = Field(False, description="Write prompts into the log too.")
     otlp_endpoint: str | None = Field(
         None, description="OpenTelemetry collector (OTLP over HTTP) that gets a span for each request."

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 _ADDRESS = re.compile(r"is served at (https?://\S+)/v1")
+_PROGRAM = "npu_zoo.server.child"
 _SECONDS_BETWEEN_LOOKS = 0.05
 
 
@@ -68,14 +69,14 @@ class RunningServer(contextlib.AbstractContextManager["RunningServer"]):
 
     @property
     def children(self) -> dict[str, int]:
-        """The processes of the engine and the front end, by these names, as far as they live."""
+        """The processes of the server beside the supervisor, by their names, ``engine`` and ``front end``."""
         found = {}
-        for path in Path(f"/proc/{self.pid}/task").glob("*/children"):
-            for pid in path.read_text().split():
-                with contextlib.suppress(OSError):
-                    name = (Path("/proc") / pid / "environ").read_bytes()
-                    found[pid] = name
-        return {str(number): int(pid) for number, pid in enumerate(found)}
+        for pid in _children(self.pid):
+            with contextlib.suppress(OSError):
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().decode("utf-8", "replace").split("\0")
+                if _PROGRAM in words:
+                    found[words[words.index(_PROGRAM) + 1]] = pid
+        return found
 
     @property
     def log(self) -> str:
@@ -131,3 +132,8 @@ class RunningServer(contextlib.AbstractContextManager["RunningServer"]):
                 self._process.kill()
                 self._process.wait()
         self._log.close()
+
+
+def _children(pid: int) -> list[int]:
+    paths = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for path in paths for child in path.read_text().split()]

@@ -35,13 +35,6 @@ class Clock:
         return self.now
 
 
-@dataclass
-class Scheduled(RequestMetrics):
-    """Metrics of an engine that tells when a request left its queue."""
-
-    scheduled_time: float | None = None
-
-
 def new_metrics(clock: Clock | None = None, max_model_len: int = 4096) -> ServerMetrics:
     return ServerMetrics("m", max_model_len, clock or Clock())
 
@@ -87,7 +80,7 @@ def run_one_of_everything(metrics: ServerMetrics) -> None:
     metrics.engine_started(os.getpid())
     metrics.engine_restarted(os.getpid())
     finished = metrics.received("chat", 3, SamplingParams(), 990.0)
-    finished.finished(state(Scheduled(990.0, 995.0, 999.0, scheduled_time=991.5), 2, reason="stop"))
+    finished.finished(state(RequestMetrics(990.0, 995.0, 999.0, scheduled_time=991.5), 2, reason="stop"))
     metrics.received("chat", 3, SamplingParams()).failed("internal")
     metrics.received("chat", 3, SamplingParams()).aborted("disconnect")
     metrics.rejected("queue_full")
@@ -328,7 +321,7 @@ def test_times_of_a_finished_request() -> None:
     clock = Clock(20.0)
     metrics = new_metrics(clock)
     request = metrics.received("chat", 3, SamplingParams(max_tokens=50), arrival_time=10.0)
-    request.finished(state(Scheduled(10.25, 12.0, 20.0, scheduled_time=11.0), 5, reason="length"))
+    request.finished(state(RequestMetrics(10.25, 12.0, 20.0, scheduled_time=11.0), 5, reason="length"))
     expected = {
         "time_to_first_token": 2.0,
         "request_queue_time": 1.0,

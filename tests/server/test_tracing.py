@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -39,13 +38,6 @@ VARIABLES = (
     "OTEL_SERVICE_NAME",
     "OTEL_RESOURCE_ATTRIBUTES",
 )
-
-
-@dataclass
-class Scheduled(RequestMetrics):
-    """Metrics of an engine that tells when a request left its queue."""
-
-    scheduled_time: float | None = None
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +75,7 @@ def request(params: SamplingParams | None = None, **changes: Any) -> TracedReque
 
 
 def output(arrival: float, *, scheduled: float | None = None, reason: Any = "stop") -> RequestOutput:
-    metrics = Scheduled(arrival, arrival + 3, arrival + 7, cached_tokens=2, scheduled_time=scheduled)
+    metrics = RequestMetrics(arrival, arrival + 3, arrival + 7, cached_tokens=2, scheduled_time=scheduled)
     return RequestOutput(
         "r",
         "secret prompt",
