@@ -231,7 +231,7 @@ class Supervisor:
             return
         self._listener.close()
         if self._engine.process is None:
-            self._end = self._code
+            self._end = self._code if self._end is None else self._end
         elif self._engine.alive:
             self._engine.process.send_signal(signal.SIGTERM)
             self._kill_later(self._engine, _SECONDS_TO_END)
