@@ -65,6 +65,7 @@ class Server:
         self.said: list[str] = []
         self.faults = tmp_path / "faults"
         environ = {**os.environ, "PYTHONPATH": str(ROOT), "NPU_ZOO_TEST_FAULTS": str(self.faults)}
+        environ |= options.pop("environ", {})
         options = {**options, "engine": {**ENGINE, **options.get("engine", {})}}
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "supervised.py"), json.dumps(options)],
@@ -412,3 +413,25 @@ def test_a_front_end_that_cannot_start_ends_the_server(tmp_path: Path, fault: st
     with server_of(tmp_path, front_end={"fault": fault}, policy={"max_deaths": 2}) as server:
         assert server.wait() == code
     assert server.heard(said)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def test_ranks_of_a_launcher_serve_and_end_together(tmp_path: Path, expected: list[int]) -> None:
+    size = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    options = {"engine": {**ENGINE, "tensor_parallel_size": 2}}
+    environ = {**os.environ, **size, "PYTHONPATH": str(ROOT), "RANK": "1", "LOCAL_RANK": "1", "GROUP_RANK": "0"}
+    command = [sys.executable, str(HERE / "supervised.py"), json.dumps(options)]
+    with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as other:
+        first = {**size, "RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0"}
+        with server_of(tmp_path, **options, environ=first) as server:
+            engine = server.wait_ready()["engine"]
+            assert list(server.generate("one", SHORT))[-1]["token_ids"] == expected
+            os.kill(engine, signal.SIGKILL)
+            assert server.wait() == 1
+            assert server.heard("a launcher starts its ranks")
+        said, _ = other.communicate(timeout=SECONDS)
+        assert (other.returncode, said) == (1, b"")
