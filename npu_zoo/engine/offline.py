@@ -57,8 +57,8 @@ class OfflineRunner:
     """Feeds an engine, which is its own meanwhile.
 
     Args:
-        max_sequences: how many sequences (one for each of a request's ``n`` completions) may be with the engine at
-            once; a single work may have more. Unset: :data:`SEQUENCES_AHEAD` times ``max_num_seqs``.
+        max_sequences: no further work is taken while as many sequences (one for each of a request's ``n`` completions)
+            are with the engine. Unset: :data:`SEQUENCES_AHEAD` times ``max_num_seqs``.
     """
 
     def __init__(self, engine: Engine, max_sequences: int | None = None) -> None:
