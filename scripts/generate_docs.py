@@ -198,7 +198,7 @@ SHARED_FIELDS = {
     "quantization": "schemes of the weights, by the names of their methods; `none` is plain",
     "kv_cache_dtype": "what keys and values are stored as; `auto` is the compute dtype",
     "long_sequence": "whether prompts beyond the usual length are offered",
-    "serving": "`offline`, `openai`, `mindie_service`, `tgi`",
+    "serving": "`offline` (which `openai` runs on too), `mindie_service`, `tgi`",
     "axis": "the axis that it speaks of",
     "values": "the values that the source says no to",
     "source": "the document that says so",

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.sampling import SamplingParams
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, what is done and what there is to do."""
 
@@ -31,7 +31,8 @@ class CompletionOutput:
     Attributes:
         text: decoded output without stop string; never ends inside a character.
         logprobs: per output token, the most likely tokens and the chosen one; None unless asked for.
-        finish_reason: ``stop`` at end of text or a stop, ``length`` at a limit, ``abort`` where it was called off.
+        finish_reason: ``stop`` at end of text or a stop, ``length`` at a limit, ``abort`` where it was called off,
+            ``error`` where it could not go on, for the reason in ``stop_reason``.
         stop_reason: the stop string or token id that ended it, ``max_time`` where that limit did; None for end of text
             or the limit of tokens.
     """

@@ -5,7 +5,8 @@ The tree, with the exit code that the command line ends with::
     NpuZooError                 1
     ├── UsageError              2   the request itself is malformed
     │   ├── ConfigError         2   a configuration file, NPU_ZOO_* variable or option
-    │   ├── PromptError         2   a prompt the model cannot take (empty, too long, unknown token id)
+    │   ├── PromptError         2   a prompt the model cannot take (empty, unknown token id, refused by the template)
+    │   │   └── PromptLengthError   2   a prompt, or prompt and output asked for, longer than the model takes
     │   └── UnknownModelError   2   no family or variant of that name
     ├── UnsupportedError        3   the feature matrix refuses the request
     ├── HardwareError           4   the device or its software environment is missing or unfit
@@ -48,6 +49,10 @@ class ConfigError(UsageError):
 
 class PromptError(UsageError):
     """A prompt that the model cannot take."""
+
+
+class PromptLengthError(PromptError):
+    """A prompt, or a prompt and the output that was asked for, is longer than the model takes."""
 
 
 class UnknownModelError(UsageError):

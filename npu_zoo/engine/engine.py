@@ -25,6 +25,7 @@ from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.engine.block_manager import BlockManager, KVManager, SlotManager
 from npu_zoo.engine.detokenizer import IncrementalDetokenizer
 from npu_zoo.engine.executor import create_runner
+from npu_zoo.engine.guidance import Guide
 from npu_zoo.engine.prompting import PromptEncoder
 from npu_zoo.engine.replicas import ReplicatedKV
 from npu_zoo.engine.runner import ModelRunner
@@ -56,9 +57,7 @@ class NativeEngine(Engine):
         )
         self.sampler = Sampler(self.runner.kernels.top_k_top_p)
         self.max_model_len = self.prompts.max_model_len = self.runner.cache.max_model_len
-        self._stop_ids = frozenset(config.stop_token_ids) | frozenset(
-            self.tokenizer.eos_token_ids if self.tokenizer else ()
-        )
+        self._stop_ids = self.prompts.stop_token_ids
         self._requests: dict[str, Request] = {}
         self._owner: dict[int, Request] = {}
         self._deadlines: list[tuple[float, str, Request]] = []
@@ -91,6 +90,7 @@ class NativeEngine(Engine):
         if max_time is not None:
             heapq.heappush(self._deadlines, (metrics.arrival_time + max_time, request_id, request))
         for sequence in sequences:
+            sequence.form_start = None if opened else len(token_ids)
             self._owner[sequence.number] = request
             self.scheduler.add(sequence)
 
@@ -221,6 +221,7 @@ class NativeEngine(Engine):
             priority=priority,
             output=output,
             detokenizer=self._detokenizer(params),
+            guide=self._guide(params),
             prompt_logprobs=[] if params.prompt_logprobs is not None and index == 0 else None,
         )
 
@@ -236,6 +237,10 @@ class NativeEngine(Engine):
             include_stop=params.include_stop_str_in_output,
             min_tokens=params.min_tokens,
         )
+
+    def _guide(self, params: SamplingParams) -> Guide | None:
+        form = params.structured_outputs
+        return None if form is None else self.prompts.guides.make(form)
 
     def _held_back(self, sequence: Sequence) -> tuple[int, ...]:
         """Ids that must not be drawn while ``min_tokens`` is not reached."""
@@ -253,6 +258,8 @@ class NativeEngine(Engine):
             output.logprobs.append(self._describe(logprobs))
             output.cumulative_logprob = (output.cumulative_logprob or 0.0) + logprobs.chosen[1]
         self._check_stop(sequence, token_id)
+        if sequence.guide is not None:
+            self._follow(sequence, sequence.guide)
         request = self._owner[sequence.number]
         if request.metrics.first_token_time is None:
             request.metrics.first_token_time = time.monotonic()
@@ -276,6 +283,23 @@ class NativeEngine(Engine):
             self._flush_text(sequence)
         elif detokenizer is not None:
             sequence.output.text = detokenizer.text
+
+    def _follow(self, sequence: Sequence, guide: Guide) -> None:
+        """Lead a sequence on in its form, which begins after its reasoning; end it where nothing can follow."""
+        if sequence.form_start is None:
+            sequence.form_start = self._end_of_reasoning(sequence)
+            return
+        complete = guide.advance(sequence.token_ids, sequence.form_start)
+        if guide.error:
+            sequence.finish("error", f"structured_outputs cannot be kept: {guide.error}")
+        elif complete and sequence.output.finish_reason in (None, "length"):
+            sequence.finish("stop")
+            self._flush_text(sequence)
+
+    def _end_of_reasoning(self, sequence: Sequence) -> int | None:
+        """The number of tokens up to the end of the reasoning; None as long as it goes on."""
+        reasoning = self.config.reasoning
+        return sequence.num_tokens if reasoning is None or reasoning.end in sequence.output.text else None
 
     def _flush_text(self, sequence: Sequence) -> None:
         if sequence.detokenizer is not None:

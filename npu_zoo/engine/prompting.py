@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from npu_zoo.core.config import EngineConfig
-from npu_zoo.core.errors import PromptError
+from npu_zoo.core.errors import PromptError, PromptLengthError
+from npu_zoo.core.model_config import ToolFormat
+from npu_zoo.engine.guidance import GuideMaker
 from npu_zoo.engine.tokenizer import Tokenizer, checked_messages
+from npu_zoo.engine.tool_instructions import with_instructions
 
 _REASONING_TAIL = 16  # tokens of a prompt in which a marker and white space behind it are looked for
 
@@ -23,12 +27,21 @@ class PromptEncoder:
 
     Attributes:
         tokenizer: None where the run takes token ids only.
+        stop_token_ids: every id that ends a text.
     """
 
     def __init__(self, config: EngineConfig, max_model_len: int | None = None) -> None:
         self.config = config
         self.max_model_len = max_model_len or config.max_model_len
         self.tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config)
+        own = self.tokenizer.eos_token_ids if self.tokenizer else ()
+        self.stop_token_ids = frozenset(config.stop_token_ids) | frozenset(own)
+
+    @functools.cached_property
+    def guides(self) -> GuideMaker:
+        """What checks forms of outputs, and leads sequences along them."""
+        tokenizer = self.need_tokenizer("an output of a given form")
+        return GuideMaker(tokenizer, self.config.model_config.vocab_size, self.stop_token_ids)
 
     def encode(self, prompt: str | Sequence[int], *, add_special_tokens: bool = True) -> list[int]:
         """A prompt's token ids; ids that are given are checked and taken as they are.
@@ -51,22 +64,35 @@ class PromptEncoder:
         if strange:
             raise PromptError(f"the prompt holds {strange[0]!r}, which is no token id; ids are 0 to {size - 1}")
         if len(token_ids) >= self.max_model_len:
-            raise PromptError(
+            raise PromptLengthError(
                 f"the prompt has {len(token_ids)} tokens, and max_model_len={self.max_model_len} leaves room for "
                 f"{self.max_model_len - 1} and one of output; {self._how_to_fit()}"
             )
         return token_ids
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> list[int]:
         """The token ids of a conversation; earlier answers go in without their reasoning.
 
+        Args:
+            tools: what the model may call, as in OpenAI's API. Where the chat template does not read them, the
+                format's instructions tell the model of them.
+
         Raises:
-            PromptError: a message lacks role or content, or the template refuses the conversation.
+            PromptError: a message lacks role or content, the template refuses the conversation, or the model has no
+                format of tool calls.
         """
         tokenizer = self.need_tokenizer("chat")
         if self.config.reasoning:
             messages = self.config.reasoning.without_reasoning(checked_messages(messages))
-        return tokenizer.encode_chat(messages, add_generation_prompt=add_generation_prompt)
+        if tools and not tokenizer.template_reads_tools:
+            messages, tools = with_instructions(messages, tools, self._need_tools()), ()
+        return tokenizer.encode_chat(messages, add_generation_prompt=add_generation_prompt, tools=tools)
 
     def render_fim(self, prefix: str, suffix: str) -> list[int]:
         """The token ids that ask for the text between a prefix and a suffix.
@@ -90,6 +116,11 @@ class PromptEncoder:
         if self.tokenizer is None:
             raise PromptError(f"{purpose} needs the tokenizer, and skip_tokenizer_init is set; give token ids")
         return self.tokenizer
+
+    def _need_tools(self) -> ToolFormat:
+        if self.config.tools is None:
+            raise PromptError(f"{self.config.model} has no format of tool calls; leave the tools out")
+        return self.config.tools
 
     def _how_to_fit(self) -> str:
         longest = self.config.model_config.context_length

@@ -7,6 +7,7 @@ same text alone, in any batch, and after preemption.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from npu_zoo.core.sampling import SamplingParams
+from npu_zoo.engine.guidance import Guide
 from npu_zoo.engine.sequence import Sequence
 from npu_zoo.nn.kernels import reference
 from npu_zoo.nn.kernels.table import TopKTopP
@@ -70,11 +72,12 @@ class Sampler:
         return SampledTokens(token_ids, _logprobs(logits, token_ids, sequences))
 
     def _shape(self, logits: Tensor, sequences: Rows[Sequence], stop_ids: Rows[tuple[int, ...]]) -> Tensor:
-        """Logits after penalties and with held-back ids at minus infinity; a copy only where something changes."""
+        """Logits after penalties and biases, what must not be drawn at minus infinity; copied where they change."""
+        due = [h if s.num_output_tokens < s.params.min_tokens else () for h, s in zip(stop_ids, sequences, strict=True)]
         changes = [
             (row, sequence, held)
-            for row, (sequence, held) in enumerate(zip(sequences, stop_ids, strict=True))
-            if _has_penalties(sequence.params) or (held and sequence.num_output_tokens < sequence.params.min_tokens)
+            for row, (sequence, held) in enumerate(zip(sequences, due, strict=True))
+            if held or sequence.guided or _has_penalties(sequence.params) or sequence.params.logit_bias
         ]
         if not changes:
             return logits
@@ -82,8 +85,13 @@ class Sampler:
         for row, sequence, held in changes:
             if _has_penalties(sequence.params):
                 _penalise(shaped[row], sequence)
-            if sequence.num_output_tokens < sequence.params.min_tokens:
-                shaped[row, [i for i in held if i < shaped.shape[1]]] = float("-inf")
+            if sequence.params.logit_bias:
+                _add_bias(shaped[row], sequence.params.logit_bias)
+            held_back = [i for i in held if i < shaped.shape[1]]
+            if sequence.guided and sequence.guide is not None:
+                _keep_form(shaped[row], sequence.guide, held_back)
+            else:
+                shaped[row, held_back] = float("-inf")
         return shaped
 
 
@@ -104,6 +112,26 @@ def _penalise(row: Tensor, sequence: Sequence) -> None:
     if output.numel() and (params.presence_penalty or params.frequency_penalty):
         counts = torch.bincount(output, minlength=size)
         row -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
+
+
+def _add_bias(row: Tensor, bias: Mapping[int, float]) -> None:
+    """Add a request's biases to its [vocab_size] logits, in place; ids beyond them say nothing."""
+    known = {token_id: value for token_id, value in bias.items() if token_id < row.shape[0]}
+    ids = torch.tensor(list(known), dtype=torch.long, device=row.device)
+    row[ids] += torch.tensor(list(known.values()), dtype=row.dtype, device=row.device)
+
+
+def _keep_form(row: Tensor, guide: Guide, held_back: list[int]) -> None:
+    """Leave of [vocab_size] logits what the form allows and is not held back, in place.
+
+    Where the form allows nothing else, such as the end of a text that cannot go on, it goes first.
+    """
+    bits = torch.frombuffer(bytearray(guide.mask()), dtype=torch.uint8)
+    allowed = (bits.unsqueeze(1) >> torch.arange(8)).bitwise_and(1).view(-1)[: row.shape[0]].bool()
+    free = allowed.clone()
+    free[held_back] = False
+    chosen = free if free.any() else allowed
+    row.masked_fill_(~chosen.to(row.device), float("-inf"))
 
 
 def _draw(logits: Tensor, sequences: list[Sequence], top_k_top_p: TopKTopP) -> Tensor:

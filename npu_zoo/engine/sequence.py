@@ -11,6 +11,7 @@ from npu_zoo.core.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from npu_zoo.engine.detokenizer import IncrementalDetokenizer
+    from npu_zoo.engine.guidance import Guide
 
 _numbers = itertools.count()
 
@@ -28,6 +29,8 @@ class Sequence:
         seed: of this completion's draws.
         priority: lower ones are admitted first and give their room up last.
         output: what the user sees of it.
+        guide: leads it along the form that its output has to have.
+        form_start: tokens before that form, which are prompt and reasoning; None while the reasoning goes on.
     """
 
     index: int
@@ -38,6 +41,8 @@ class Sequence:
     seed: int
     output: CompletionOutput
     detokenizer: IncrementalDetokenizer | None = None
+    guide: Guide | None = None
+    form_start: int | None = None
     priority: int = 0
     number: int = field(default_factory=lambda: next(_numbers))
     num_computed_tokens: int = 0
@@ -67,6 +72,11 @@ class Sequence:
     def output_token_ids(self) -> list[int]:
         """Output tokens, as a copy."""
         return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def guided(self) -> bool:
+        """Whether its next token has to keep a form."""
+        return self.guide is not None and self.form_start is not None
 
     @property
     def finished(self) -> bool:

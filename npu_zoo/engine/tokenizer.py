@@ -136,15 +136,36 @@ class Tokenizer:
         """Whether decoding can skip the token."""
         return token_id in self._special
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+    @functools.cached_property
+    def template_reads_tools(self) -> bool:
+        """Whether the chat template itself tells the model of the tools that it is given."""
+        import jinja2
+        import jinja2.meta
+
+        template = self._template or ""
+        try:
+            parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=True).parse(template)
+        except jinja2.TemplateSyntaxError:  # a tag of transformers' own
+            return re.search(r"\btools\b", template) is not None
+        return "tools" in jinja2.meta.find_undeclared_variables(parsed)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """A conversation as text, under the checkpoint's chat template or else the given one, in Jinja's sandbox.
+
+        Args:
+            tools: as in OpenAI's API, for a template that reads them.
 
         Raises:
             PromptError: there is no template, a message lacks role or content, or the template refuses.
         """
         if self.chat_template_source is None:
             raise PromptError(
-                f"{self.directory} has no chat template and its family has none either; send a plain prompt (--no-chat)"
+                "the checkpoint has no chat template and its family has none either; send a plain prompt (--no-chat)"
             )
         conversation = checked_messages(messages)
         # Only here, for transformers takes longer to import than everything else takes to load.
@@ -154,6 +175,7 @@ class Tokenizer:
         try:
             result: Any = render_jinja_template(
                 conversations=[conversation],
+                tools=[dict(tool) for tool in tools] if tools else None,
                 chat_template=self._template,
                 add_generation_prompt=add_generation_prompt,
                 **variables,
@@ -164,12 +186,17 @@ class Tokenizer:
         rendered, _ = result
         return str(rendered[0])
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
         """The token ids of a conversation, with the bos token once where the template or the tokenizer wants it.
 
         A checkpoint's own template is taken to emit every token that is due, as transformers has it.
         """
-        text = self.render_chat(messages, add_generation_prompt)
+        text = self.render_chat(messages, add_generation_prompt, tools)
         return self.encode(text, self.chat_template_source == "family" and not self._template_adds_bos)
 
     def fim_prompt(self, prefix: str, suffix: str, fim_format: FimFormat) -> list[int]:
@@ -185,8 +212,8 @@ class Tokenizer:
         lacking = [literal for literal in literals if literal not in ids]
         if lacking:
             raise PromptError(
-                f"the tokenizer in {self.directory} lacks {', '.join(lacking)}: this checkpoint cannot fill in the "
-                "middle; take one of the family that can"
+                f"the tokenizer lacks {', '.join(lacking)}: this checkpoint cannot fill in the middle; "
+                "take one of the family that can"
             )
         begin, hole, end = (ids[literal] for literal in literals)
         before, after = self._encode_without(prefix, literals), self._encode_without(suffix, literals)
@@ -265,7 +292,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def checked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A conversation's messages, without the keys that hold None.
+    """A conversation's messages, without the keys that hold None but the content of one that calls tools.
 
     Raises:
         PromptError: there is none, or one lacks role or content.
@@ -277,5 +304,10 @@ def checked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, An
             raise PromptError(f"message {number} of the conversation lacks a role (system, user or assistant)")
         if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
             raise PromptError(f"message {number} of the conversation ({message['role']}) lacks a content string")
-    # As transformers does: templates handle a missing key better than None.
-    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+    # As transformers does: templates handle a missing key better than None, but look for calls where content is None.
+    return [_without_nones(message) for message in messages]
+
+
+def _without_nones(message: Mapping[str, Any]) -> dict[str, Any]:
+    stated = {key: value for key, value in message.items() if value is not None}
+    return {**stated, "content": message.get("content")} if message.get("tool_calls") else stated

@@ -17,6 +17,7 @@ EXIT_CODES = {
     "UsageError": 2,
     "ConfigError": 2,
     "PromptError": 2,
+    "PromptLengthError": 2,
     "UnknownModelError": 2,
     "UnsupportedError": 3,
     "HardwareError": 4,

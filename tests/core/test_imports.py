@@ -36,6 +36,7 @@ LINES: tuple[tuple[str, ...], ...] = (
     ),
     ("nn", "weights"),
     ("engine",),
+    ("protocol",),
     ("evaluation", "server", "testing"),
     ("cli",),
     ("__main__",),
@@ -48,7 +49,7 @@ PLUGIN_SURFACE = {"api", "nn"}
 HEAVY = {"torch", "torch_npu", "transformers", "accelerate"}
 TORCH_FREE = {"", "__main__", "api", "checkpoint", "cli", "communication", "core", "dispatch", "platforms", "plugins"}
 TORCH_FREE |= {"fitting", "parallel", "planning", "registry", "request", "selection", "settings", "splitting"}
-TORCH_FREE |= {"matrix_text", "uninstalled"}
+TORCH_FREE |= {"matrix_text", "protocol", "server", "uninstalled"}
 
 
 @dataclass(frozen=True)

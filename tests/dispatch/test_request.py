@@ -12,7 +12,7 @@ from npu_zoo.core.config import EngineArgs
 from npu_zoo.core.errors import HardwareError, UnknownModelError, UsageError, WeightsError
 from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.core.parallel import Split
-from npu_zoo.dispatch import parse_dtype
+from npu_zoo.dispatch import check, parse_dtype, resolve
 from npu_zoo.registry import get_registry
 from npu_zoo.request import Request, read_request
 
@@ -209,3 +209,11 @@ def test_malformed_requests(asked: dict[str, Any], kind: type[Exception], messag
 )  # fmt: skip
 def test_spellings_of_dtypes(spelling: str, dtype: str) -> None:
     assert parse_dtype(spelling) == dtype
+
+
+def test_the_zoos_own_server_runs_what_runs_offline() -> None:
+    for serving in ("offline", "openai"):
+        assert check(EngineArgs(model="deepseek_coder", hardware="cpu", serving=serving)).supported
+    refused = check(EngineArgs(model="deepseek_coder:6.7b", hardware="atlas_800i_a2", world_size=4, serving="tgi"))
+    assert [reason.axis for reason in refused.reasons] == ["serving"]
+    assert resolve(EngineArgs(model="deepseek_coder", hardware="cpu", serving="openai")).serving == "openai"

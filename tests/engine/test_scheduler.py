@@ -37,9 +37,10 @@ class Simulation:
         self.live: list[Sequence] = []
         self.finished: list[Sequence] = []
 
-    def add(self, prompt: list[int], max_tokens: int) -> Sequence:
+    def add(self, prompt: list[int], max_tokens: int, priority: int = 0) -> Sequence:
         max_tokens = min(max_tokens, MAX_MODEL_LEN - len(prompt))
-        sequence = Sequence(0, list(prompt), len(prompt), SamplingParams(), max_tokens, 0, CompletionOutput(0))
+        output = CompletionOutput(0)
+        sequence = Sequence(0, list(prompt), len(prompt), SamplingParams(), max_tokens, 0, output, priority=priority)
         self.live.append(sequence)
         self.scheduler.add(sequence)
         return sequence
@@ -338,3 +339,37 @@ def test_a_full_replica_keeps_nobody_from_another() -> None:
     for _ in drain(run):
         pass
     assert [sequence.preemptions for sequence in large] == [0, 0]
+
+
+@given(arriving=requests(), data=st.data())
+def test_priorities_say_who_is_admitted_and_who_gives_way(
+    arriving: list[tuple[list[int], int]], data: st.DataObject
+) -> None:
+    run = simulation(num_blocks=MAX_MODEL_LEN // 2)
+    for prompt, max_tokens in arriving:
+        run.add(prompt, max_tokens, data.draw(st.integers(-1, 1)))
+        if data.draw(st.booleans()):
+            run.step()
+    while run.live:
+        before, preemptions = list(run.scheduler.running), {s.number: s.preemptions for s in run.live}
+        run.step()
+        running = run.scheduler.running
+        assert running == sorted(running, key=lambda s: (s.priority, s.number))
+        waiting = [s for s in run.live if s not in running]
+        admitted = [s for s in running if s not in before]
+        gave_way = [s for s in waiting if s.preemptions > preemptions[s.number]]
+        assert all(a.rank < w.rank for a in admitted for w in waiting)
+        assert all(r.rank < p.rank for r in running for p in gave_way)
+        assert run.scheduler.num_waiting == len(waiting)
+    assert run.scheduler.num_preemptions == sum(s.preemptions for s in run.finished)
+
+
+def test_waiting_sequences_that_are_given_up_leave_the_others_in_order() -> None:
+    run = simulation(max_num_seqs=1)
+    first, *others = [run.add([1, 2], 2, priority) for priority in (0, 2, 1, 2, 1)]
+    run.step()
+    assert run.scheduler.running == [first]
+    run.abort(others[1])
+    for _ in drain(run):
+        assert run.scheduler.num_waiting == len(run.live) - len(run.scheduler.running)
+    assert [s.number for s in run.finished] == [s.number for s in (first, others[3], others[0], others[2])]

@@ -111,7 +111,7 @@ def known_values(family: FamilySpec, registry: Registry) -> dict[str, tuple[Axis
         "quantization": ("none", "sparse", *registry.quantization_methods),
         "kv_cache_dtype": ("auto", "int8"),
         "long_sequence": (False, True),
-        "serving": ("offline", "openai", "mindie_service", "tgi"),
+        "serving": ("offline", "mindie_service", "tgi"),
     }
     named = {axis: [value for row in family.rows for value in row.values(axis)] for axis in registered}
     values = {axis: tuple(dict.fromkeys((*registered[axis], *named[axis]))) for axis in registered}

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server: a supervisor, an engine process and an HTTP front end."""
