@@ -20,6 +20,7 @@ from npu_zoo.protocol.bodies import validate_request
 from npu_zoo.protocol.errors import ApiError, api_error
 from npu_zoo.protocol.openai import OpenAIProtocol
 from npu_zoo.protocol.requests import ChatCompletionRequest, CompletionRequest
+from npu_zoo.protocol.sampling import check_defaults
 
 CHAT_URL, COMPLETION_URL = "/v1/chat/completions", "/v1/completions"
 _PREFIX = "batch_req_"
@@ -35,13 +36,16 @@ class BatchLines(LineFormat):
     Args:
         defaults: sampling parameters that were given, under SamplingParams' names.
         served_model_names: what the bodies may call the model.
+
+    Raises:
+        ConfigError: a sampling parameter can have no default.
     """
 
     name = "batch"
     opening = b'{"id": "' + _PREFIX.encode()
 
     def __init__(self, defaults: Mapping[str, Any], served_model_names: Sequence[str]) -> None:
-        self._defaults, self._names = dict(defaults), list(served_model_names)
+        self._defaults, self._names = check_defaults(defaults), list(served_model_names)
         self._seen: dict[str, int] = {}
         self._key = RunKey("", "", "")
         self._protocol: OpenAIProtocol | None = None
@@ -114,7 +118,8 @@ class BatchWork(LineWork):
         """See :meth:`LineWork.refusal`."""
         told = api_error(error)
         if told.status >= 500:
-            note(f"line {self.line.number}: unexpected {type(error).__name__}: {error}")
+            cause = error.__cause__ or error
+            note(f"line {self.line.number}: unexpected {type(cause).__name__}: {cause}")
         return self._line(told.status, told.body())
 
     def _line(self, status: int, body: dict[str, Any]) -> dict[str, Any]:
