@@ -203,6 +203,7 @@ def _template_message(message: Any) -> dict[str, Any]:
     if message.name is not None:
         said["name"] = message.name
     if isinstance(message, AssistantMessage) and message.tool_calls:
+        said["content"] = said["content"] or None  # templates look for calls where there is no content
         said["tool_calls"] = [call.model_dump(exclude={"index"}, exclude_none=True) for call in message.tool_calls]
     if isinstance(message, ToolMessage) and message.tool_call_id is not None:
         said["tool_call_id"] = message.tool_call_id

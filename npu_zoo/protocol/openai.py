@@ -26,7 +26,7 @@ from npu_zoo.protocol.requests import (
     TokenizeRequest,
 )
 from npu_zoo.protocol.sampling import check_defaults, output_room, sampling_params
-from npu_zoo.protocol.structured import structured_outputs
+from npu_zoo.protocol.structured import check_form, form_field, structured_outputs
 from npu_zoo.protocol.tools import offered_tools
 
 COMPLETION_TOKENS = 16
@@ -67,6 +67,9 @@ class OpenAIProtocol:
         self.limits.check_chat(request)
         tools = offered_tools(request, self.encoder.config, self.limits)
         form = structured_outputs(request, self.limits)
+        if tools is not None:
+            form = tools.form(form, self.limits)
+        check_form(form, "tools" if tools else form_field(request), self.encoder)
         prompt = self._render(request, tools.shown if tools else ())
         field = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
         params = self._sampling(
@@ -76,7 +79,7 @@ class OpenAIProtocol:
             field=field,
             fallback=None,
             logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-            form=tools.form(form, self.limits) if tools else form,
+            form=form,
         )
         head = _head("chatcmpl", request_id, request.model, request)
         generation = _generation(request, request_id, prompt, params)
@@ -87,7 +90,7 @@ class OpenAIProtocol:
         self._check_model(request.model)
         prompts = _prompts(request)
         self.limits.check_completion(request, len(prompts))
-        form = structured_outputs(request, self.limits)
+        form = check_form(structured_outputs(request, self.limits), form_field(request), self.encoder)
         generations, echo = [], []
         for number, prompt in enumerate(prompts):
             ids = self._encode(request, prompt)

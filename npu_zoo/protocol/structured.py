@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from npu_zoo.core.errors import UsageError
 from npu_zoo.core.sampling import StructuredOutputs
+from npu_zoo.engine.prompting import PromptEncoder
 from npu_zoo.protocol.errors import ApiError
 from npu_zoo.protocol.limits import ProtocolLimits
 from npu_zoo.protocol.messages import ResponseFormat
@@ -27,6 +29,31 @@ def structured_outputs(request: SamplingFields, limits: ProtocolLimits) -> Struc
     if response_format is not None:
         return _of_format(response_format, limits)
     return None if request.structured_outputs is None else _of_field(request.structured_outputs, limits)
+
+
+def check_form(form: StructuredOutputs | None, field: str, encoder: PromptEncoder) -> StructuredOutputs | None:
+    """The form, if outputs can be led along it.
+
+    Args:
+        field: of the request, that the form was made of.
+
+    Raises:
+        ApiError: 400 that names the field and what cannot be used of it.
+    """
+    if form is None:
+        return None
+    try:
+        encoder.guides.make(form)
+    except UsageError as error:
+        _, told, why = str(error).partition(" cannot be used: ")
+        message = f"{field} cannot be used: {why}" if told else str(error)
+        raise ApiError(400, message, param=field) from error
+    return form
+
+
+def form_field(request: SamplingFields) -> str:
+    """The field that says what the output of a request looks like."""
+    return "response_format" if request.structured_outputs is None else "structured_outputs"
 
 
 def _of_format(response_format: ResponseFormat, limits: ProtocolLimits) -> StructuredOutputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -67,14 +68,18 @@ def pair(
     request: pytest.FixtureRequest, test_data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Tokenizer, Tokenizer]:
     """A real tokenizer with its official template, and with ours in its place."""
-    folder, file, prompt = OFFICIAL[request.param]
-    source, made = test_data / "tokenizers" / folder, tmp_path_factory.mktemp("tokenizers")
+    return open_pair(request.param, test_data, tmp_path_factory.mktemp("tokenizers"))
+
+
+def open_pair(name: str, test_data: Path, made: Path) -> tuple[Tokenizer, Tokenizer]:
+    folder, file, prompt = OFFICIAL[name]
+    source = test_data / "tokenizers" / folder
     config = json.loads((source / file).read_text("utf-8"))
     bare = {key: value for key, value in config.items() if key != "chat_template"}
-    for name, content in (("official", config), ("own", bare)):
-        (made / name).mkdir()
-        (made / name / "tokenizer.json").symlink_to(source / "tokenizer.json")
-        (made / name / "tokenizer_config.json").write_text(json.dumps(content), "utf-8")
+    for case, content in (("official", config), ("own", bare)):
+        (made / case).mkdir()
+        (made / case / "tokenizer.json").symlink_to(source / "tokenizer.json")
+        (made / case / "tokenizer_config.json").write_text(json.dumps(content), "utf-8")
     own = Tokenizer(made / "own", chat_template=prompt.chat_template, chat_template_adds_bos=prompt.adds_bos)
     return Tokenizer(made / "official"), own
 
@@ -205,15 +210,67 @@ def test_r1_history_keeps_what_follows_the_last_end_of_reasoning(open_tiny: Open
 CALL = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
 ANSWER: dict[str, Any] = {"role": "tool", "content": "42"}
 CALLING: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [CALL]}
-# The official template of V3 itself drops the calls of a message that has text too.
-TOOLS = [(name, message) for name in ("v3", "r1", "wizardcoder") for message in (ANSWER, CALLING)]
-TOOLS += [(name, {**CALLING, "content": "a"}) for name in ("r1", "wizardcoder")]
 
 
-@pytest.mark.parametrize(("name", "message"), TOOLS)
-def test_tools_are_refused_and_not_left_out(open_tiny: Open, name: str, message: dict[str, Any]) -> None:
+@pytest.mark.parametrize("message", [ANSWER, CALLING, {**CALLING, "content": "a"}])
+def test_tools_are_refused_and_not_left_out(open_tiny: Open, message: dict[str, Any]) -> None:
     with pytest.raises(PromptError, match="chat template refuses"):
-        open_tiny(PROMPTS[name]).render_chat([user("u"), message])
+        open_tiny(PROMPTS["wizardcoder"]).render_chat([user("u"), message])
+
+
+@pytest.mark.parametrize(("name", "opening", "between"), [("v3", "", "\n"), ("r1", "<think>\n", "")])
+def test_calls_and_what_came_of_them_literally(open_tiny: Open, name: str, opening: str, between: str) -> None:
+    call = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{}\n```<｜tool▁call▁end｜>"
+    calls = f"<｜tool▁calls▁begin｜>{call}\n{call}<｜tool▁calls▁end｜>{EOS}"
+    output = "<｜tool▁output▁begin｜>42<｜tool▁output▁end｜>"
+    outputs = f"<｜tool▁outputs▁begin｜>{output}{between}{output}<｜tool▁outputs▁end｜>"
+    both = {"role": "assistant", "content": "look", "tool_calls": [CALL, CALL]}
+    messages: list[Any] = [user("u"), both, ANSWER, ANSWER]
+    tokenizer = open_tiny(PROMPTS[name])
+    due = f"{BOS}<｜User｜>u<｜Assistant｜>look{calls}{outputs}"
+    assert tokenizer.render_chat(messages) == due
+    assert tokenizer.render_chat([*messages, assistant("a")], add_generation_prompt=False) == f"{due}a{EOS}"
+    assert tokenizer.render_chat([*messages, user("v")]).endswith(f"{output}<｜User｜>v<｜Assistant｜>{opening}")
+
+
+call_lists = st.lists(
+    st.builds(
+        lambda name, arguments: {"type": "function", "function": {"name": name, "arguments": arguments}},
+        st.sampled_from(["f", "get_weather"]),
+        st.sampled_from(["{}", '{"city": "Köln"}', '{"a": [1, {"b": null}]}']),
+    ),
+    min_size=1,
+    max_size=3,
+)
+tool_turns = st.builds(
+    lambda text, calls, results: [
+        {"role": "assistant", "content": text, "tool_calls": calls},
+        *({"role": "tool", "content": result} for result in results),
+    ],
+    st.none() | contents,
+    call_lists,
+    st.lists(contents, max_size=3),
+)
+spoken = st.builds(
+    lambda role, text: [{"role": role, "content": text}], st.sampled_from(["user", "assistant"]), contents
+)
+tool_conversations = st.lists(spoken | tool_turns, min_size=1, max_size=6).map(
+    lambda turns: list(itertools.chain(*turns))
+)
+
+
+@pytest.fixture(scope="module")
+def r1_pair(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Tokenizer]:
+    return open_pair("r1", test_data, tmp_path_factory.mktemp("r1"))
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow])
+@given(messages=tool_conversations, add_generation_prompt=st.booleans())
+def test_calls_stand_in_the_history_as_r1_s_own_template_has_them(
+    r1_pair: tuple[Tokenizer, Tokenizer], messages: list[dict[str, Any]], add_generation_prompt: bool
+) -> None:
+    official, own = r1_pair
+    assert own.render_chat(messages, add_generation_prompt) == official.render_chat(messages, add_generation_prompt)
 
 
 SPLITS: list[tuple[str, bool, tuple[str, str]]] = [

@@ -20,12 +20,13 @@ from npu_zoo.api import (
     PromptFormat,
     ReasoningFormat,
     RopeScaling,
+    ToolFormat,
     VariantSpec,
     hookimpl,
     proven,
     read_records,
 )
-from npu_zoo.plugins.deepseek_v3.prompts import PROMPT, R1_PROMPT, REASONING, V2_PROMPT
+from npu_zoo.plugins.deepseek_v3.prompts import PROMPT, R1_PROMPT, REASONING, TOOLS, V2_PROMPT, V31_TOOLS
 
 ASCEND = "README of DeepSeek-V3 for Ascend"
 NO_MLA = "Atlas 300I Duo has no operators for latent attention (MLA)"
@@ -146,6 +147,7 @@ def _variant(
     chat: bool = True,
     prompt: PromptFormat | None = None,
     reasoning: ReasoningFormat | None = None,
+    tools: ToolFormat | None = None,
 ) -> VariantSpec:
     return VariantSpec(
         name=name,
@@ -158,13 +160,14 @@ def _variant(
         modelscope=f"deepseek-ai/{hub}",
         prompt=prompt,
         reasoning=reasoning,
+        tools=tools,
     )
 
 
 VARIANTS = (
-    _variant("671b-v3", "671b", "DeepSeek-V3", V3, aliases=("671b", "v3")),
-    _variant("671b-v3.1", "671b", "DeepSeek-V3.1", V3, aliases=("v3.1",), reasoning=REASONING),
-    _variant("671b-r1", "671b", "DeepSeek-R1", V3, aliases=("r1",), prompt=R1_PROMPT, reasoning=REASONING),
+    _variant("671b-v3", "671b", "DeepSeek-V3", V3, aliases=("671b", "v3"), tools=TOOLS),
+    _variant("671b-v3.1", "671b", "DeepSeek-V3.1", V3, aliases=("v3.1",), reasoning=REASONING, tools=V31_TOOLS),
+    _variant("671b-r1", "671b", "DeepSeek-R1", V3, aliases=("r1",), prompt=R1_PROMPT, reasoning=REASONING, tools=TOOLS),
     _variant("671b-base", "671b", "DeepSeek-V3-Base", V3, chat=False),
     _variant("v2-lite-chat", "v2-lite", "DeepSeek-V2-Lite-Chat", V2_LITE, aliases=("v2-lite",), prompt=V2_PROMPT),
     _variant("v2-lite-base", "v2-lite", "DeepSeek-V2-Lite", V2_LITE, chat=False, prompt=V2_PROMPT),
@@ -175,8 +178,9 @@ VARIANTS = (
         size="demo",
         title="The bundled demo checkpoint: the same architecture at three million parameters",
         bundled="npu_zoo.plugins.deepseek_v3:demo",
+        tools=TOOLS,
     ),
-    VariantSpec(name="custom", size="custom", title="Any checkpoint of the architecture"),
+    VariantSpec(name="custom", size="custom", title="Any checkpoint of the architecture", tools=TOOLS),
 )
 
 _REAL = ("671b", "v2-lite", "v2-236b")
