@@ -29,7 +29,6 @@ from npu_zoo.core.sampling import SamplingParams, StructuredOutputs
 PREFIX = "NPU_ZOO_"
 SAMPLING_PREFIX = PREFIX + "SAMPLING_"
 PROCESS_VARIABLES: dict[str, str] = {
-    "NPU_ZOO_API_KEY": "the API key of the server of `chat --server`",
     "NPU_ZOO_CONFIG": "a configuration file, where --config names none",
     "NPU_ZOO_PLUGINS": "which installed plugins to load; unset: all, empty: the built-in ones",
     "NPU_ZOO_SIMULATE": "a simulated Ascend device under torch_npu",

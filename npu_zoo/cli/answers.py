@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from npu_zoo.cli.interrupts import InterruptFlag
+from npu_zoo.core.errors import NpuZooError
 
 if TYPE_CHECKING:
     from npu_zoo.core.engine import RequestOutput
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from npu_zoo.engine.llm import LLM
 
 Messages = Sequence[Mapping[str, str]]
+
+
+class ConversationTooLongError(NpuZooError):
+    """A conversation is longer than the model takes, as its server says."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Answerer(ABC):
         """The answer as it grows. Closing the iterator stops it; it ends early where ``interrupted`` says so.
 
         Raises:
+            ConversationTooLongError: there is none, and there might be one to fewer messages.
             NpuZooError: there is none, or it broke off; what has come of it stays.
         """
 

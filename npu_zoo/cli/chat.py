@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from npu_zoo.cli.answers import Answerer, AnswerState, LocalAnswerer
+from npu_zoo.cli.answers import Answerer, AnswerState, ConversationTooLongError, LocalAnswerer
 from npu_zoo.cli.interrupts import InterruptFlag, interrupt_flag
 from npu_zoo.cli.options import request_options
 from npu_zoo.cli.output import faint, note
@@ -154,10 +154,32 @@ class Conversation:
 
     def _answer(self) -> str | None:
         """Answer what was said last. What came before an interrupt or an error counts; None where nothing did."""
-        answer, shown = "", False
         try:
             self._shorten()
-            with interrupt_flag() as interrupted, contextlib.closing(self._states(interrupted)) as states:
+            return self._show_what_fits()
+        except NpuZooError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return None
+
+    def _show_what_fits(self) -> str:
+        """Show the answer to as much as a server takes; what it does not is forgotten once there is one."""
+        first = 0
+        while True:
+            try:
+                answer = self._show(self._history(first))
+            except ConversationTooLongError:
+                first += 2
+                if first >= len(self.messages):
+                    raise
+            else:
+                self._forget(first)
+                return answer
+
+    def _show(self, history: list[dict[str, str]]) -> str:
+        """Show an answer as it comes; an error is raised only where there is nothing of one."""
+        answer, shown = "", False
+        try:
+            with interrupt_flag() as interrupted, self._states(history, interrupted) as states:
                 for state in states:
                     print(faint(printable(state.reasoning)) + printable(state.text), end="", flush=True)
                     answer, shown = state.answer, True
@@ -165,26 +187,34 @@ class Conversation:
                         break
         except NpuZooError as error:
             print("\n" if shown else "", end="", flush=True)
-            print(f"error: {error}" + ("; what came of the answer is kept" if answer else ""), file=sys.stderr)
-            return answer or None
-        print("\n(stopped)" if interrupted() else "", flush=True)
+            if not answer:
+                raise
+            print(f"error: {error}; what came of the answer is kept", file=sys.stderr)
+        else:
+            print("\n(stopped)" if interrupted() else "", flush=True)
         return answer
 
-    def _states(self, interrupted: InterruptFlag) -> Generator[AnswerState, None, None]:
-        return self.answerer.answer(self._history(), interrupted)
+    def _states(
+        self, history: list[dict[str, str]], interrupted: InterruptFlag
+    ) -> contextlib.closing[Generator[AnswerState, None, None]]:
+        return contextlib.closing(self.answerer.answer(history, interrupted))
 
-    def _history(self) -> list[dict[str, str]]:
+    def _history(self, first: int = 0) -> list[dict[str, str]]:
+        """What is said to the model: the system message, and the messages from the first one on."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return system + self.messages
+        return system + self.messages[first:]
 
     def _shorten(self) -> None:
         """Drop the oldest turns until the conversation and an answer fit."""
         dropped = 0
-        while len(self.messages) > 1 and not self.answerer.fits(self._history()):
-            del self.messages[:2]
+        while len(self.messages) > dropped + 1 and not self.answerer.fits(self._history(dropped)):
             dropped += 2
-        if dropped:
-            print(f"(the {dropped} oldest message(s) no longer fit and are forgotten)", file=sys.stderr)
+        self._forget(dropped)
+
+    def _forget(self, count: int) -> None:
+        del self.messages[:count]
+        if count:
+            print(f"(the {count} oldest message(s) no longer fit and are forgotten)", file=sys.stderr)
 
 
 def _reader() -> Callable[[], str]:

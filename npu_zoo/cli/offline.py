@@ -107,8 +107,10 @@ class LineOptions:
                 "each body); leave --chat and the options of structured output out"
             )
         from npu_zoo.cli.batch_format import BatchLines
+        from npu_zoo.protocol.generation_config import generation_defaults
 
-        return BatchLines(self.settings.sampling, self.served_model_names or (config.model, config.family))
+        defaults = {**generation_defaults(config.weights), **self.settings.sampling}
+        return BatchLines(defaults, self.served_model_names or (config.model, config.family))
 
 
 class OfflineRun:
@@ -134,7 +136,7 @@ class OfflineRun:
             KeyboardInterrupt: on Ctrl-C, after the step that is under way; a second one ends at once.
         """
         self.form.start(self.key, PromptEncoder(self.config, engine.explain().get("max_model_len")))
-        progress = RunProgress(results.remaining, timed=timed)
+        progress = RunProgress(results.remaining, timed=timed, bar=not _shares_terminal(results))
         try:
             with interrupt_flag() as interrupted, progress:
                 runner = OfflineRunner(engine)
@@ -183,6 +185,11 @@ def tell_end(results: Results, output: Path | None) -> None:
         note(f"{results.remaining} of {len(results.done)} lines are left; the same command goes on with them")
     elif results.remaining:
         note(f"{results.remaining} of {len(results.done)} lines are left; with --output FILE a run can go on later")
+
+
+def _shares_terminal(results: Results) -> bool:
+    """Whether results go where a bar would be drawn over them."""
+    return isinstance(results, StandardOutput) and sys.stdout.isatty()
 
 
 def _write(finished: Finished[LineWork], results: Results) -> None:

@@ -28,9 +28,10 @@ class RunProgress(AbstractContextManager["RunProgress"]):
 
     Args:
         timed: whether speeds mean something; those of a simulated device do not.
+        bar: whether a terminal shows a bar, and not lines.
     """
 
-    def __init__(self, total: int, *, timed: bool = True) -> None:
+    def __init__(self, total: int, *, timed: bool = True, bar: bool = True) -> None:
         self.total = total
         self.done = self.tokens = 0
         self._timed = timed
@@ -38,7 +39,7 @@ class RunProgress(AbstractContextManager["RunProgress"]):
         self._running: dict[str, int] = {}
         self._start = self._last_shown = time.monotonic()
         self._end: float | None = None
-        self._bar = _bar("prompts", total) if total > 1 and sys.stderr.isatty() else None
+        self._bar = _bar("prompts", total) if bar and total > 1 and sys.stderr.isatty() else None
 
     def __enter__(self) -> RunProgress:
         self._start = self._last_shown = time.monotonic()

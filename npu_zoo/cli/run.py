@@ -27,6 +27,7 @@ from npu_zoo.core.engine import RequestOutput
 from npu_zoo.core.errors import UsageError
 from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.dispatch import resolve
+from npu_zoo.parallel.environment import LaunchEnvironment
 from npu_zoo.parallel.processes import exit_on_sigterm
 from npu_zoo.platforms.ports import MASTER_PORT
 from npu_zoo.settings import Settings
@@ -101,6 +102,9 @@ def run(
         settings.sampling_params(**DEFAULTS), structured_outputs=structured_outputs(json_schema, regex, choice, grammar)
     )
     config = resolve(settings.args)
+    if prompts_file and _follows():
+        with _started(config):  # which works for the first rank until the run is over, and does not come back
+            return
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(PromptFile(prompts_file)) if prompts_file else None
         form = format_name(prompts_format, file, prompts_file) if file and prompts_file else PromptsFormat.txt.value
@@ -126,7 +130,7 @@ def _run_lines(
     with lines.results(output) as results:
         tell_beginning(results, output)
         try:
-            if results.remaining:
+            if results.remaining or _is_launched():
                 with _started(config) as llm:
                     lines.execute(llm.engine, results, timed=not _simulated(config))
         finally:
@@ -171,6 +175,17 @@ def _started(config: EngineConfig) -> Iterator[LLM]:
             _tell_port(explained["master_port"])
             _tell_memory(explained, config)
         yield llm
+
+
+def _is_launched() -> bool:
+    """Whether other ranks wait for this one to start, even where it has nothing left to do."""
+    return LaunchEnvironment.from_environ(os.environ) is not None
+
+
+def _follows() -> bool:
+    """Whether a launcher started this process as another rank than the first, which alone reads and writes files."""
+    environment = LaunchEnvironment.from_environ(os.environ)
+    return environment is not None and environment.rank > 0
 
 
 def _tell_notes(config: EngineConfig) -> None:

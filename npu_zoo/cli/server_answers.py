@@ -17,7 +17,7 @@ from typing import Any, cast
 from urllib.parse import SplitResult, urlsplit
 
 from npu_zoo import __version__
-from npu_zoo.cli.answers import Answerer, AnswerState, Messages
+from npu_zoo.cli.answers import Answerer, AnswerState, ConversationTooLongError, Messages
 from npu_zoo.cli.interrupts import InterruptFlag
 from npu_zoo.cli.output import note
 from npu_zoo.cli.results import printable
@@ -205,15 +205,16 @@ def _said(delta: Mapping[str, Any], *names: str) -> str:
     return next((value for name in names if isinstance(value := delta.get(name), str) and value), "")
 
 
-def _refusal(error: urllib.error.HTTPError, host: str) -> ServerError:
+def _refusal(error: urllib.error.HTTPError, host: str) -> NpuZooError:
     """What a status from 300 on says, with what can be done about it."""
     try:
-        said = _error_text(json.loads(error.read(_MAX_BODY)))
+        data = json.loads(error.read(_MAX_BODY))
     except (OSError, http.client.HTTPException, ValueError, RecursionError):
-        said = ""
+        data = {}
+    said = _error_text(data)
     wait = str(error.headers.get("Retry-After") or "").strip()
     hints = {
-        404: "; does it speak OpenAI's API, and is the model's name (--model) one of its own?",
+        404: "" if said else "; does it speak OpenAI's API, and is --model one of its models?",
         401: "; put your key into NPU_ZOO_API_KEY, or name its variable with --api-key-env",
         429: f"; try again in {wait} s" if wait.isdigit() else "; try again later",
         503: f"; try again in {wait} s" if wait.isdigit() else "",
@@ -221,12 +222,19 @@ def _refusal(error: urllib.error.HTTPError, host: str) -> ServerError:
     if error.code < 400:
         said = f"it redirects to {error.headers.get('Location')}, which --server may name"
     text = f"{host} answers {error.code} {error.reason}" + (f": {said}" if said else "")
-    return ServerError(_shown(text) + hints.get(error.code, ""))
+    kind = ConversationTooLongError if _code(data) == "context_length_exceeded" else ServerError
+    return kind(_shown(text) + hints.get(error.code, ""))
+
+
+def _code(data: Any) -> Any:
+    """What a program can tell OpenAI's error object by."""
+    found = data.get("error") if isinstance(data, dict) else None
+    return found.get("code") if isinstance(found, dict) else None
 
 
 def _error_text(data: Any) -> str:
     """The message of OpenAI's error object, or of what others send in its place."""
-    found = data.get("error", data) if isinstance(data, dict) else data
+    found = data.get("error", data) if isinstance(data, dict) else data or ""
     if isinstance(found, dict):
         found = found.get("message") or found.get("detail") or ""
     return found if isinstance(found, str) else json.dumps(found)

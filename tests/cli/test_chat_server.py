@@ -227,7 +227,8 @@ def refusal(message: str) -> dict[str, Any]:
         (sends(503, b"<html>\x1b[2J busy"), ["503"]),
         (sends(500, {"error": "plain text"}), ["500", "plain text"]),
         (sends(400, {"detail": [{"loc": 1}]}), ["400", "loc"]),
-        (sends(404, refusal("no model\x1b[2J of that name " * 100)), ["404", "--model", "…"]),
+        (sends(404, refusal("no model\x1b[2J of that name " * 100)), ["404", "no model", "…"]),
+        (sends(404, b"<html>"), ["404", "--model"]),
         (sends(307, b"", Location="http://elsewhere/"), ["307", "http://elsewhere/"]),
         (sends(200, b"<html>", Content_Type="text/html"), ["no JSON"]),
         (sends(200, {"hello": 1}), ["no answer"]),
@@ -244,6 +245,33 @@ def test_a_refusal_is_shown_and_what_was_said_is_forgotten(
     assert [word for word in words if word not in captured.err] == []
     assert "\x1b" not in captured.err
     assert contents(server.bodies[1]["messages"]) == ["on"]
+
+
+def too_long(most: int) -> Respond:
+    """Refuses conversations of more messages, as servers say it."""
+    error = {**refusal("too long")["error"], "code": "context_length_exceeded"}
+
+    def respond(handler: Handler) -> None:
+        count = len(handler.server.bodies[-1]["messages"])
+        (says("fine") if count <= most else sends(400, {"error": error}))(handler)
+
+    return respond
+
+
+def test_the_oldest_turns_go_where_the_server_says_that_there_are_too_many(
+    server: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.answers = [too_long(3)]
+    assert contents(talk(server, "a", "b", "c")) == ["b", "fine", "c", "fine"]
+    captured = capsys.readouterr()
+    assert captured.err == "(the 2 oldest message(s) no longer fit and are forgotten)\n"
+    assert contents(server.bodies[-1]["messages"]) == ["b", "fine", "c"]
+
+
+def test_nothing_is_forgotten_where_that_does_not_help(server: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    server.answers = [says("one"), says("two"), too_long(0), too_long(0), too_long(0), says("three")]
+    assert contents(talk(server, "a", "b", "c", "d")) == ["a", "one", "b", "two", "d", "three"]
+    assert "too long" in capsys.readouterr().err
 
 
 def test_an_interrupt_closes_the_connection_of_a_silent_server(

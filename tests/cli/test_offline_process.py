@@ -123,3 +123,15 @@ def test_sigterm_keeps_what_is_finished(tmp_path: Path, alone: list[str]) -> Non
     with start(*arguments) as process:
         assert process.wait(timeout=SECONDS) == 0
     assert read_results(tmp_path / "out") == dict(enumerate(alone))
+
+
+def test_of_launched_ranks_the_first_alone_reads_and_writes(tmp_path: Path, alone: list[str]) -> None:
+    lines = "".join(json.dumps({"prompt": prompt, "max_tokens": 4}) + "\n" for prompt in PROMPTS[:3])
+    options = ("--tp", "2", "--prompts-file", "-", "--output", str(tmp_path / "out"))
+    command = [*PROGRAM, "launch", "--nproc-per-node", "2", "run", *DEMO, *SMALL, *options]
+    for _ in ("runs", "finds nothing left to do"):
+        ran = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=SECONDS)
+        assert ran.returncode == 0, ran.stderr
+        assert "3 succeeded, 0 failed" in ran.stderr
+    assert all(alone[index].startswith(text) for index, text in read_results(tmp_path / "out").items())
+    assert len(read_results(tmp_path / "out")) == 3
