@@ -18,7 +18,6 @@ from npu_zoo.cli.options import request_options
 from npu_zoo.cli.output import faint, note
 from npu_zoo.cli.progress import LoadingProgress
 from npu_zoo.cli.results import printable
-from npu_zoo.cli.server_answers import OpenAIServer, ServerAnswerer
 from npu_zoo.core.errors import NpuZooError, UsageError
 from npu_zoo.dispatch import resolve
 from npu_zoo.parallel.processes import exit_on_sigterm
@@ -58,6 +57,8 @@ def chat(
     """Talk with a model, here or behind a server; /help lists the commands of the conversation."""
     if server is not None:
         _require_server_options(settings)
+        from npu_zoo.cli.server_answers import OpenAIServer, ServerAnswerer
+
         model = settings.args.model if settings.origins["model"].startswith(_OPTION) else None
         client = OpenAIServer(server, _api_key(api_key_env))
         _talk(ServerAnswerer(client, model, settings.sampling), system)

@@ -177,8 +177,10 @@ def tell_beginning(results: Results, output: Path | None) -> None:
 
 
 def tell_end(results: Results, output: Path | None) -> None:
-    """Say how many lines succeeded and failed, and how to go on where some are left."""
+    """Say how many lines succeeded and failed, and how to go on where some are left; nothing where nothing was done."""
     done = len(results.done) - results.remaining
+    if not done:
+        return
     where = f" in {output}" if output else ""
     print(f"{done - results.failed} succeeded, {results.failed} failed{where}", file=sys.stderr)
     if results.remaining and output:

@@ -297,6 +297,17 @@ def test_a_prompt_that_cannot_run_fails_alone(cli: Callable, started: Started, t
     assert found[2]["error"]["type"] == "PromptError"
 
 
+def test_a_failed_line_runs_again_once_its_result_is_deleted(cli: Callable, started: Started, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    path = write_lines(tmp_path / "p.jsonl", {"prompt_token_ids": [1]}, {"prompt_token_ids": [10**9]})
+    arguments = ("run", *MODEL, "--prompts-file", path, "--output", str(out))
+    assert cli(*arguments).code == 1
+    out.write_text("".join(line for line in out.read_text().splitlines(keepends=True) if '"error"' not in line))
+    assert cli(*arguments).code == 1
+    assert [result["index"] for result in results(out.read_text())] == [0, 1]
+    assert len(started[1].asked) == 0
+
+
 # Batches
 
 
