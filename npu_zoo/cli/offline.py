@@ -150,7 +150,22 @@ class OfflineRun:
                 print(progress.summary(), file=sys.stderr)
 
     def _works(self, results: Results) -> Iterator[LineWork]:
-        return (self.form.work(line) for line in self.file.lines() if not results.done[line.index])
+        for line in self.file.lines():
+            if line.index >= self.total:
+                raise self._changed()
+            if not results.done[line.index]:
+                yield self._work(line)
+        if not self.key.is_of(self.file.digest):
+            raise self._changed()
+
+    def _work(self, line: Line) -> LineWork:
+        try:
+            return self.form.work(line)
+        except UsageError:  # which all lines have passed
+            raise self._changed() from None
+
+    def _changed(self) -> UsageError:
+        return UsageError(f"{self.file.name} was changed while it was run; start anew, with another file for --output")
 
     def _check(self) -> int:
         count = 0
@@ -195,9 +210,12 @@ def _shares_terminal(results: Results) -> bool:
 
 
 def _write(finished: Finished[LineWork], results: Results) -> None:
-    work, failed = finished.work, finished.error is not None
-    result = work.refusal(finished.error) if finished.error is not None else work.result(finished.outputs)
-    results.write(work.line.index, result, failed=failed)
+    work, error = finished.work, finished.error
+    try:
+        result = work.result(finished.outputs) if error is None else {}
+    except Exception as fault:
+        error = fault
+    results.write(work.line.index, result if error is None else work.refusal(error), failed=error is not None)
 
 
 def _naming_line(file: PromptFile, line: Line, check: Callable[[Line], None]) -> None:

@@ -51,6 +51,10 @@ class RunKey:
     def __str__(self) -> str:
         return self.input + self.model + self.parameters
 
+    def is_of(self, input_digest: str) -> bool:
+        """Whether the input is that of a digest."""
+        return input_digest.startswith(self.input)
+
     def changes(self, other: RunKey) -> str:
         """In words what the other one differs in; empty where in nothing."""
         names = [f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)]

@@ -107,12 +107,10 @@ class ServerAnswerer(Answerer):
         ServerError: no model was named, and the server names none.
     """
 
-    def __init__(
-        self, server: OpenAIServer, model: str | None = None, parameters: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, server: OpenAIServer, model: str | None, parameters: Mapping[str, Any]) -> None:
         self.server = server
         self.model = model or _first_model(server)
-        self.parameters = dict(parameters or {})
+        self.parameters = dict(parameters)
         self.title = printable(f"{self.model} at {server.host}")
 
     def answer(self, messages: Messages, interrupted: InterruptFlag) -> Generator[AnswerState, None, None]:
@@ -135,9 +133,7 @@ class ServerAnswerer(Answerer):
     def _deltas(self, response: http.client.HTTPResponse, interrupted: InterruptFlag) -> Iterator[Mapping[str, Any]]:
         """What each chunk adds to the message."""
         if response.headers.get_content_type() != "text/event-stream":
-            yield (
-                _choice(_parsed_body(_read_limited(response), self.server.host), self.server.host).get("message") or {}
-            )
+            yield self._whole_message(response, interrupted)
             return
         complete = False
         for data in self._events(response, interrupted):

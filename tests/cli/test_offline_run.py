@@ -21,6 +21,7 @@ from npu_zoo.core.errors import EngineError, PromptError
 from npu_zoo.core.sampling import SamplingParams, StructuredOutputs
 from npu_zoo.engine.llm import LLM
 from npu_zoo.engine.prompting import PromptEncoder
+from npu_zoo.protocol.answering import Answering
 
 MODEL = ("--model", "deepseek_coder:demo", "--hardware", "cpu")
 
@@ -387,6 +388,20 @@ def test_a_fault_of_ours_fails_its_line_and_tells_no_details(
     assert "ZeroDivisionError" in ran.err
 
 
+def test_an_answer_that_cannot_be_made_fails_its_line(
+    cli: Callable, started: Started, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Any, outputs: Any) -> dict[str, Any]:
+        raise ZeroDivisionError("in /secret/path.py")
+
+    monkeypatch.setattr(Answering, "response", broken)
+    ran = cli("run", *MODEL, "--prompts-file", write_lines(tmp_path / "b.jsonl", chat("a")))
+    assert ran.code == 1
+    assert results(ran.out)[0]["response"]["status_code"] == 500
+    assert "secret" not in ran.out
+    assert "ZeroDivisionError" in ran.err
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -578,6 +593,27 @@ def test_a_second_interrupt_ends_at_once(cli: Callable, started: Started, tmp_pa
     path = write_lines(tmp_path / "p.jsonl", *JSONL)
     assert cli("run", *MODEL, "--prompts-file", path, "--output", str(out)).code == 130
     assert len(parse_run(out)) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace('"n21"', '"x21"'),
+        lambda text: text + text,
+        lambda text: text.replace('"n21"', "broken"),
+        lambda text: text[:-200],
+    ],
+)
+def test_an_input_that_changes_while_it_is_run_is_noticed(
+    cli: Callable, started: Started, tmp_path: Path, change: Callable[[str], str]
+) -> None:
+    path = tmp_path / "p.jsonl"
+    started.before_step = lambda step: path.write_text(change(path.read_text())) if step == 1 else None
+    write_lines(path, *JSONL[:4], *[{"prompt": "x" * 2**16}] * 8, *JSONL[4:])
+    arguments = ("--output", str(tmp_path / "out"), "--max-num-seqs", "2")
+    ran = cli("run", *MODEL, "--prompts-file", str(path), *arguments)
+    assert ran.code == 2
+    assert "was changed while it was run" in ran.err
 
 
 def test_an_engine_that_dies_leaves_what_is_finished(cli: Callable, started: Started, tmp_path: Path) -> None:
