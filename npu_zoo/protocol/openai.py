@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from npu_zoo.core.engine import GenerationRequest
+from npu_zoo.core.errors import ConfigError
 from npu_zoo.core.sampling import SamplingParams, StructuredOutputs
 from npu_zoo.engine.prompting import PromptEncoder
 from npu_zoo.protocol.answering import AnswerHead, Answering
@@ -53,6 +54,8 @@ class OpenAIProtocol:
     ) -> None:
         self.encoder = encoder
         self.served_model_names = tuple(served_model_names)
+        if not self.served_model_names:
+            raise ConfigError("the model is served under no name; give one at least")
         self.limits = limits or ProtocolLimits()
         self.defaults = check_defaults(defaults or {})
         self._created = int(time.time())

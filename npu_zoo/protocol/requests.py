@@ -39,13 +39,25 @@ def _prompt_form(value: Any) -> str | None:
 
 Prompt = Annotated[
     Annotated[str, Tag("<text>")]
-    | Annotated[list[str], Tag("<texts>")]
-    | Annotated[list[TokenId], Tag("<ids>")]
-    | Annotated[list[list[TokenId]], Tag("<lists>")],
+    | Annotated[list[str], Tag("<texts>"), Field(min_length=1)]
+    | Annotated[list[TokenId], Tag("<ids>"), Field(min_length=1)]
+    | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Tag("<lists>"), Field(min_length=1)],
     Discriminator(
         _prompt_form,
         custom_error_type="prompt",
         custom_error_message="must be a string, a list of strings, a list of token ids or of such lists, not empty",
+    ),
+]
+
+
+def _schema_form(value: Any) -> str | None:
+    return "<text>" if isinstance(value, str) else "<schema>" if isinstance(value, (dict, bool)) else None
+
+
+Schema = Annotated[
+    Annotated[dict[str, Any] | bool, Tag("<schema>")] | Annotated[str, Tag("<text>")],
+    Discriminator(
+        _schema_form, custom_error_type="schema", custom_error_message="must be a JSON schema: an object, true or false"
     ),
 ]
 
@@ -60,7 +72,7 @@ class StreamOptions(RequestModel):
 class StructuredOutputsField(RequestModel):
     """What an output has to look like; exactly one of the fields."""
 
-    json_: dict[str, Any] | bool | str | None = Field(None, alias="json", description="A JSON schema, or its text.")
+    json_: Schema | None = Field(None, alias="json", description="A JSON schema, or its text.")
     json_object: bool | None = Field(None, description="Any JSON object.")
     regex: str | None = Field(None, min_length=1, description="A regular expression that the whole output matches.")
     choice: list[Annotated[str, Field(min_length=1)]] | None = Field(
