@@ -150,15 +150,19 @@ class OpenAIProtocol:
                 template_messages(request.messages),
                 add_generation_prompt=request.add_generation_prompt is not False,
                 tools=[tool.model_dump(exclude_none=True) for tool in request.tools or ()],
+                template_kwargs=request.chat_template_kwargs,
             )
         except Exception as error:
             raise _blamed(error, "prompt" if request.messages is None else "messages") from error
 
     def _render(self, request: ChatCompletionRequest, tools: Sequence[dict[str, Any]]) -> list[int]:
         try:
-            messages = template_messages(request.messages)
-            generation = request.add_generation_prompt is not False
-            ids = self.encoder.render_chat(messages, add_generation_prompt=generation, tools=tools)
+            ids = self.encoder.render_chat(
+                template_messages(request.messages),
+                add_generation_prompt=request.add_generation_prompt is not False,
+                tools=tools,
+                template_kwargs=request.chat_template_kwargs,
+            )
             return self.encoder.check(ids)
         except Exception as error:
             raise _blamed(error, "messages") from error

@@ -62,6 +62,24 @@ Schema = Annotated[
 ]
 
 
+def _scalar_form(value: Any) -> str | None:
+    forms = {bool: "<bool>", int: "<int>", float: "<float>", str: "<text>", type(None): "<null>"}
+    return forms.get(type(value))
+
+
+Scalar = Annotated[
+    Annotated[bool, Tag("<bool>")]
+    | Annotated[int, Tag("<int>")]
+    | Annotated[float, Tag("<float>")]
+    | Annotated[str, Tag("<text>")]
+    | Annotated[None, Tag("<null>")],
+    Discriminator(
+        _scalar_form, custom_error_type="scalar", custom_error_message="must be text, a number, true, false or null"
+    ),
+]
+TemplateKwargs = dict[str, Scalar]
+
+
 class StreamOptions(RequestModel):
     """What a stream brings besides the answer."""
 
@@ -168,6 +186,7 @@ class ChatCompletionRequest(SamplingFields):
     add_generation_prompt: bool | None = Field(
         None, description="Open the answer's turn in the prompt; true when unset."
     )
+    chat_template_kwargs: TemplateKwargs | None = Field(None, description="Variables of the chat template's own.")
 
     @model_validator(mode="after")
     def _of_chat(self) -> ChatCompletionRequest:
@@ -216,6 +235,7 @@ class TokenizeRequest(RequestModel):
     tools: list[Tool] | None = None
     add_special_tokens: bool | None = Field(None, description="Begin as the checkpoint asks for; true when unset.")
     add_generation_prompt: bool | None = Field(None, description="Open the answer's turn; true when unset.")
+    chat_template_kwargs: TemplateKwargs | None = Field(None, description="Variables of the chat template's own.")
     return_token_strs: bool | None = Field(None, description="Each token's text too.")
 
     @model_validator(mode="after")

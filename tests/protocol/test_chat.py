@@ -9,6 +9,7 @@ import pytest
 
 from npu_zoo.core.errors import ConfigError
 from npu_zoo.core.sampling import SamplingParams, StructuredOutputs
+from npu_zoo.engine.prompting import PromptEncoder
 from npu_zoo.protocol.bodies import validate_request
 from npu_zoo.protocol.errors import ApiError
 from npu_zoo.protocol.limits import ProtocolLimits
@@ -188,6 +189,20 @@ def test_parts_and_roles_become_what_templates_read(coder: OpenAIProtocol) -> No
     plain = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a\nb"}]
     found = coder.chat_completion(chat(messages=messages), "r").requests[0].prompt_token_ids
     assert list(found) == coder.encoder.render_chat(plain)
+
+
+def test_variables_of_the_template_s_own(coder: OpenAIProtocol) -> None:
+    encoder = PromptEncoder(coder.encoder.config)
+    tokenizer = encoder.need_tokenizer("tests")
+    tokenizer._template = "{{ bos_token }}{{ 'deep' if thinking else 'plain' }} {{ messages[0].content }}"
+    protocol = OpenAIProtocol(encoder, ["served"])
+    for thinking, word in ((True, "deep"), (False, "plain")):
+        answering = protocol.chat_completion(chat(chat_template_kwargs={"thinking": thinking}), "r")
+        assert word in tokenizer.decode(answering.requests[0].prompt_token_ids)
+    for name in ("thinkin", "messages", "bos_token", "add_generation_prompt"):
+        error = refused(protocol, chat_template_kwargs={name: "x"})
+        assert error.status == 400
+        assert "it reads thinking" in error.message
 
 
 def test_a_whole_answer(coder: OpenAIProtocol, fake: ModuleType) -> None:

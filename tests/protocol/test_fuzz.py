@@ -61,6 +61,7 @@ CHAT = {
     "tools": [{"type": "function", "function": {"name": "f", "parameters": SCHEMA}}],
     "tool_choice": {"type": "function", "function": {"name": "f"}},
     "parallel_tool_calls": False,
+    "chat_template_kwargs": None,
     "response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}},
 }
 BODIES: dict[str, tuple[Any, dict[str, Any]]] = {

@@ -77,6 +77,7 @@ FAULTS: list[tuple[dict[str, Any], str, str]] = [
     ({"structured_outputs": {}}, "structured_outputs", "given none"),
     ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs", "given json and regex"),
     ({"structured_outputs": {"json": 5}}, "structured_outputs.json", "must be a JSON schema"),
+    ({"chat_template_kwargs": {"x": []}}, "chat_template_kwargs.x", "must be text, a number, true, false or null"),
     ({"modalities": ["audio"]}, "modalities.0", "'text'"),
 ]
 

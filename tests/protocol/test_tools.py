@@ -80,7 +80,7 @@ def test_a_template_that_reads_tools_gets_them(caller: OpenAIProtocol) -> None:
     tokenizer._template = (
         "{{ bos_token }}{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}{{ messages[0].content }}"
     )
-    assert tokenizer.template_reads_tools
+    assert "tools" in tokenizer.template_variables
     prompt = prompt_of(OpenAIProtocol(encoder, ["served"]))
     assert prompt.endswith("[get_weather][now]Weather in Köln?")
 
@@ -98,7 +98,7 @@ def test_a_template_that_reads_tools_gets_them(caller: OpenAIProtocol) -> None:
 def test_whether_a_template_reads_tools(caller: OpenAIProtocol, template: str, reads: bool) -> None:
     tokenizer = PromptEncoder(caller.encoder.config).need_tokenizer("tests")
     tokenizer._template = template
-    assert tokenizer.template_reads_tools is reads
+    assert ("tools" in tokenizer.template_variables) is reads
 
 
 def test_a_model_without_a_format_says_which_variants_have_one(coder: OpenAIProtocol) -> None:
