@@ -24,7 +24,6 @@ from npu_zoo.core.specs import FamilySpec, QuantizationSpec, VariantSpec
 from npu_zoo.platforms.detection import detect_products
 from npu_zoo.registry import Registry
 
-
 _SERVED_AS = {"openai": "offline"}
 """The zoo's own server runs what runs offline, so the matrix has no cells for it."""
 

@@ -35,6 +35,7 @@ PROCESS_VARIABLES: dict[str, str] = {
     "NPU_ZOO_SIMULATE_DEVICES": "how many devices it shows",
     "NPU_ZOO_SIMULATE_MEMORY_GIB": "the memory of each of them",
     "NPU_ZOO_SIMULATE_REPORT": "what was done on it: a JSON file to write, or - for a table on standard error",
+    "NPU_ZOO_API_KEY": "an API key, which `npu-zoo serve` asks for and `npu-zoo chat --server` sends",
     "NPU_ZOO_TEST_DATA": "test data that is not part of the repository",
 }
 """Variables with the prefix that are the process's own and no configuration keys."""

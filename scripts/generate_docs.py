@@ -41,6 +41,7 @@ from npu_zoo.core.specs import (
     WeightFormatSpec,
 )
 from npu_zoo.registry import build_registry, find_candidates
+from npu_zoo.server.metrics_page import metrics_page
 from npu_zoo.settings import ALIASES, PROCESS_VARIABLES
 from npu_zoo.simulator.golden import load_golden
 from npu_zoo.simulator.rules.table import CHIPS, YES, Rule, load_rules
@@ -532,6 +533,7 @@ def pages() -> dict[str, str]:
         "simulator-operators.md": simulator_page(),
         "quantization.md": quantization_page(),
         "parallel-measured.md": parallel_page(),
+        "serving-metrics.md": GENERATED + metrics_page(),
     }
 
 

@@ -28,6 +28,7 @@ from npu_zoo.cli import (
     pull,
     ranktable,
     run,
+    serve,
     validate,
     weights,
 )
@@ -78,6 +79,7 @@ def build_app() -> typer.Typer:
     )
     app.command("run", cls=ZooCommand)(run.run)
     app.command("chat", cls=ZooCommand)(chat.chat)
+    app.command("serve", cls=ZooCommand)(serve.serve)
     app.command("launch", cls=ZooCommand, context_settings=launch.CONTEXT)(launch.launch)
     app.command("list", cls=ZooCommand)(matrix.list_models)
     app.command("matrix", cls=ZooCommand)(matrix.show_matrix)

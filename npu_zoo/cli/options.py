@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from npu_zoo.core.config import EngineArgs
+from npu_zoo.core.errors import UsageError, validation_lines
 from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.settings import ALIASES, SAMPLING_FIELDS, SAMPLING_TABLE, load_settings, option_name
 
@@ -48,6 +51,26 @@ _METAVARS = {
     "kv_cache_memory": "SIZE",
     "kv_cache_fraction": "SHARE",
     "stop_token_ids": "ID,…",
+}
+_FIELD_METAVARS = {
+    "host": "ADDRESS",
+    "port": "PORT",
+    "api_key_file": "FILE",
+    "allowed_host": "HOST",
+    "cors_origin": "ORIGIN",
+    "ssl_certfile": "FILE",
+    "ssl_keyfile": "FILE",
+    "ssl_ca_certs": "FILE",
+    "max_body_size": "BYTES",
+    "request_timeout": "SECONDS",
+    "head_timeout": "SECONDS",
+    "body_timeout": "SECONDS",
+    "keep_alive": "SECONDS",
+    "grace": "SECONDS",
+    "log_format": "text|json",
+    "log_file": "FILE",
+    "log_level": "debug|info|warning|error",
+    "otlp_endpoint": "URL",
 }
 _LONG = {name: "--" + name.replace("_", "-") for name in ALIASES.values()}
 
@@ -105,6 +128,68 @@ def request_options(
         return command
 
     return decorate
+
+
+def model_options(model: type[BaseModel], name: str, panel: str) -> Callable[[Command], Command]:
+    """Give a command an option for each field of a pydantic model, and pass what they make as one argument.
+
+    Args:
+        model: its fields' descriptions are the help texts.
+        name: of the argument.
+    """
+    added = [_field_parameter(field, info, panel) for field, info in model.model_fields.items()]
+
+    def decorate(function: Command) -> Command:
+        own = inspect.signature(function, eval_str=True).parameters.values()
+        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in own if p.name != name] + added
+
+        @functools.wraps(function)
+        def command(**values: Any) -> None:
+            given = {p.name: values.pop(p.name) for p in added}
+            try:
+                built = model(**{field: value for field, value in given.items() if value not in (None, [], ())})
+            except ValidationError as error:
+                raise UsageError("; ".join(_as_options(error))) from None
+            function(**{name: built}, **values)
+
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
+
+    return decorate
+
+
+def _as_options(error: ValidationError) -> list[str]:
+    """What pydantic found wrong, fields as the options that set them."""
+    fields = {str(fault["loc"][0]) for fault in error.errors() if fault["loc"]}
+    lines = validation_lines(error)
+    for field in fields:
+        lines = [line.replace(f"{field}:", f"--{field.replace('_', '-')}:") for line in lines]
+    return lines
+
+
+def _field_parameter(name: str, info: FieldInfo, panel: str) -> inspect.Parameter:
+    kind, several = _option_type(info.annotation)
+    flag = "--" + name.replace("_", "-")
+    shown = "" if several or info.default is None or kind is bool else f" Default: {info.default}."
+    return _parameter(
+        name,
+        list[str] | None if several else kind | None,
+        f"{flag}/--no-{flag[2:]}" if kind is bool else flag,
+        help=(info.description or "") + shown,
+        metavar=None if kind is bool else _FIELD_METAVARS.get(name) or _metavar(name, kind),
+        rich_help_panel=panel,
+    )
+
+
+def _option_type(annotation: Any) -> tuple[type, bool]:
+    """The type that the command line reads, and whether an option may be repeated."""
+    members = [member for member in typing.get_args(annotation) if member is not type(None)]
+    if typing.get_origin(annotation) is tuple:
+        return str, True
+    if annotation in (bool, int, float, str, Path):
+        return annotation, False
+    return (members[0], False) if len(members) == 1 and members[0] in (bool, int, float, Path) else (str, False)
 
 
 def parse_ids(text: str, option: str) -> list[int]:

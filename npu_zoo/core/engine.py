@@ -53,6 +53,7 @@ class RequestMetrics:
     Attributes:
         cached_tokens: prompt tokens taken from the prefix cache by the first completion.
         preemptions: how often the request lost its blocks and was recomputed.
+        scheduled_time: when the first of it was computed; None where it still waits, or the engine does not tell.
     """
 
     arrival_time: float
@@ -60,6 +61,7 @@ class RequestMetrics:
     finished_time: float | None = None
     cached_tokens: int = 0
     preemptions: int = 0
+    scheduled_time: float | None = None
 
 
 @dataclass

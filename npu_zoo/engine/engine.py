@@ -116,6 +116,7 @@ class NativeEngine(Engine):
             if self.scheduler.has_work():
                 raise EngineError("the scheduler found nothing to run while requests wait")
             return []
+        self._note_scheduled(rows)
         step = step_rows(rows)
         logits, prompts = self.runner.execute(step)
         for row, hidden in zip((r for r, s in zip(rows, step, strict=True) if s.wants_prompt), prompts, strict=True):
@@ -184,6 +185,11 @@ class NativeEngine(Engine):
             if sequence.finished:
                 self._retire(sequence)
         return [self._report(request) for request in touched.values()]
+
+    def _note_scheduled(self, rows: list[ScheduledRow]) -> None:
+        for metrics in (self._owner[row.sequence.number].metrics for row in rows):
+            if metrics.scheduled_time is None:
+                metrics.scheduled_time = time.monotonic()
 
     def _end_overdue(self) -> list[RequestOutput]:
         """End the requests whose time is over, as they are; their outputs are reported once more."""

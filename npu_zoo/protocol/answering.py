@@ -62,6 +62,11 @@ class Answering(ABC):
         self._usage = UsageCounter(encoder)
         self._latest: dict[int, RequestOutput] = {}
 
+    @property
+    def id(self) -> str:
+        """Of the answer and all of its chunks."""
+        return self._head.id
+
     def response(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """The whole answer.
 
@@ -115,7 +120,7 @@ class Answering(ABC):
 
 
 def ending(answer: CompletionOutput) -> dict[str, Any]:
-    """Why an answer ended; OpenAI has no word for one that was called off or could not go on: it was cut short."""
+    """Why an answer ended. OpenAI's API has no word for one that was called off or could not go on: it was cut."""
     if answer.finish_reason in ("abort", "error"):
         return {"finish_reason": "length", "stop_reason": answer.stop_reason or answer.finish_reason}
     return {"finish_reason": answer.finish_reason, "stop_reason": answer.stop_reason}

@@ -49,6 +49,7 @@ class ApiError(Exception):
         type: OpenAI's kind of error, such as ``invalid_request_error``.
         param: the field that is to blame, as a dotted path.
         code: what a program can tell the error by, such as ``context_length_exceeded``.
+        headers: of HTTP that go with it.
     """
 
     def __init__(
@@ -59,7 +60,9 @@ class ApiError(Exception):
         type: str = "invalid_request_error",
         param: str | None = None,
         code: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
+        self.headers = dict(headers or {})
         self.status, self.message, self.type, self.code = status, _encodable(message), type, code
         self.param = None if param is None else _encodable(param)
         super().__init__(self.message)

@@ -35,7 +35,8 @@ _SECRET_NAME = re.compile(r"authorization|cookie|password|secret|api[-_]?key|acc
 _SECRET = re.compile(
     r"""(?ix)
     (?P<before> \bbearer\s+
-      | (?: api[-_]?key | access[-_]?token | authorization | password ) ["']? \s* [=:] \s* ["']? (?:\w+\s+(?=\S))?
+      | (?: api[-_]?key | access[-_]?token | authorization | password ) ["']? \s* [=:] \s* ["']?
+        (?: (?:bearer|basic|token) \s+ )?
     ) [^\s"'&,;\\]+
     | \bsk-[A-Za-z0-9_-]{8,}"""
 )
@@ -193,7 +194,7 @@ def _message(record: logging.LogRecord) -> str:
         text = record.getMessage()
     except Exception:  # arguments that do not fit; the record must not be lost for it
         text = str(record.msg)
-    return _cut(without_secrets(text))
+    return _cut(without_secrets(text.strip()))
 
 
 def _fields(record: logging.LogRecord) -> Iterator[tuple[str, Any]]:

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 MetricType = Literal["counter", "gauge", "histogram"]
 Origin = Literal["vLLM", "MindIE", "npu-zoo"]
+
+FinishedReason = Literal["stop", "length", "abort", "error"]
+RejectReason = Literal[
+    "invalid", "unauthorized", "too_large", "queue_full", "rate_limit", "concurrency_limit", "draining", "engine_down"
+]
+FailReason = Literal["engine_died", "engine_error", "internal"]
+AbortReason = Literal["disconnect", "timeout", "shutdown", "engine"]
 
 MODEL_NAME = "model_name"
 """The label of every metric but those of the process."""
@@ -93,7 +100,7 @@ VLLM_METRICS = (
     _counter("vllm:generation_tokens_total", "tokens generated, of all completions", "vLLM"),
     _counter(
         "vllm:request_success_total",
-        "requests that ended: stop, length, abort, error; where completions differ, abort or else length",
+        "requests that ended; where completions differ, abort or else length",
         "vLLM",
         "finished_reason",
     ),
@@ -156,18 +163,16 @@ MINDIE_METRICS = (
 
 OWN_METRICS = (
     _gauge("npu_zoo_build_info", "1; the label is the version", "npu-zoo", "version"),
-    _counter("npu_zoo_requests_received_total", "accepted requests by kind: chat, completion, …", "npu-zoo", "kind"),
-    _counter("npu_zoo_requests_rejected_total", "requests refused before the engine, by reason", "npu-zoo", "reason"),
+    _counter("npu_zoo_requests_received_total", "accepted requests: chat, completion, …", "npu-zoo", "kind"),
+    _counter("npu_zoo_requests_rejected_total", "requests refused before the engine", "npu-zoo", "reason"),
     _counter("npu_zoo_requests_failed_total", "accepted requests that ended in an error", "npu-zoo", "reason"),
-    _counter(
-        "npu_zoo_requests_aborted_total", "accepted requests called off, by reason: disconnect, …", "npu-zoo", "reason"
-    ),
+    _counter("npu_zoo_requests_aborted_total", "accepted requests called off", "npu-zoo", "reason"),
     _gauge("npu_zoo_requests_in_flight", "accepted requests that have not ended", "npu-zoo"),
     _gauge("npu_zoo_engine_up", "whether the engine's process is up and ready, 0 or 1", "npu-zoo"),
     _counter("npu_zoo_engine_restarts_total", "engine processes started after the first", "npu-zoo"),
     _counter(
         "npu_zoo_http_requests_total",
-        "HTTP requests answered, by route and status",
+        "HTTP requests answered",
         "npu-zoo",
         "route",
         "method",
@@ -185,6 +190,14 @@ OWN_METRICS = (
 METRICS = (*VLLM_METRICS, *MINDIE_METRICS, *OWN_METRICS)
 
 ENGINE_NAMESPACE = "npu_zoo_engine"
+
+LABEL_VALUES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("vllm:request_success_total", "finished_reason"): get_args(FinishedReason),
+    ("npu_zoo_requests_rejected_total", "reason"): get_args(RejectReason),
+    ("npu_zoo_requests_failed_total", "reason"): get_args(FailReason),
+    ("npu_zoo_requests_aborted_total", "reason"): get_args(AbortReason),
+}
+"""By metric and label, all the values that there are; each is exposed from the start, as 0."""
 
 PROCESSES = {"process": "the server's process", f"{ENGINE_NAMESPACE}_process": "the engine's process"}
 """What the names of the process facts begin with, and whose facts they are; they have no labels."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
@@ -15,14 +15,18 @@ from prometheus_client.registry import Collector
 from npu_zoo import __version__
 from npu_zoo.core.engine import EngineStats, RequestMetrics, RequestOutput
 from npu_zoo.core.sampling import SamplingParams
-from npu_zoo.server.metric_specs import ENGINE_NAMESPACE, METRICS, MODEL_NAME, MetricSpec, token_buckets
+from npu_zoo.server.metric_specs import (
+    ENGINE_NAMESPACE,
+    LABEL_VALUES,
+    METRICS,
+    MODEL_NAME,
+    AbortReason,
+    FailReason,
+    MetricSpec,
+    RejectReason,
+    token_buckets,
+)
 from npu_zoo.server.timing import RequestTimes
-
-RejectReason = Literal[
-    "invalid", "unauthorized", "too_large", "queue_full", "rate_limit", "concurrency_limit", "draining", "engine_down"
-]
-FailReason = Literal["engine_died", "engine_error", "internal"]
-AbortReason = Literal["disconnect", "timeout", "shutdown", "engine"]
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _OTHER = "other"
@@ -143,12 +147,13 @@ class ServerMetrics:
         return metric.labels(self.model_name, *labels)
 
     def _bind(self) -> None:
-        """The series without labels of their own show from the start, as 0, and are found without a look-up."""
+        """Series whose labels are known show from the start, as 0; those of every step need no look-up."""
         for spec in METRICS:
             if not spec.labels and spec.name not in _ONLY_WHERE_TOLD:
                 self._metrics[spec.name].labels(self.model_name)
-        for reason in (*_SEVERITY, "error"):
-            self.child(Counter, "vllm:request_success_total", reason)
+        for (name, _), values in LABEL_VALUES.items():
+            for value in values:
+                self.child(Counter, name, value)
         self.in_flight = self.child(Gauge, "npu_zoo_requests_in_flight")
         self.generated = self._counters("vllm:generation_tokens_total", "generation_tokens_total")
         self.gaps = self._histograms("vllm:inter_token_latency_seconds", "time_per_output_token_seconds")

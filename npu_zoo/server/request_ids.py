@@ -1,20 +1,16 @@
-"""Ids of requests: the client's or made ones, and those of OpenAI's answers."""
+"""Ids of HTTP requests: the client's, or made ones."""
 
 from __future__ import annotations
 
 import re
 import uuid
-from typing import Literal
 
 REQUEST_ID_HEADER = "X-Request-Id"
 """Taken from a request where it is fit, and part of every answer."""
 
 MAX_REQUEST_ID_LENGTH = 128
 
-AnswerKind = Literal["chat", "completion"]
-
 _FIT = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._:=+/@-]{{0,{MAX_REQUEST_ID_LENGTH - 1}}}")
-_PREFIXES: dict[AnswerKind, str] = {"chat": "chatcmpl-", "completion": "cmpl-"}
 
 
 def request_id(given: str | None) -> str:
@@ -24,8 +20,3 @@ def request_id(given: str | None) -> str:
     be kept under it.
     """
     return given if given is not None and _FIT.fullmatch(given) else uuid.uuid4().hex
-
-
-def answer_id(kind: AnswerKind) -> str:
-    """A new id for an answer as OpenAI writes it, ``chatcmpl-…`` or ``cmpl-…``; unique, whatever clients send."""
-    return _PREFIXES[kind] + uuid.uuid4().hex

@@ -25,9 +25,7 @@ class RequestTimes:
     def of(cls, metrics: RequestMetrics, arrival: float | None = None) -> RequestTimes:
         """Read an engine's metrics; ``arrival`` is when the server had the request."""
         first = metrics.arrival_time if arrival is None else arrival
-        # An engine may tell by an attribute that not every engine's metrics have.
-        scheduled = getattr(metrics, "scheduled_time", None)
-        return cls(first, scheduled, metrics.first_token_time, metrics.finished_time)
+        return cls(first, metrics.scheduled_time, metrics.first_token_time, metrics.finished_time)
 
     @property
     def queue(self) -> float | None:

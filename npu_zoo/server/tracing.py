@@ -6,6 +6,7 @@ Nothing here imports OpenTelemetry unless spans are asked for.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -182,8 +183,10 @@ class OpenTelemetryTracing(RequestTracing):
 
     def shutdown(self) -> None:
         """See :meth:`RequestTracing.shutdown`."""
-        self._provider.force_flush(int(SHUTDOWN_TIMEOUT * 1000))
-        self._provider.shutdown()
+        # The SDK goes on trying as long as its exporter's timeout allows, whatever time a flush is given.
+        sending = threading.Thread(target=self._provider.shutdown, name="npu-zoo-last-spans", daemon=True)
+        sending.start()
+        sending.join(SHUTDOWN_TIMEOUT)
 
 
 class _OpenTelemetrySpan(RequestSpan):

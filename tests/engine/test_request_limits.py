@@ -46,6 +46,11 @@ def test_a_waiting_request_whose_time_is_over_ends_without_text(launch: Callable
         ended = drain(llm)
     assert (ended["waits"].outputs[0].text, ended["waits"].outputs[0].stop_reason) == ("", "max_time")
     assert ended["waits"].metrics.first_token_time is None
+    assert ended["waits"].metrics.scheduled_time is None
+    times = ended["first"].metrics
+    assert times.scheduled_time is not None
+    assert times.first_token_time is not None
+    assert times.arrival_time <= times.scheduled_time <= times.first_token_time
     assert len(ended["first"].outputs[0].token_ids) == 4
 
 

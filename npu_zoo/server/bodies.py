@@ -1,0 +1,61 @@
+"""Reads a request's body within limits of size and time, and parses it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TypeVar
+
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.types import Message
+
+from npu_zoo.protocol.errors import ApiError
+
+BodyT = TypeVar("BodyT", bound=BaseModel)
+_JSON = "application/json"
+
+
+class ClientGone(Exception):
+    """The client closed its connection; nobody waits for an answer."""
+
+
+async def read_body(request: Request, model: type[BodyT], *, max_size: int, timeout: float) -> BodyT:
+    """A request's JSON body as a model's data.
+
+    Args:
+        max_size: in bytes.
+        timeout: seconds that all of it may take.
+
+    Raises:
+        ApiError: 415 for another type of content, 413 where it is too large, 408 where it takes too long.
+        pydantic.ValidationError: it is no JSON, or not of the model's form.
+        ClientGone: the client closed its connection.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != _JSON:
+        raise ApiError(415, f"the body is {kind or 'of no stated type'}; send JSON with 'Content-Type: {_JSON}'")
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > max_size:
+        raise _too_large(f"{int(declared)} bytes", max_size)
+    try:
+        body = await asyncio.wait_for(_read(request, max_size), timeout)
+    except asyncio.TimeoutError:
+        raise ApiError(408, f"the body did not arrive within {timeout:g} s") from None
+    return model.model_validate_json(body)
+
+
+async def _read(request: Request, max_size: int) -> bytes:
+    body = bytearray()
+    while True:
+        message: Message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        body += message.get("body", b"")
+        if len(body) > max_size:
+            raise _too_large("larger", max_size)
+        if not message.get("more_body", False):
+            return bytes(body)
+
+
+def _too_large(what: str, max_size: int) -> ApiError:
+    return ApiError(413, f"the body is {what}, and {max_size} bytes may be sent; send less, or fewer prompts at a time")

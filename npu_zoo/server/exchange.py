@@ -1,0 +1,78 @@
+"""One HTTP request that generates: what is known of it while it runs, for logs, metrics and traces."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+
+from npu_zoo.core.engine import GenerationRequest, RequestOutput
+from npu_zoo.protocol.answering import Answering
+from npu_zoo.protocol.errors import ApiError
+from npu_zoo.server.client import EngineDied
+from npu_zoo.server.metrics import ServerMetrics
+
+Generate = Callable[[GenerationRequest], AsyncIterator[RequestOutput]]
+
+
+class Exchange:
+    """A request's prompts in the engine, observed.
+
+    Args:
+        kind: of request, such as ``chat``.
+        generate: runs a prompt in the engine.
+        max_time: seconds that the server gives each of them; None for no limit.
+        arrival_time: when the server had the request, on the monotonic clock.
+
+    Attributes:
+        outputs: each prompt's newest state, by its place.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        answering: Answering,
+        generate: Generate,
+        metrics: ServerMetrics,
+        *,
+        max_time: float | None,
+        arrival_time: float,
+    ) -> None:
+        self.requests = [_within(request, max_time) for request in answering.requests]
+        self.stream = answering.stream
+        self.outputs: dict[int, RequestOutput] = {}
+        self._generate = generate
+        self._places = {request.request_id: place for place, request in enumerate(self.requests)}
+        self._observed = [
+            metrics.received(kind, len(request.prompt_token_ids), request.sampling_params, arrival_time)
+            for request in self.requests
+        ]
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[RequestOutput]:
+        """Run one of the prompts and note how it goes on and ends."""
+        place = self._places[request.request_id]
+        observed = self._observed[place]
+        try:
+            async for output in self._generate(request):
+                self.outputs[place] = output
+                (observed.finished if output.finished else observed.progressed)(output)
+                _require_whole(output)
+                yield output
+        except (asyncio.CancelledError, GeneratorExit):
+            observed.aborted("disconnect", self.outputs.get(place))
+            raise
+        except Exception as error:
+            observed.failed("engine_died" if isinstance(error, EngineDied) else "engine_error")
+            raise
+
+
+def _require_whole(output: RequestOutput) -> None:
+    """Raise for an output that could not go on: what has come of it does not have the form that was asked for."""
+    for completion in output.outputs:
+        if completion.finish_reason == "error":
+            raise ApiError(400, str(completion.stop_reason), code="output_failed")
+
+
+def _within(request: GenerationRequest, max_time: float | None) -> GenerationRequest:
+    limits = [limit for limit in (request.max_time, max_time) if limit is not None]
+    return replace(request, max_time=min(limits, default=None))
