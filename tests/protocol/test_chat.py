@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
@@ -181,6 +183,17 @@ FORMS: list[tuple[dict[str, Any], StructuredOutputs | None]] = [
 @pytest.mark.parametrize(("fields", "form"), FORMS, ids=str)
 def test_forms_of_outputs(coder: OpenAIProtocol, fields: dict[str, Any], form: StructuredOutputs | None) -> None:
     assert params(coder, **fields).structured_outputs == form
+
+
+def test_threads_may_share_a_protocol(coder: OpenAIProtocol) -> None:
+    protocol = OpenAIProtocol(PromptEncoder(coder.encoder.config), ["served"])
+    forms = [{"type": "string", "maxLength": length % 90 + 1} for length in range(180)]
+
+    def form_of(schema: dict[str, Any]) -> StructuredOutputs | None:
+        return params(protocol, structured_outputs={"json": schema}).structured_outputs
+
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(form_of, forms)) == [StructuredOutputs(json=json.dumps(schema)) for schema in forms]
 
 
 def test_parts_and_roles_become_what_templates_read(coder: OpenAIProtocol) -> None:
