@@ -14,7 +14,7 @@ from npu_zoo.protocol.errors import ApiError
 from npu_zoo.protocol.limits import ProtocolLimits
 from npu_zoo.protocol.messages import NamedToolChoice, Tool
 from npu_zoo.protocol.requests import ChatCompletionRequest
-from npu_zoo.protocol.structured import schema_text
+from npu_zoo.protocol.structured import json_text, schema_text
 from npu_zoo.protocol.tool_calls import ToolCallReader
 from npu_zoo.registry import get_registry
 
@@ -73,15 +73,14 @@ def offered_tools(request: ChatCompletionRequest, config: EngineConfig, limits: 
     """
     if not request.tools or request.tool_choice == "none":
         return None
-    limits.check_tools(len(request.tools))
+    shown = tuple(tool.model_dump(exclude_none=True) for tool in request.tools)
+    limits.check_tools([json_text(tool, "tools") for tool in shown])
     names = [tool.function.name for tool in request.tools]
     twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
     if twice is not None:
         raise ApiError(400, f"tools has two functions of the name {twice}", param="tools")
     if config.tools is None:
         raise ApiError(400, _no_format(config), param="tools")
-    shown = tuple(tool.model_dump(exclude_none=True) for tool in request.tools)
-    limits.check_form("tools", [schema_text(tool, "tools", limits) for tool in shown])
     parallel = request.parallel_tool_calls is not False
     return OfferedTools(config.tools, shown, _required(request, request.tools), parallel)
 

@@ -128,7 +128,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         },
         "tools",
     ),
-    ({"tools": [{"type": "function", "function": {"name": "f", "description": "x" * 70_000}}]}, "tools"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "description": "x" * 300_000}}]}, "tools"),
 ]
 
 
