@@ -151,7 +151,7 @@ class Routes:
             stack.enter_context(service.generating())
             service.queue.check()
             body = await self._body(request, model)
-            answering = await unless_gone(request, service.prepare(lambda: make(body, uuid.uuid4().hex)))
+            answering = await unless_gone(request, service.read(lambda: make(body, uuid.uuid4().hex)))
             generation = await stack.enter_async_context(self._begin(request, kind, answering))
             states = generation.states()
             if not answering.stream:

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.types import Message
 
+from npu_zoo.protocol.bodies import parse_request
 from npu_zoo.protocol.errors import ApiError
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
@@ -27,8 +28,8 @@ async def read_body(request: Request, model: type[BodyT], *, max_size: int, time
         timeout: seconds that all of it may take.
 
     Raises:
-        ApiError: 415 for another type of content, 413 where it is too large, 408 where it takes too long.
-        pydantic.ValidationError: it is no JSON, or not of the model's form.
+        ApiError: 415 for another type of content, 413 where it is too large, 408 where it takes too long, 400 where it
+            is no JSON or not of the model's form.
         ClientGone: the client closed its connection.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -41,7 +42,7 @@ async def read_body(request: Request, model: type[BodyT], *, max_size: int, time
         body = await asyncio.wait_for(_read(request, max_size), timeout)
     except asyncio.TimeoutError:
         raise ApiError(408, f"the body did not arrive within {timeout:g} s") from None
-    return model.model_validate_json(body)
+    return parse_request(model, body)
 
 
 async def _read(request: Request, max_size: int) -> bytes:

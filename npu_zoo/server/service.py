@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -12,7 +11,6 @@ from typing import Any, TypeVar
 from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.engine import GenerationRequest, RequestOutput
 from npu_zoo.engine.prompting import PromptEncoder
-from npu_zoo.protocol.answering import Answering
 from npu_zoo.protocol.errors import ApiError, api_error
 from npu_zoo.protocol.openai import OpenAIProtocol
 from npu_zoo.server.admission import AdmissionQueue, ClientLimits
@@ -61,7 +59,6 @@ class Service:
         self.protocol = OpenAIProtocol(self.encoder, self.model_names, defaults=defaults or {})
         self.metrics = ServerMetrics(self.model_names[0], config.max_model_len)
         self.tracing = start_tracing(options.otlp_endpoint)
-        self._forms = threading.Lock()
         self._readers = asyncio.Semaphore(_READINGS_AT_ONCE)
 
     @property
@@ -102,23 +99,6 @@ class Service:
             yield
         finally:
             self.running -= 1
-
-    async def prepare(self, make: Callable[[], Answering]) -> Answering:
-        """Read a request that generates, the form of its output included.
-
-        Raises:
-            UsageError: the form cannot be kept; found out here, so that the engine is not held up by it.
-        """
-
-        def made() -> Answering:
-            answering = make()
-            form = answering.requests[0].sampling_params.structured_outputs
-            if form is not None:
-                with self._forms:
-                    self.encoder.guides.make(form)
-            return answering
-
-        return await self.read(made)
 
     async def read(self, make: Callable[[], ResultT]) -> ResultT:
         """Render and tokenize in a thread, so that a long prompt holds nobody else up."""
