@@ -239,7 +239,7 @@ def test_requests_that_the_engine_rejects_leave_the_others_alone(server: Server,
     server.wait_ready()
     [running] = load(server, 1, ENOUGH)
     too_long = next(server.generate("long", SHORT, [5] * 5000))
-    assert too_long["error"] == "PromptError"
+    assert too_long["error"] == "PromptLengthError"
     assert "5000" in too_long["message"].replace(",", "")
     assert next(server.generate("load-0", SHORT))["error"] == "UsageError"
     assert list(server.generate("fine", SHORT))[-1]["token_ids"] == expected
