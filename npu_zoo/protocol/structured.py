@@ -43,7 +43,7 @@ def check_form(form: StructuredOutputs | None, field: str, encoder: PromptEncode
     if form is None:
         return None
     try:
-        encoder.guides.make(form)
+        encoder.check_form(form)
     except UsageError as error:
         _, told, why = str(error).partition(" cannot be used: ")
         message = f"{field} cannot be used: {why}" if told else str(error)

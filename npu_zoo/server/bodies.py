@@ -1,17 +1,14 @@
-"""Reads a request's body within limits of size and time, and parses it."""
+"""Reads a request's body within limits of size and time."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TypeVar
 
-from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.types import Message
 
 from npu_zoo.protocol.errors import ApiError
 
-BodyT = TypeVar("BodyT", bound=BaseModel)
 _JSON = "application/json"
 
 
@@ -19,8 +16,8 @@ class ClientGone(Exception):
     """The client closed its connection; nobody waits for an answer."""
 
 
-async def read_body(request: Request, model: type[BodyT], *, max_size: int, timeout: float) -> BodyT:
-    """A request's JSON body as a model's data.
+async def read_body(request: Request, *, max_size: int, timeout: float) -> bytes:
+    """A request's body, which says that it is JSON.
 
     Args:
         max_size: in bytes.
@@ -28,7 +25,6 @@ async def read_body(request: Request, model: type[BodyT], *, max_size: int, time
 
     Raises:
         ApiError: 415 for another type of content, 413 where it is too large, 408 where it takes too long.
-        pydantic.ValidationError: it is no JSON, or not of the model's form.
         ClientGone: the client closed its connection.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -38,10 +34,9 @@ async def read_body(request: Request, model: type[BodyT], *, max_size: int, time
     if declared.isdecimal() and int(declared) > max_size:
         raise _too_large(f"{int(declared)} bytes", max_size)
     try:
-        body = await asyncio.wait_for(_read(request, max_size), timeout)
+        return await asyncio.wait_for(_read(request, max_size), timeout)
     except asyncio.TimeoutError:
         raise ApiError(408, f"the body did not arrive within {timeout:g} s") from None
-    return model.model_validate_json(body)
 
 
 async def _read(request: Request, max_size: int) -> bytes:
