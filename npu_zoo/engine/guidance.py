@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 ResultT = TypeVar("ResultT")
 
 _KEPT = 32  # grammars that are kept compiled; the costliest take some 70 MiB
-_LONGEST = 256 * 1024  # characters of a description
+_LONGEST = 512 * 1024  # characters of a description
 _FUEL = 50_000  # of llguidance's million: repetitions of what may be empty take memory that grows with its square
 _FUEL_PER_CHARACTER = 0.6  # JSON schemas take less
 _MEANINGS = {
@@ -33,7 +33,7 @@ _MEANINGS = {
 }
 _STARTING = threading.Lock()  # the size of stacks is the whole process's
 
-STACK_SIZE = 256 * 2**20
+STACK_SIZE = 512 * 2**20
 """Bytes that compiling may descend by: llguidance follows rules and references as deep as they lead, without a limit.
 
 They are address space; memory is taken as far as they are used.
@@ -81,7 +81,7 @@ class Guide:
 
 
 class GuideMaker:
-    """Makes guides for one tokenizer. Any thread may call it.
+    """Makes guides for one tokenizer; threads may share it.
 
     Args:
         tokenizer: whose tokens the masks speak of.

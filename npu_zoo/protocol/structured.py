@@ -92,12 +92,21 @@ def schema_text(schema: Any, field: str, limits: ProtocolLimits) -> str:
         schema = _parsed(schema, field)
     if not isinstance(schema, (dict, bool)):
         raise ApiError(400, f"{field} must be a JSON schema: an object, true or false", param=field)
-    try:
-        text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
-    except ValueError:
-        raise ApiError(400, f"{field} holds a number beyond all bounds", param=field) from None
+    text = json_text(schema, field)
     limits.check_form(field, [text])
     return text
+
+
+def json_text(value: Any, field: str) -> str:
+    """A part of a request as JSON again.
+
+    Raises:
+        ApiError: 400 that names the field; it holds a number that JSON cannot say.
+    """
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise ApiError(400, f"{field} holds a number beyond all bounds", param=field) from None
 
 
 def _parsed(text: str, field: str) -> Any:

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from npu_zoo.protocol.errors import ApiError
 from npu_zoo.server.logs import LOGGER, RequestLine, RequestLog, log
+from npu_zoo.server.metric_specs import RejectReason
 from npu_zoo.server.request_ids import REQUEST_ID_HEADER, request_id
 
 if TYPE_CHECKING:
@@ -21,7 +22,18 @@ if TYPE_CHECKING:
     from npu_zoo.server.tracing import RequestSpan
 
 _KEY = "npu_zoo"
+_REASONS: dict[str | None, RejectReason] = {
+    "invalid_api_key": "unauthorized",
+    "queue_full": "queue_full",
+    "rate_limit_exceeded": "rate_limit",
+    "concurrency_limit_exceeded": "concurrency_limit",
+    "draining": "draining",
+    "engine_not_ready": "engine_down",
+}
+"""Why a request was turned away, by its error's code; of the others the status tells."""
+
 _LEAST_STATUS_OF_ERRORS = 500
+_TOO_LARGE = 413
 
 
 @dataclass
@@ -91,6 +103,8 @@ class ObservingMiddleware:
         exchange = known.exchange
         outputs = list(exchange.outputs.values()) if exchange else []
         error = (known.error.code or known.error.type) if known.error else None
+        if known.error is not None and exchange is None and scope["method"] == "POST":
+            self._service.metrics.rejected(_reason(known.error))
         if known.span is not None:
             known.span.ended(status, outputs, error)
         line = RequestLine(
@@ -106,3 +120,7 @@ class ObservingMiddleware:
             arrival_time=known.arrival_time,
         )
         self._log.ended(line, outputs)
+
+
+def _reason(error: ApiError) -> RejectReason:
+    return _REASONS.get(error.code, "too_large" if error.status == _TOO_LARGE else "invalid")
