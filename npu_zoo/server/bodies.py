@@ -10,6 +10,8 @@ from starlette.types import Message
 from npu_zoo.protocol.errors import ApiError
 
 _JSON = "application/json"
+_PLAIN = "identity"
+_SHOWN = 80  # characters of a header that a message quotes
 
 
 class ClientGone(Exception):
@@ -27,9 +29,12 @@ async def read_body(request: Request, *, max_size: int, timeout: float) -> bytes
         ApiError: 415 for another type of content, 413 where it is too large, 408 where it takes too long.
         ClientGone: the client closed its connection.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()[:_SHOWN]
     if kind != _JSON:
         raise ApiError(415, f"the body is {kind or 'of no stated type'}; send JSON with 'Content-Type: {_JSON}'")
+    coding = request.headers.get("content-encoding", _PLAIN).strip().lower()
+    if coding != _PLAIN:
+        raise ApiError(415, f"the body is in the coding {coding[:_SHOWN]!r}; send it plain, without Content-Encoding")
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > max_size:
         raise _too_large(f"{int(declared)} bytes", max_size)
