@@ -11,6 +11,7 @@ from typing import Any
 from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.errors import PromptError, PromptLengthError
 from npu_zoo.core.model_config import ToolFormat
+from npu_zoo.core.sampling import StructuredOutputs
 from npu_zoo.engine.guidance import GuideMaker
 from npu_zoo.engine.tokenizer import Tokenizer, checked_messages
 from npu_zoo.engine.tool_instructions import with_instructions
@@ -42,6 +43,14 @@ class PromptEncoder:
         """What checks forms of outputs, and leads sequences along them."""
         tokenizer = self.need_tokenizer("an output of a given form")
         return GuideMaker(tokenizer, self.config.model_config.vocab_size, self.stop_token_ids)
+
+    def check_form(self, form: StructuredOutputs) -> None:
+        """Make sure that outputs can be led along a form.
+
+        Raises:
+            UsageError: they cannot.
+        """
+        self.guides.make(form)
 
     def encode(self, prompt: str | Sequence[int], *, add_special_tokens: bool = True) -> list[int]:
         """A prompt's token ids; ids that are given are checked and taken as they are.

@@ -6,15 +6,17 @@ import contextlib
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from npu_zoo import __version__
 from npu_zoo.protocol.answering import Answering
+from npu_zoo.protocol.bodies import parse_request
 from npu_zoo.protocol.errors import ApiError
 from npu_zoo.protocol.requests import (
     ChatCompletionRequest,
@@ -24,13 +26,14 @@ from npu_zoo.protocol.requests import (
     TokenizeRequest,
 )
 from npu_zoo.server.answers import EventStream, Generation, chained, encode_json, events, unless_gone
-from npu_zoo.server.bodies import BodyT, ClientGone, read_body
+from npu_zoo.server.bodies import ClientGone, read_body
 from npu_zoo.server.exchange import Exchange
 from npu_zoo.server.observing import ObservingMiddleware, seen
 from npu_zoo.server.openapi import body_of, describe
 from npu_zoo.server.service import Service, told
 from npu_zoo.server.tracing import TracedRequest
 
+BodyT = TypeVar("BodyT", bound=BaseModel)
 SIMPLE_CHAT = "/chat"
 _CLIENT_GONE = 499  # nginx's status for it; nobody reads it
 _SEND_TIMEOUT_S = 60.0
@@ -137,8 +140,8 @@ class Routes:
     ) -> Response:
         service = self._service
         with service.limits.request(self._client(request)):
-            body = await self._body(request, model)
-            return answer_json(await service.read(lambda: convert(body)))
+            body = await self._body(request)
+            return answer_json(await service.read(lambda: convert(parse_request(model, body))))
 
     async def _generate(
         self, request: Request, kind: str, model: type[BodyT], make: Callable[[BodyT, str], Answering]
@@ -150,8 +153,9 @@ class Routes:
             stack.enter_context(service.limits.request(client))
             stack.enter_context(service.generating())
             service.queue.check()
-            body = await self._body(request, model)
-            answering = await unless_gone(request, service.read(lambda: make(body, uuid.uuid4().hex)))
+            body = await self._body(request)
+            preparing = service.prepare(lambda: make(parse_request(model, body), uuid.uuid4().hex))
+            answering = await unless_gone(request, preparing)
             generation = await stack.enter_async_context(self._begin(request, kind, answering))
             states = generation.states()
             if not answering.stream:
@@ -192,9 +196,9 @@ class Routes:
         )
         known.span = self._service.tracing.started(traced, request.headers)
 
-    async def _body(self, request: Request, model: type[BodyT]) -> BodyT:
+    async def _body(self, request: Request) -> bytes:
         options = self._service.options
-        return await read_body(request, model, max_size=options.max_body_size, timeout=options.body_timeout)
+        return await read_body(request, max_size=options.max_body_size, timeout=options.body_timeout)
 
     def _client(self, request: Request) -> str:
         """Whose limits a request counts for: its key's, or without keys its address's."""

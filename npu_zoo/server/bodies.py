@@ -1,48 +1,47 @@
-"""Reads a request's body within limits of size and time, and parses it."""
+"""Reads a request's body within limits of size and time."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TypeVar
 
-from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.types import Message
 
-from npu_zoo.protocol.bodies import parse_request
 from npu_zoo.protocol.errors import ApiError
 
-BodyT = TypeVar("BodyT", bound=BaseModel)
 _JSON = "application/json"
+_PLAIN = "identity"
+_SHOWN = 80  # characters of a header that a message quotes
 
 
 class ClientGone(Exception):
     """The client closed its connection; nobody waits for an answer."""
 
 
-async def read_body(request: Request, model: type[BodyT], *, max_size: int, timeout: float) -> BodyT:
-    """A request's JSON body as a model's data.
+async def read_body(request: Request, *, max_size: int, timeout: float) -> bytes:
+    """A request's body, which says that it is JSON.
 
     Args:
         max_size: in bytes.
         timeout: seconds that all of it may take.
 
     Raises:
-        ApiError: 415 for another type of content, 413 where it is too large, 408 where it takes too long, 400 where it
-            is no JSON or not of the model's form.
+        ApiError: 415 for another type of content, 413 where it is too large, 408 where it takes too long.
         ClientGone: the client closed its connection.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()[:_SHOWN]
     if kind != _JSON:
         raise ApiError(415, f"the body is {kind or 'of no stated type'}; send JSON with 'Content-Type: {_JSON}'")
+    coding = request.headers.get("content-encoding", _PLAIN).strip().lower()
+    if coding != _PLAIN:
+        raise ApiError(415, f"the body is in the coding {coding[:_SHOWN]!r}; send it plain, without Content-Encoding")
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > max_size:
         raise _too_large(f"{int(declared)} bytes", max_size)
     try:
-        body = await asyncio.wait_for(_read(request, max_size), timeout)
+        return await asyncio.wait_for(_read(request, max_size), timeout)
     except asyncio.TimeoutError:
         raise ApiError(408, f"the body did not arrive within {timeout:g} s") from None
-    return parse_request(model, body)
 
 
 async def _read(request: Request, max_size: int) -> bytes:

@@ -59,6 +59,7 @@ class FrontEnd:
             draining.cancel()
             await asyncio.gather(draining, return_exceptions=True)
             await self._client.close()
+            await self._service.forms.close()
             await asyncio.to_thread(self._service.tracing.shutdown)
 
     async def _drain(self, server: uvicorn.Server, terminated: asyncio.Event) -> None:

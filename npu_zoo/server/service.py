@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 
 from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.engine import GenerationRequest, RequestOutput
-from npu_zoo.engine.prompting import PromptEncoder
+from npu_zoo.protocol.answering import Answering
 from npu_zoo.protocol.errors import ApiError, api_error
 from npu_zoo.protocol.openai import OpenAIProtocol
 from npu_zoo.server.admission import AdmissionQueue, ClientLimits
 from npu_zoo.server.client import EngineClient, EngineDied
+from npu_zoo.server.forms import FormChecker, FrontEndEncoder, UncheckedForm
 from npu_zoo.server.keys import ApiKeys
 from npu_zoo.server.metrics import ServerMetrics
 from npu_zoo.server.options import ServeOptions
@@ -55,7 +56,8 @@ class Service:
         self.keys = ApiKeys.load(options.api_key_file, os.environ)
         self.queue = AdmissionQueue(config.max_num_seqs, options.max_queue)
         self.limits = ClientLimits(options.rate_limit, options.concurrency_limit)
-        self.encoder = PromptEncoder(config)
+        self.forms = FormChecker(config)
+        self.encoder = FrontEndEncoder(config, self.forms)
         self.protocol = OpenAIProtocol(self.encoder, self.model_names, defaults=defaults or {})
         self.metrics = ServerMetrics(self.model_names[0], config.max_model_len)
         self.tracing = start_tracing(options.otlp_endpoint)
@@ -99,6 +101,14 @@ class Service:
             yield
         finally:
             self.running -= 1
+
+    async def prepare(self, make: Callable[[], Answering]) -> Answering:
+        """Read a request that generates; the form of its output is tried before the engine has it."""
+        while True:
+            try:
+                return await self.read(make)
+            except UncheckedForm as unchecked:
+                await self.forms.check(unchecked.form)
 
     async def read(self, make: Callable[[], ResultT]) -> ResultT:
         """Render and tokenize in a thread, so that a long prompt holds nobody else up."""
