@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from npu_zoo.protocol.errors import ApiError
 from npu_zoo.server.logs import LOGGER, RequestLine, RequestLog, log
+from npu_zoo.server.metric_specs import RejectReason
 from npu_zoo.server.request_ids import REQUEST_ID_HEADER, request_id
 
 if TYPE_CHECKING:
@@ -22,6 +23,16 @@ if TYPE_CHECKING:
 
 _KEY = "npu_zoo"
 _LEAST_STATUS_OF_ERRORS = 500
+_REASONS: dict[str | int, RejectReason] = {
+    "queue_full": "queue_full",
+    "rate_limit_exceeded": "rate_limit",
+    "concurrency_limit_exceeded": "concurrency_limit",
+    "draining": "draining",
+    "engine_not_ready": "engine_down",
+    401: "unauthorized",
+    413: "too_large",
+}
+"""What metrics call a refusal, by its code or status."""
 
 
 @dataclass
@@ -33,6 +44,7 @@ class Seen:
         exchange: its part in the engine, where it got so far.
         error: what the client was told instead of an answer.
         span: its trace, where it got so far.
+        generates: whether it asks for a generation.
     """
 
     id: str
@@ -40,6 +52,7 @@ class Seen:
     exchange: Exchange | None = None
     error: ApiError | None = None
     span: RequestSpan | None = None
+    generates: bool = False
 
     def fail(self, error: BaseException, found: ApiError) -> None:
         """Note an error; one that is not the request's is logged with its traceback."""
@@ -54,6 +67,12 @@ def seen(request: Request) -> Seen:
     """What is known of a request."""
     known: Seen = request.scope[_KEY]
     return known
+
+
+def reject_reason(error: ApiError) -> RejectReason | None:
+    """Why a request was refused, as metrics have it; None where the server failed on it."""
+    other: RejectReason | None = "invalid" if error.status < _LEAST_STATUS_OF_ERRORS else None
+    return _REASONS.get(error.code or "") or _REASONS.get(error.status) or other
 
 
 class ObservingMiddleware:
@@ -91,6 +110,8 @@ class ObservingMiddleware:
         exchange = known.exchange
         outputs = list(exchange.outputs.values()) if exchange else []
         error = (known.error.code or known.error.type) if known.error else None
+        if known.generates and exchange is None and known.error and (reason := reject_reason(known.error)):
+            self._service.metrics.rejected(reason)
         if known.span is not None:
             known.span.ended(status, outputs, error)
         line = RequestLine(

@@ -335,12 +335,13 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
-    except (OSError, OverflowError) as error:
+        every = address[0] == "::"  # of IPv4 too, which a socket for it then takes as well
+        return socket.create_server(address, family=family, backlog=_BACKLOG, dualstack_ipv6=every)
+    except (OSError, OverflowError, UnicodeError) as error:
         raise _cannot_listen(host, port, error) from error
 
 
-def _cannot_listen(host: str, port: int, error: OSError | OverflowError) -> NpuZooError:
+def _cannot_listen(host: str, port: int, error: OSError | OverflowError | UnicodeError) -> NpuZooError:
     if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
         users = ", ".join(map(str, port_users(port)))
         return HardwareError(f"port {port} of {host} is in use{users and f' by {users}'}; choose another one")
