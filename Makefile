@@ -11,6 +11,7 @@
 #   NPU_RANGE    the oldest and the newest release that the simulated runtime is built for in tests
 #   ARGS         further arguments of pytest in `make test`, which then leaves out the simulated NPUs
 #   NPU_ARGS     those of `make test-npu`
+#   SOAK_MINUTES of load in `make soak`
 #   JOBS         tests that run at once, on one thread each; as many as cores, three at most, since some measure time
 
 PYTHON ?= python3
@@ -22,6 +23,7 @@ TORCH_NPU ?= torch-npu==2.13.0
 NPU_RANGE ?= 2.9.0 2.14.0
 PRODUCTS ?= atlas_800i_a2 atlas_300i_duo
 ALL_PRODUCTS := atlas_800i_a2 atlas_800t_a2 atlas_300i_duo
+SOAK_MINUTES ?= 2
 JOBS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores < 3 ? cores : 3)))
 
 BIN := $(VENV)/bin
@@ -36,7 +38,7 @@ PYTEST = NPU_ZOO_TORCH_NPU_WHEELS="$$(test ! -d $(WHEELS) || echo $(WHEELS))" OM
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-npu test-example validate verify lint docs evidence clean
+.PHONY: help venv demo test test-npu test-example validate soak verify lint docs evidence clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -51,7 +53,7 @@ demo: $(STAMP)-run
 ## make test     all tests but the long ones, every claim of every plugin, and the example plugin as its users have it
 test: $(STAMP)-dev $(NPU_STAMP)
 	$(PYTEST) $(ARGS)
-	@test -n "$(ARGS)" || $(MAKE) --no-print-directory test-npu validate test-example
+	@test -n "$(ARGS)" || $(MAKE) --no-print-directory test-npu validate test-example soak
 
 ## make test-npu the real torch_npu on a simulated Ascend runtime, one process per product
 test-npu: $(NPU_STAMP)
@@ -73,14 +75,19 @@ validate: $(STAMP)-dev
 test-example: $(STAMP)-dev
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/check_example.py
 
+## make soak     a server under mixed load, where nothing may be lost, wrong or kept; SOAK_MINUTES=2
+soak: $(STAMP)-dev
+	$(BIN)/python benchmarks/soak.py --minutes $(SOAK_MINUTES) --check
+
 ## make verify   the long round: every test, more examples of each property, every change of a matrix, the linters
 # Ranks that are killed fifty times have ten seconds each to be found.
 verify: JOBS := 2
+verify: SOAK_MINUTES := 30
 verify: $(STAMP)-dev $(NPU_STAMP)
 	$(PYTEST) -m "long or not long" --hypothesis-profile verify $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/mutate_matrices.py --list --check docs/mutations.md
 	$(MAKE) --no-print-directory test-npu PRODUCTS="$(ALL_PRODUCTS)" NPU_ARGS='-m "long or not long"'
-	$(MAKE) --no-print-directory validate test-example lint
+	$(MAKE) --no-print-directory validate test-example soak lint
 
 ## make lint     ruff and mypy
 lint: $(STAMP)-dev

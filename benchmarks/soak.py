@@ -298,6 +298,7 @@ async def load(server: RunningServer, minutes: float, clients: int, seed: int) -
     return {
         "minutes": round(seconds / 60, 2),
         "clients": clients,
+        "most_growth_mib": MOST_GROWTH_MIB,
         "requests": dict(sorted(soak.tally.outcomes.items())),
         "requests_per_s": round(sum(soak.tally.outcomes.values()) / seconds, 1),
         "tokens_of_whole_answers": soak.tally.tokens,

@@ -24,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from npu_zoo.core.config import EngineArgs
 from npu_zoo.core.errors import ConfigError, UsageError, validation_message
-from npu_zoo.core.sampling import SamplingParams
+from npu_zoo.core.sampling import SamplingParams, StructuredOutputs
 
 PREFIX = "NPU_ZOO_"
 SAMPLING_PREFIX = PREFIX + "SAMPLING_"
@@ -175,7 +175,7 @@ def _environment_key(variable: str) -> str:
     if variable not in known:
         raise ConfigError(
             f"the environment variable {variable} is no setting; unset it, or see `npu-zoo config show` for the "
-            f"settings{_nearest(variable, (*known, *PROCESS_VARIABLES))}"
+            f"settings{nearest_known(variable, (*known, *PROCESS_VARIABLES))}"
         )
     return ALIASES.get(known[variable], known[variable])
 
@@ -229,14 +229,15 @@ def _spelt_out(values: Mapping[str, Any], where: str, known: Iterable[str]) -> d
     for key, value in values.items():
         name = aliases.get(key, key)
         if name not in names:
-            raise ConfigError(f"unknown key '{key}' in {where}{_nearest(key, (*names, *aliases))}")
+            raise ConfigError(f"unknown key '{key}' in {where}{nearest_known(key, (*names, *aliases))}")
         if name in found:
             raise ConfigError(f"{where} has both {_SHORT[name]} and {name}; keep one")
         found[name] = value
     return found
 
 
-def _nearest(key: str, known: Iterable[str]) -> str:
+def nearest_known(key: str, known: Iterable[str]) -> str:
+    """The end of a message on an unknown key: the nearest known one, or all of them."""
     names = tuple(known)
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(names)}"
@@ -255,6 +256,40 @@ def _checked(entry: _Entry) -> Any:
     except ValidationError as error:
         wanted = validation_message(error.errors()[0])
         raise ConfigError(f"{entry.key}={value!r} ({entry.origin}): {wanted}") from None
+
+
+def request_sampling(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The sampling parameters of a single request, as JSON has them, in their types.
+
+    Args:
+        values: under SamplingParams' names, which are known.
+
+    Raises:
+        UsageError: a value has the wrong type, or ``structured_outputs`` an unknown key.
+    """
+    return {name: _request_value(name, value) for name, value in values.items()}
+
+
+def _request_value(name: str, value: Any) -> Any:
+    if name == "structured_outputs" and value is not None:
+        return _structured_outputs(value)
+    try:
+        # Keys of a JSON object are texts, those of logit_bias are token ids.
+        return _sampling_type(name).validate_python(value, strict=name != "logit_bias")
+    except ValidationError as error:
+        raise ConfigError(f"{name}={value!r}: {validation_message(error.errors()[0])}") from None
+
+
+def _structured_outputs(value: Any) -> StructuredOutputs:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"structured_outputs={value!r} is no object, such as " + '{"regex": "[0-9]+"}')
+    known = [f.name for f in dataclasses.fields(StructuredOutputs)]
+    for key in value:
+        if key not in known:
+            raise ConfigError(f"unknown key '{key}' in structured_outputs{nearest_known(key, known)}")
+    schema = value.get("json")
+    texts = {"json": json.dumps(schema)} if isinstance(schema, (dict, bool)) else {}
+    return StructuredOutputs(**{**value, **texts})
 
 
 @functools.cache

@@ -30,6 +30,7 @@ from npu_zoo.core.model_config import (
     PromptFormat,
     ReasoningFormat,
     RopeScaling,
+    ToolFormat,
 )
 from npu_zoo.core.specs import (
     AttentionBackendSpec,
@@ -176,6 +177,7 @@ PARTS_OF_FAMILIES: tuple[type[BaseModel], ...] = (
     RopeScaling,
     PromptFormat,
     ReasoningFormat,
+    ToolFormat,
     FimFormat,
 )
 

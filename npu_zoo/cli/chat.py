@@ -6,30 +6,27 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
-from npu_zoo.cli.interrupts import interrupt_flag
+from npu_zoo.cli.answers import Answerer, AnswerState, ConversationTooLongError, LocalAnswerer
+from npu_zoo.cli.interrupts import InterruptFlag, interrupt_flag
 from npu_zoo.cli.options import request_options
 from npu_zoo.cli.output import faint, note
 from npu_zoo.cli.progress import LoadingProgress
 from npu_zoo.cli.results import printable
-from npu_zoo.core.errors import NpuZooError
-from npu_zoo.core.sampling import SamplingParams
+from npu_zoo.core.errors import NpuZooError, UsageError
 from npu_zoo.dispatch import resolve
 from npu_zoo.parallel.processes import exit_on_sigterm
-from npu_zoo.settings import Settings
-
-if TYPE_CHECKING:
-    from npu_zoo.core.engine import RequestOutput
-    from npu_zoo.core.model_config import ReasoningFormat
-    from npu_zoo.engine.llm import LLM
+from npu_zoo.settings import Settings, option_name
 
 DEFAULTS: dict[str, Any] = {"temperature": 0.7, "top_p": 0.95, "max_tokens": 512}
+API_KEY = "NPU_ZOO_API_KEY"
 PROMPT = "> "
+_OPTION = "option "  # what Settings.origins begins with for an option of this command line
 HELP = """\
 /system TEXT   set the system message (without TEXT: remove it) and start over
 /clear         forget the conversation
@@ -42,8 +39,32 @@ Ctrl-C stops an answer and keeps what has come of it."""
 def chat(
     settings: Settings,
     system: str | None = typer.Option(None, "--system", help="System message.", rich_help_panel="Prompts"),
+    server: str | None = typer.Option(
+        None,
+        "--server",
+        metavar="URL",
+        help="Talk with a running server of OpenAI's API; --model is its name there then.",
+        rich_help_panel="Server",
+    ),
+    api_key_env: str | None = typer.Option(
+        None,
+        "--api-key-env",
+        metavar="VARIABLE",
+        help=f"The environment variable with the server's API key. Default: {API_KEY}.",
+        rich_help_panel="Server",
+    ),
 ) -> None:
-    """Talk with a model; /help lists the commands of the conversation."""
+    """Talk with a model, here or behind a server; /help lists the commands of the conversation."""
+    if server is not None:
+        _require_server_options(settings)
+        from npu_zoo.cli.server_answers import OpenAIServer, ServerAnswerer
+
+        model = settings.args.model if settings.origins["model"].startswith(_OPTION) else None
+        client = OpenAIServer(server, _api_key(api_key_env))
+        _talk(ServerAnswerer(client, model, settings.sampling), system)
+        return
+    if api_key_env is not None:
+        raise UsageError("--api-key-env goes with --server; a model that runs here needs no key")
     sampling_params = dataclasses.replace(settings.sampling_params(**DEFAULTS), n=1)
     config = resolve(settings.args)
     for text in config.notes:
@@ -55,41 +76,36 @@ def chat(
     with exit_on_sigterm(), LoadingProgress() as loading:
         llm = LLM.from_config(config, progress=loading)
     with exit_on_sigterm(), llm:
-        if sys.stdin.isatty():
-            print(f"{config.model} on {config.hardware}; /help lists commands, Ctrl-D ends")
-        Conversation(llm, sampling_params, system).loop(_reader())
+        _talk(LocalAnswerer(llm, sampling_params), system)
 
 
-class ShownAnswer:
-    """An answer as it grows, its reasoning told apart: dim at a terminal, plain elsewhere.
+def _talk(answerer: Answerer, system: str | None) -> None:
+    if sys.stdin.isatty():
+        print(f"{answerer.title}; /help lists commands, Ctrl-D ends")
+    Conversation(answerer, system).loop(_reader())
 
-    Attributes:
-        answer: what goes into the history: the text without its reasoning.
-    """
 
-    def __init__(self, reasoning: ReasoningFormat | None) -> None:
-        self.answer = ""
-        self._reasoning = reasoning
-        self._text = ""
+def _require_server_options(settings: Settings) -> None:
+    """Refuse options of a model that runs here; what a file or the environment says of one does not count."""
+    own = [name for name, origin in settings.origins.items() if origin.startswith(_OPTION) and name != "model"]
+    wrong = [option_name(name) for name in own if not name.startswith("sampling.")]
+    if wrong:
+        raise UsageError(f"{', '.join(wrong)}: the server has its model already; leave that out, or leave out --server")
 
-    def take(self, output: RequestOutput) -> str:
-        """What is to be printed for a further state of the output."""
-        text, opened = output.outputs[0].text, output.reasoning_open
-        new, self._text = text[len(self._text) :], text
-        if self._reasoning is None:
-            self.answer = text
-            return printable(new)
-        self.answer = self._reasoning.split(text, opened=opened)[1]
-        within = len(new) - min(len(new), len(self.answer))
-        return faint(printable(new[:within])) + printable(new[within:])
+
+def _api_key(variable: str | None) -> str | None:
+    """The key of the variable, which must be set where it was named."""
+    key = os.environ.get(variable or API_KEY, "").strip()
+    if variable and not key:
+        raise UsageError(f"--api-key-env {variable}: the variable is unset or empty; export the key in it")
+    return key or None
 
 
 class Conversation:
     """Turns of a conversation, and the loop that takes and answers them."""
 
-    def __init__(self, llm: LLM, sampling_params: SamplingParams, system: str | None = None) -> None:
-        self.llm = llm
-        self.sampling_params = sampling_params
+    def __init__(self, answerer: Answerer, system: str | None = None) -> None:
+        self.answerer = answerer
         self.system = system
         self.messages: list[dict[str, str]] = []
         self._over = False
@@ -114,11 +130,12 @@ class Conversation:
         if line.startswith("/"):
             self._command(line)
         elif line:
-            try:
-                self._answer(line)
-            except NpuZooError as error:
+            self.messages.append({"role": "user", "content": line})
+            answer = self._answer()
+            if answer is None:
                 self.messages.pop()
-                print(f"error: {error}", file=sys.stderr)
+            else:
+                self.messages.append({"role": "assistant", "content": answer})
 
     def _command(self, line: str) -> None:
         name, _, rest = line.partition(" ")
@@ -136,37 +153,69 @@ class Conversation:
         else:
             print(f"there is no command {name}; /help lists them", file=sys.stderr)
 
-    def _answer(self, text: str) -> None:
-        """Answer a message; what came before an interrupt stays in the history."""
-        self.messages.append({"role": "user", "content": text})
-        dropped = self._shorten()
-        if dropped:
-            print(f"(the {dropped} oldest message(s) no longer fit and are forgotten)", file=sys.stderr)
-        shown = ShownAnswer(self.llm.engine.config.reasoning)
-        with interrupt_flag() as interrupted, contextlib.closing(self._stream()) as outputs:
-            for output in outputs:
-                print(shown.take(output), end="", flush=True)
-                if interrupted():
-                    break
-        print("\n(stopped)" if interrupted() else "", flush=True)
-        self.messages.append({"role": "assistant", "content": shown.answer})
+    def _answer(self) -> str | None:
+        """Answer what was said last. What came before an interrupt or an error counts; None where nothing did."""
+        try:
+            self._shorten()
+            return self._show_what_fits()
+        except NpuZooError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return None
 
-    def _stream(self) -> Any:
-        return self.llm.stream_chat(self._history(), self.sampling_params)
+    def _show_what_fits(self) -> str:
+        """Show the answer to as much as a server takes; what it does not is forgotten once there is one."""
+        first = 0
+        while True:
+            try:
+                answer = self._show(self._history(first))
+            except ConversationTooLongError:
+                first += 2
+                if first >= len(self.messages):
+                    raise
+            else:
+                self._forget(first)
+                return answer
 
-    def _history(self) -> list[dict[str, str]]:
+    def _show(self, history: list[dict[str, str]]) -> str:
+        """Show an answer as it comes; an error is raised only where there is nothing of one."""
+        answer, shown = "", False
+        try:
+            with interrupt_flag() as interrupted, self._states(history, interrupted) as states:
+                for state in states:
+                    print(faint(printable(state.reasoning)) + printable(state.text), end="", flush=True)
+                    answer, shown = state.answer, True
+                    if interrupted():
+                        break
+        except NpuZooError as error:
+            print("\n" if shown else "", end="", flush=True)
+            if not answer:
+                raise
+            print(f"error: {error}; what came of the answer is kept", file=sys.stderr)
+        else:
+            print("\n(stopped)" if interrupted() else "", flush=True)
+        return answer
+
+    def _states(
+        self, history: list[dict[str, str]], interrupted: InterruptFlag
+    ) -> contextlib.closing[Generator[AnswerState, None, None]]:
+        return contextlib.closing(self.answerer.answer(history, interrupted))
+
+    def _history(self, first: int = 0) -> list[dict[str, str]]:
+        """What is said to the model: the system message, and the messages from the first one on."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return system + self.messages
+        return system + self.messages[first:]
 
-    def _shorten(self) -> int:
-        """Drop the oldest turns until the conversation and an answer fit; returns how many messages went."""
-        limit = self.llm.engine.config.max_model_len
-        room = min(self.sampling_params.max_tokens or limit, limit // 4)
+    def _shorten(self) -> None:
+        """Drop the oldest turns until the conversation and an answer fit."""
         dropped = 0
-        while len(self.messages) > 1 and len(self.llm.engine.render_chat(self._history())) + room > limit:
-            del self.messages[:2]
+        while len(self.messages) > dropped + 1 and not self.answerer.fits(self._history(dropped)):
             dropped += 2
-        return dropped
+        self._forget(dropped)
+
+    def _forget(self, count: int) -> None:
+        del self.messages[:count]
+        if count:
+            print(f"(the {count} oldest message(s) no longer fit and are forgotten)", file=sys.stderr)
 
 
 def _reader() -> Callable[[], str]:

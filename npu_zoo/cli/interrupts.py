@@ -10,18 +10,41 @@ from types import FrameType
 Guard = Callable[[], contextlib.AbstractContextManager[None]]
 
 
-@contextlib.contextmanager
-def interrupt_flag() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a flag; a second one raises KeyboardInterrupt."""
-    seen: list[int] = []
+class InterruptFlag:
+    """Whether Ctrl-C was pressed; calling it asks."""
 
-    def handler(number: int, frame: FrameType | None) -> None:
-        seen.append(number)
-        if len(seen) > 1:
+    def __init__(self) -> None:
+        self._seen = 0
+        self._waiting = False
+
+    def __call__(self) -> bool:
+        """Whether there was one."""
+        return bool(self._seen)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A block that waits for something outside: a Ctrl-C raises KeyboardInterrupt in it at once."""
+        self._waiting = True
+        try:
+            if self._seen:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._waiting = False
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Take the signal."""
+        self._seen += 1
+        if self._waiting or self._seen > 1:
             raise KeyboardInterrupt
 
-    with _handling(handler):
-        yield lambda: bool(seen)
+
+@contextlib.contextmanager
+def interrupt_flag() -> Iterator[InterruptFlag]:
+    """Turn the first Ctrl-C into a flag; a second one raises KeyboardInterrupt."""
+    flag = InterruptFlag()
+    with _handling(flag.handle):
+        yield flag
 
 
 @contextlib.contextmanager

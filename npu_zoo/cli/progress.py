@@ -15,31 +15,34 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_BARS = 0.1
 
 
 class RunProgress(AbstractContextManager["RunProgress"]):
     """Counts finished prompts and generated tokens, and shows them where there are many prompts.
 
     Attributes:
+        done: finished prompts.
         tokens: output tokens so far.
         first_token_s: seconds to the first token of all; None before it.
 
     Args:
         timed: whether speeds mean something; those of a simulated device do not.
+        bar: whether a terminal shows a bar, and not lines.
     """
 
-    def __init__(self, total: int, *, timed: bool = True) -> None:
+    def __init__(self, total: int, *, timed: bool = True, bar: bool = True) -> None:
         self.total = total
-        self.done = 0
+        self.done = self.tokens = 0
         self._timed = timed
         self.first_token_s: float | None = None
-        self._tokens: dict[str, int] = {}
-        self._start = self._last_line = time.monotonic()
+        self._running: dict[str, int] = {}
+        self._start = self._last_shown = time.monotonic()
         self._end: float | None = None
-        self._bar = _bar("prompts", total) if total > 1 and sys.stderr.isatty() else None
+        self._bar = _bar("prompts", total) if bar and total > 1 and sys.stderr.isatty() else None
 
     def __enter__(self) -> RunProgress:
-        self._start = self._last_line = time.monotonic()
+        self._start = self._last_shown = time.monotonic()
         if self._bar:
             self._bar.start()
         return self
@@ -50,25 +53,39 @@ class RunProgress(AbstractContextManager["RunProgress"]):
             self._bar.stop()
 
     @property
-    def tokens(self) -> int:
-        """Output tokens so far."""
-        return sum(self._tokens.values())
-
-    @property
     def seconds(self) -> float:
         """Time since the start, until the end."""
         return (self._end or time.monotonic()) - self._start
 
     def update(self, output: RequestOutput) -> None:
-        """Take one step's output."""
-        self._tokens[output.request_id] = count_tokens(output)
-        self.done += output.finished
+        """Take one step's output of a prompt that is one request."""
+        self.count(output)
+        if output.finished:
+            self.advance()
+
+    def count(self, output: RequestOutput) -> None:
+        """Count the tokens of one step's output."""
+        tokens = count_tokens(output)
+        self.tokens += tokens - self._running.pop(output.request_id, 0)
+        if not output.finished:
+            self._running[output.request_id] = tokens
         if self.first_token_s is None:
             self.first_token_s = self.seconds
+        self._show()
+
+    def advance(self) -> None:
+        """A prompt is finished."""
+        self.done += 1
+        self._show()
+
+    def _show(self) -> None:
+        now = time.monotonic()
+        if self.total == 1 or now - self._last_shown < (SECONDS_BETWEEN_BARS if self._bar else SECONDS_BETWEEN_LINES):
+            return
+        self._last_shown = now
         if self._bar:
             self._bar.update(self._bar.task_ids[0], completed=self.done, speed=self._speed_text())
-        elif self.total > 1 and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
-            self._last_line = time.monotonic()
+        else:
             print(self._line(), file=sys.stderr, flush=True)
 
     def summary(self) -> str:
@@ -77,13 +94,14 @@ class RunProgress(AbstractContextManager["RunProgress"]):
         if not self._timed:
             return f"{many}{self.tokens} tokens on a simulated device, whose speed says nothing"
         first = f", first token after {self.first_token_s:.2f} s" if self.first_token_s is not None else ""
-        return f"{many}{self.tokens} tokens in {self.seconds:.2f} s: {self._speed():.1f} tokens/s{first}"
+        return f"{many}{self.tokens} tokens in {self.seconds:.2f} s: {self._speed_text()}{first}"
 
     def _speed_text(self) -> str:
-        return f"{self._speed():.1f} tokens/s" if self._timed else "simulated"
-
-    def _speed(self) -> float:
-        return self.tokens / max(self.seconds, 1e-9)
+        if not self._timed:
+            return "simulated"
+        seconds = max(self.seconds, 1e-9)
+        prompts = f", {self.done / seconds:.2f} prompts/s" if self.total > 1 else ""
+        return f"{self.tokens / seconds:.1f} tokens/s{prompts}"
 
     def _line(self) -> str:
         left = self.seconds / self.done * (self.total - self.done) if self.done else None

@@ -5,13 +5,18 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from npu_zoo.cli.options import parse_ids
 from npu_zoo.cli.output import note
+from npu_zoo.cli.prompt_file import PromptFile
 from npu_zoo.core.errors import UsageError
 
 EXAMPLE = "def fibonacci(n):\n"
 """What the bundled checkpoint completes where no prompt is given."""
+
+MANY = 10_000
+"""Prompts beyond which a run that holds them all says so."""
 
 NO_PROMPT = (
     "no prompt was given; use --prompt TEXT, --prompts-file FILE (one prompt a line), --prompt-token-ids 1,2,3, "
@@ -21,12 +26,19 @@ NO_PROMPT = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text, token ids, or a prefix and suffix with a hole between them; ``line`` counts a file's lines from 1."""
+    """A text, token ids, a conversation, or a prefix and suffix with a hole between them.
+
+    Attributes:
+        line: its line in a file, from 1.
+        id: what the file calls it.
+    """
 
     text: str | None = None
     token_ids: tuple[int, ...] | None = None
     fim: tuple[str, str] | None = None
+    messages: tuple[dict[str, Any], ...] | None = None
     line: int | None = None
+    id: str | int | None = None
 
 
 @dataclass(frozen=True)
@@ -34,7 +46,7 @@ class PromptOptions:
     """The prompt options as they were given."""
 
     texts: list[str] | None = None
-    file: Path | None = None
+    file: PromptFile | None = None
     token_ids: list[str] | None = None
     fim_prefix: str | None = None
     fim_suffix: str | None = None
@@ -57,8 +69,21 @@ class PromptOptions:
         if ids:
             return [Prompt(token_ids=found) for found in ids]
         if not texts and self.file:
-            raise UsageError(f"{self.file} holds no prompt; write one a line")
+            raise UsageError(f"{self.file.name} holds no prompt; write one a line")
         return texts or _standard_input()
+
+    def require_file_alone(self) -> PromptFile:
+        """The file, which is run line by line.
+
+        Raises:
+            UsageError: there is anything but the file.
+        """
+        others = (self.texts, self.token_ids, self._fim())
+        if self.file is None or any(others):
+            raise UsageError(
+                "--output, JSON lines and batch files go with --prompts-file alone, without prompts from options"
+            )
+        return self.file
 
     def _fim(self) -> tuple[str, str] | None:
         prefix = _one_of(self.fim_prefix, self.fim_prefix_file, "prefix")
@@ -89,14 +114,14 @@ def read_text(path: Path) -> str:
         raise UsageError(f"{name} is not UTF-8: {error}") from error
 
 
-def _lines(path: Path) -> list[Prompt]:
-    """One prompt a line. Only a line feed ends a line: code may hold form feeds and other separators."""
-    lines = [line.removesuffix("\r") for line in read_text(path).split("\n")]
-    if lines[-1] == "":
-        lines.pop()
-    prompts = [Prompt(text=line, line=number) for number, line in enumerate(lines, 1) if line.strip()]
-    if len(prompts) < len(lines):
-        note(f"{path}: {len(lines) - len(prompts)} blank line(s) skipped, {len(prompts)} prompt(s) read")
+def _lines(file: PromptFile) -> list[Prompt]:
+    prompts = [Prompt(text=line.text, line=line.number) for line in file.lines()]
+    if file.blank:
+        note(f"{file.name}: {file.blank} blank line(s) skipped, {len(prompts)} prompt(s) read")
+    if len(prompts) > MANY:
+        note(
+            f"all {len(prompts)} prompts are held in memory; with --output FILE a few are, and the run can go on later"
+        )
     return prompts
 
 

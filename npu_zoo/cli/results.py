@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from npu_zoo.cli.prompts import Prompt
@@ -21,13 +21,18 @@ COMPLETION_KEYS: dict[str, str] = {
 RESULT_KEYS: dict[str, str] = {
     "index": "The prompt's place among all prompts, from 0.",
     "line": "The line of --prompts-file that the prompt stands in, from 1; only for such prompts.",
-    "prompt": "The prompt; null where it is token ids or has a hole to fill.",
+    "id": "The line's own id, where it has one; only for JSON lines.",
+    "prompt": "The prompt; null where it is token ids or a conversation or has a hole to fill.",
+    "messages": "Only where the prompt is a conversation.",
     "fim_prefix": "Only with a hole to fill: the text before it.",
     "fim_suffix": "Only with a hole to fill: the text after it.",
     "prompt_token_ids": "Only where the prompt was given as token ids.",
     **COMPLETION_KEYS,
     "outputs": f"Where --n is above 1: every completion, the first too, with its index, {', '.join(COMPLETION_KEYS)}.",
     "prompt_logprobs": "With --prompt-logprobs: the same per prompt token; null for the first.",
+    "error.type": "Only where a line was refused, in place of a completion: the kind of error.",
+    "error.message": "What is wrong with the line, and what to do.",
+    "run": "What the line is a result of: input, model and parameters. Only with --output or JSON lines.",
     "timings.ttft_s": "Seconds to the first token; null where none came.",
     "timings.total_s": "Seconds in all; null where it did not finish.",
     "timings.tokens_per_s": "Output tokens of all completions per second; null where it did not finish.",
@@ -97,7 +102,7 @@ class ResultWriter:
     def _write(self, index: int, output: RequestOutput) -> None:
         prompt = self.prompts[index]
         if self.as_json:
-            print(_json_line(result_data(index, prompt, output)), flush=True)
+            print(json_line(result_data(index, prompt, output)), flush=True)
             return
         show = printable if sys.stdout.isatty() else str
         for completion in output.outputs:
@@ -109,9 +114,13 @@ class ResultWriter:
         sys.stdout.flush()
 
 
-def _json_line(data: dict[str, Any]) -> str:
+def json_line(data: Mapping[str, Any]) -> str:
     """JSON that stays one line for every reader: some also split at these separators."""
     text = json.dumps(data, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a character, which UTF-8 cannot hold
+        text = json.dumps(data)
     return text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029").replace("\x85", "\\u0085")
 
 
@@ -124,16 +133,25 @@ def _title(prompt: Prompt) -> str:
     return text if len(text) <= _HEADER_WIDTH else text[: _HEADER_WIDTH - 1] + "…"
 
 
-def result_data(index: int, prompt: Prompt, output: RequestOutput) -> dict[str, Any]:
-    """One prompt's result under the names of :data:`RESULT_KEYS`; the first completion stands at the top."""
-    completions = [_completion_data(completion) for completion in output.outputs]
+def prompt_data(index: int, prompt: Prompt) -> dict[str, Any]:
+    """What a result says of its prompt."""
     data: dict[str, Any] = {"index": index, **({} if prompt.line is None else {"line": prompt.line})}
+    if prompt.id is not None:
+        data["id"] = prompt.id
     data["prompt"] = prompt.text
+    if prompt.messages is not None:
+        data["messages"] = list(prompt.messages)
     if prompt.fim is not None:
         data["fim_prefix"], data["fim_suffix"] = prompt.fim
     if prompt.token_ids is not None:
         data["prompt_token_ids"] = list(prompt.token_ids)
-    data.update(completions[0])
+    return data
+
+
+def result_data(index: int, prompt: Prompt, output: RequestOutput) -> dict[str, Any]:
+    """One prompt's result under the names of :data:`RESULT_KEYS`; the first completion stands at the top."""
+    completions = [_completion_data(completion) for completion in output.outputs]
+    data = {**prompt_data(index, prompt), **completions[0]}
     if len(completions) > 1:
         data["outputs"] = [{"index": i, **completion} for i, completion in enumerate(completions)]
     if output.prompt_logprobs is not None:

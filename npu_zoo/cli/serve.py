@@ -37,9 +37,10 @@ def serve(settings: Settings, options: ServeOptions) -> None:
         note(text)
     _warn_of_exposure(options)
     from npu_zoo.protocol.generation_config import generation_defaults
-    from npu_zoo.server.supervisor import Supervisor, listen
+    from npu_zoo.server.supervisor import Supervisor, follow, listen
 
     defaults = {**generation_defaults(config.weights), **settings.sampling}
+    follow(config)
     listener = listen(options.host, options.port)
     address = _address(options, listener.getsockname()[1])
     with LoadingProgress() as loading:

@@ -7,6 +7,7 @@ own limits, at the start as in every step.
 from __future__ import annotations
 
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,7 @@ class Guide:
 
 
 class GuideMaker:
-    """Makes guides for one tokenizer.
+    """Makes guides for one tokenizer; threads may share it.
 
     Args:
         tokenizer: whose tokens the masks speak of.
@@ -77,6 +78,7 @@ class GuideMaker:
         self._stop_token_ids = sorted(stop_token_ids)
         self._compiled: OrderedDict[StructuredOutputs, LLMatcher] = OrderedDict()
         self._vocabulary: Any = None
+        self._lock = threading.Lock()
 
     def make(self, form: StructuredOutputs) -> Guide:
         """A guide at the beginning of an output of this form.
@@ -84,13 +86,17 @@ class GuideMaker:
         Raises:
             UsageError: the form cannot be parsed, is not supported or too large, or llguidance is missing.
         """
+        with self._lock:
+            return Guide(self._matcher(form).deep_copy(), self._vocab_size)
+
+    def _matcher(self, form: StructuredOutputs) -> LLMatcher:
         matcher = self._compiled.get(form)
         if matcher is None:
             matcher = self._compiled[form] = self._compile(form)
             if len(self._compiled) > _KEPT:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(form)
-        return Guide(matcher.deep_copy(), self._vocab_size)
+        return matcher
 
     def _compile(self, form: StructuredOutputs) -> LLMatcher:
         try:

@@ -76,12 +76,14 @@ class PromptEncoder:
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """The token ids of a conversation; earlier answers go in without their reasoning.
 
         Args:
             tools: what the model may call, as in OpenAI's API. Where the chat template does not read them, the
                 format's instructions tell the model of them.
+            template_kwargs: further variables of the chat template's own.
 
         Raises:
             PromptError: a message lacks role or content, the template refuses the conversation, or the model has no
@@ -90,9 +92,9 @@ class PromptEncoder:
         tokenizer = self.need_tokenizer("chat")
         if self.config.reasoning:
             messages = self.config.reasoning.without_reasoning(checked_messages(messages))
-        if tools and not tokenizer.template_reads_tools:
+        if tools and "tools" not in tokenizer.template_variables:
             messages, tools = with_instructions(messages, tools, self._need_tools()), ()
-        return tokenizer.encode_chat(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+        return tokenizer.encode_chat(messages, add_generation_prompt, tools, template_kwargs)
 
     def render_fim(self, prefix: str, suffix: str) -> list[int]:
         """The token ids that ask for the text between a prefix and a suffix.

@@ -23,6 +23,8 @@ CHECK_TEXT = (
 """What a tokenizer must bring back unchanged to be accepted."""
 
 _METASPACE = "\u2581"
+_RENDERED = {"messages", "tools", "documents", "add_generation_prompt"}
+_FUNCTIONS = {"raise_exception", "strftime_now", "namespace", "range", "dict"}
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -137,8 +139,8 @@ class Tokenizer:
         return token_id in self._special
 
     @functools.cached_property
-    def template_reads_tools(self) -> bool:
-        """Whether the chat template itself tells the model of the tools that it is given."""
+    def template_variables(self) -> frozenset[str]:
+        """Names that the chat template reads and does not set itself."""
         import jinja2
         import jinja2.meta
 
@@ -146,22 +148,25 @@ class Tokenizer:
         try:
             parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=True).parse(template)
         except jinja2.TemplateSyntaxError:  # a tag of transformers' own
-            return re.search(r"\btools\b", template) is not None
-        return "tools" in jinja2.meta.find_undeclared_variables(parsed)
+            return frozenset(re.findall(r"[A-Za-z_]\w*", template))
+        return frozenset(jinja2.meta.find_undeclared_variables(parsed))
 
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """A conversation as text, under the checkpoint's chat template or else the given one, in Jinja's sandbox.
 
         Args:
             tools: as in OpenAI's API, for a template that reads them.
+            template_kwargs: further variables of the template's own, such as one that turns reasoning on.
 
         Raises:
-            PromptError: there is no template, a message lacks role or content, or the template refuses.
+            PromptError: there is no template, it does not read a variable, a message lacks role or content, or the
+                template refuses.
         """
         if self.chat_template_source is None:
             raise PromptError(
@@ -171,7 +176,7 @@ class Tokenizer:
         # Only here, for transformers takes longer to import than everything else takes to load.
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        variables: dict[str, Any] = dict(self._special_tokens)
+        variables = {**self._special_tokens, **self._checked_kwargs(template_kwargs or {})}
         try:
             result: Any = render_jinja_template(
                 conversations=[conversation],
@@ -191,13 +196,22 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """The token ids of a conversation, with the bos token once where the template or the tokenizer wants it.
 
         A checkpoint's own template is taken to emit every token that is due, as transformers has it.
         """
-        text = self.render_chat(messages, add_generation_prompt, tools)
+        text = self.render_chat(messages, add_generation_prompt, tools, template_kwargs)
         return self.encode(text, self.chat_template_source == "family" and not self._template_adds_bos)
+
+    def _checked_kwargs(self, template_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        own = self.template_variables - _RENDERED - _FUNCTIONS - self._special_tokens.keys()
+        unread = next((name for name in template_kwargs if name not in own), None)
+        if unread is not None:
+            known = f"it reads {', '.join(sorted(own))}" if own else "it reads none"
+            raise PromptError(f"the chat template reads no variable {unread!r} that could be given; {known}")
+        return dict(template_kwargs)
 
     def fim_prompt(self, prefix: str, suffix: str, fim_format: FimFormat) -> list[int]:
         """The token ids that ask for what stands between prefix and suffix.

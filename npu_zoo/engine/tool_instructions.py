@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from npu_zoo.core.errors import PromptError
 from npu_zoo.core.model_config import ToolFormat
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 
 def with_instructions(
@@ -30,11 +34,17 @@ def with_instructions(
 def render_instructions(tool_format: ToolFormat, tools: Sequence[Mapping[str, Any]]) -> str:
     """What the format's template makes of the tools, in Jinja's sandbox; raises as :func:`with_instructions`."""
     import jinja2
+
+    try:
+        return str(_compiled(tool_format.instructions).render(tools=tools))
+    except jinja2.TemplateError as error:
+        raise PromptError(f"the tools cannot be put into the prompt: {error}") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(instructions: str) -> Template:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
-    try:
-        return environment.from_string(tool_format.instructions).render(tools=tools)
-    except jinja2.TemplateError as error:
-        raise PromptError(f"the tools cannot be put into the prompt: {error}") from error
+    return environment.from_string(instructions)

@@ -52,7 +52,7 @@ class ChatAnswering(Answering):
         """See :meth:`Answering.response`."""
         found = super().response(outputs)
         if self._asked.prompt_logprobs is not None:
-            found["prompt_logprobs"] = prompt_logprobs(outputs[0].prompt_logprobs)
+            found["prompt_logprobs"] = prompt_logprobs(outputs[0], self._asked.prompt_logprobs)
         return found
 
     def _choice(self, index: int, answer: CompletionOutput, output: RequestOutput) -> dict[str, Any]:
@@ -145,9 +145,9 @@ def _joined(pieces: Sequence[CallPiece], call_id: Callable[[int, int], str], num
     """Pieces as OpenAI's API writes calls, those of one call put together."""
     calls: dict[int, dict[str, Any]] = {}
     for piece in pieces:
-        call = calls.setdefault(piece.index, {"index": piece.index, "function": {"arguments": ""}})
         if piece.name is not None:
-            call |= {"id": call_id(number, piece.index), "type": "function"}
-            call["function"] = {"name": piece.name, "arguments": ""}
+            head = {"index": piece.index, "id": call_id(number, piece.index), "type": "function"}
+            calls[piece.index] = {**head, "function": {"name": piece.name, "arguments": ""}}
+        call = calls.setdefault(piece.index, {"index": piece.index, "function": {"arguments": ""}})
         call["function"]["arguments"] += piece.arguments
     return list(calls.values())

@@ -68,7 +68,7 @@ class CompletionAnswering(Answering):
         written = self._start(index)
         choice = self._piece(index, answer, output, written, len(answer.token_ids)) | ending(answer)
         if self._asked.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs)
+            choice["prompt_logprobs"] = prompt_logprobs(output, self._asked.prompt_logprobs)
         return choice
 
     def _new_choices(self, index: int, answer: CompletionOutput, output: RequestOutput) -> list[dict[str, Any]]:
@@ -135,4 +135,4 @@ class CompletionAnswering(Answering):
             before.extend(output.prompt_token_ids)
             ids, offsets = [*output.prompt_token_ids, *ids], [*before.starts, *offsets]
             logprobs = [*(output.prompt_logprobs or []), *logprobs]
-        return completion_logprobs(self._encoder.tokenizer, ids, logprobs, offsets)
+        return completion_logprobs(self._encoder.tokenizer, ids, logprobs, offsets, self._asked.logprobs)

@@ -22,6 +22,7 @@ _SAID = {
     "float_type": "must be a number, not {given}",
     "finite_number": "must be a finite number, not {given}",
     "bool_type": "must be true or false, not {given}",
+    "none_required": "must be null, not {given}",
     "string_type": "must be a string, not {given}",
     "list_type": "must be a list, not {given}",
     "dict_type": "must be an object, not {given}",

@@ -36,7 +36,7 @@ class RequestModel(BaseModel):
     def _nearest(cls, name: str, names: set[str]) -> str:
         if name in cls.instead:
             return cls.instead[name]
-        near = difflib.get_close_matches(name, names, n=1)
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
         return f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(names))}"
 
 

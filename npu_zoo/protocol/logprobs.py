@@ -6,7 +6,7 @@ import codecs
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from npu_zoo.core.engine import Logprob
+from npu_zoo.core.engine import Logprob, RequestOutput
 from npu_zoo.engine.tokenizer import Tokenizer
 
 LEAST = -9999.0
@@ -73,14 +73,16 @@ def completion_logprobs(
     token_ids: Sequence[int],
     logprobs: Sequence[Entries | None],
     offsets: Sequence[int],
+    top: int,
 ) -> dict[str, Any]:
     """The four lists of completions; the chosen token is always among the most likely ones.
 
     Args:
         logprobs: None for a prompt's first token, which nothing predicts.
         offsets: where each token begins in the text.
+        top: how many of the most likely tokens stand at each position.
     """
-    pairs = list(zip(token_ids, logprobs, strict=False))
+    pairs = [(id_, _kept(entries, id_, top)) for id_, entries in zip(token_ids, logprobs, strict=False)]
     return {
         "tokens": [token_text(tokenizer, id_, entries) for id_, entries in pairs],
         "token_logprobs": [None if entries is None else finite(entries[id_].logprob) for id_, entries in pairs],
@@ -89,12 +91,11 @@ def completion_logprobs(
     }
 
 
-def prompt_logprobs(logprobs: Sequence[Entries | None] | None) -> list[dict[str, Any] | None]:
+def prompt_logprobs(output: RequestOutput, top: int) -> list[dict[str, Any] | None]:
     """In vLLM's form: at each position of the prompt, ids with their log-probabilities, ranks and texts."""
-    return [
-        None if entries is None else {str(id_): _plain(entry) for id_, entry in entries.items()}
-        for entries in logprobs or []
-    ]
+    pairs = zip(output.prompt_token_ids, output.prompt_logprobs or (), strict=False)
+    kept = [_kept(entries, id_, top) for id_, entries in pairs]
+    return [None if row is None else {str(id_): _plain(entry) for id_, entry in row.items()} for row in kept]
 
 
 def token_text(tokenizer: Tokenizer | None, token_id: int, entries: Entries | None = None) -> str:
@@ -114,6 +115,13 @@ def _chat_entry(tokenizer: Tokenizer | None, token_id: int, entry: Logprob) -> d
         "logprob": finite(entry.logprob),
         "bytes": list(tokenizer.token_bytes(token_id)) if tokenizer else None,
     }
+
+
+def _kept(entries: Entries | None, chosen: int, top: int) -> dict[int, Logprob] | None:
+    """The most likely tokens and the chosen one; an engine may have been asked for more on another account."""
+    if entries is None:
+        return None
+    return {id_: entry for id_, entry in entries.items() if entry.rank <= top or id_ == chosen}
 
 
 def _ranked(entries: Entries) -> list[tuple[int, Logprob]]:

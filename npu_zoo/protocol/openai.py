@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from npu_zoo.core.engine import GenerationRequest
+from npu_zoo.core.errors import ConfigError
 from npu_zoo.core.sampling import SamplingParams, StructuredOutputs
 from npu_zoo.engine.prompting import PromptEncoder
 from npu_zoo.protocol.answering import AnswerHead, Answering
@@ -53,6 +54,8 @@ class OpenAIProtocol:
     ) -> None:
         self.encoder = encoder
         self.served_model_names = tuple(served_model_names)
+        if not self.served_model_names:
+            raise ConfigError("the model is served under no name; give one at least")
         self.limits = limits or ProtocolLimits()
         self.defaults = check_defaults(defaults or {})
         self._created = int(time.time())
@@ -147,15 +150,19 @@ class OpenAIProtocol:
                 template_messages(request.messages),
                 add_generation_prompt=request.add_generation_prompt is not False,
                 tools=[tool.model_dump(exclude_none=True) for tool in request.tools or ()],
+                template_kwargs=request.chat_template_kwargs,
             )
         except Exception as error:
             raise _blamed(error, "prompt" if request.messages is None else "messages") from error
 
     def _render(self, request: ChatCompletionRequest, tools: Sequence[dict[str, Any]]) -> list[int]:
         try:
-            messages = template_messages(request.messages)
-            generation = request.add_generation_prompt is not False
-            ids = self.encoder.render_chat(messages, add_generation_prompt=generation, tools=tools)
+            ids = self.encoder.render_chat(
+                template_messages(request.messages),
+                add_generation_prompt=request.add_generation_prompt is not False,
+                tools=tools,
+                template_kwargs=request.chat_template_kwargs,
+            )
             return self.encoder.check(ids)
         except Exception as error:
             raise _blamed(error, "messages") from error

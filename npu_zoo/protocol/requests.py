@@ -39,15 +39,45 @@ def _prompt_form(value: Any) -> str | None:
 
 Prompt = Annotated[
     Annotated[str, Tag("<text>")]
-    | Annotated[list[str], Tag("<texts>")]
-    | Annotated[list[TokenId], Tag("<ids>")]
-    | Annotated[list[list[TokenId]], Tag("<lists>")],
+    | Annotated[list[str], Tag("<texts>"), Field(min_length=1)]
+    | Annotated[list[TokenId], Tag("<ids>"), Field(min_length=1)]
+    | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Tag("<lists>"), Field(min_length=1)],
     Discriminator(
         _prompt_form,
         custom_error_type="prompt",
         custom_error_message="must be a string, a list of strings, a list of token ids or of such lists, not empty",
     ),
 ]
+
+
+def _schema_form(value: Any) -> str | None:
+    return "<text>" if isinstance(value, str) else "<schema>" if isinstance(value, (dict, bool)) else None
+
+
+Schema = Annotated[
+    Annotated[dict[str, Any] | bool, Tag("<schema>")] | Annotated[str, Tag("<text>")],
+    Discriminator(
+        _schema_form, custom_error_type="schema", custom_error_message="must be a JSON schema: an object, true or false"
+    ),
+]
+
+
+def _scalar_form(value: Any) -> str | None:
+    forms = {bool: "<bool>", int: "<int>", float: "<float>", str: "<text>", type(None): "<null>"}
+    return forms.get(type(value))
+
+
+Scalar = Annotated[
+    Annotated[bool, Tag("<bool>")]
+    | Annotated[int, Tag("<int>")]
+    | Annotated[float, Tag("<float>")]
+    | Annotated[str, Tag("<text>")]
+    | Annotated[None, Tag("<null>")],
+    Discriminator(
+        _scalar_form, custom_error_type="scalar", custom_error_message="must be text, a number, true, false or null"
+    ),
+]
+TemplateKwargs = dict[str, Scalar]
 
 
 class StreamOptions(RequestModel):
@@ -60,7 +90,7 @@ class StreamOptions(RequestModel):
 class StructuredOutputsField(RequestModel):
     """What an output has to look like; exactly one of the fields."""
 
-    json_: dict[str, Any] | bool | str | None = Field(None, alias="json", description="A JSON schema, or its text.")
+    json_: Schema | None = Field(None, alias="json", description="A JSON schema, or its text.")
     json_object: bool | None = Field(None, description="Any JSON object.")
     regex: str | None = Field(None, min_length=1, description="A regular expression that the whole output matches.")
     choice: list[Annotated[str, Field(min_length=1)]] | None = Field(
@@ -156,6 +186,7 @@ class ChatCompletionRequest(SamplingFields):
     add_generation_prompt: bool | None = Field(
         None, description="Open the answer's turn in the prompt; true when unset."
     )
+    chat_template_kwargs: TemplateKwargs | None = Field(None, description="Variables of the chat template's own.")
 
     @model_validator(mode="after")
     def _of_chat(self) -> ChatCompletionRequest:
@@ -204,6 +235,7 @@ class TokenizeRequest(RequestModel):
     tools: list[Tool] | None = None
     add_special_tokens: bool | None = Field(None, description="Begin as the checkpoint asks for; true when unset.")
     add_generation_prompt: bool | None = Field(None, description="Open the answer's turn; true when unset.")
+    chat_template_kwargs: TemplateKwargs | None = Field(None, description="Variables of the chat template's own.")
     return_token_strs: bool | None = Field(None, description="Each token's text too.")
 
     @model_validator(mode="after")

@@ -18,7 +18,8 @@ from npu_zoo.protocol.structured import schema_text
 from npu_zoo.protocol.tool_calls import ToolCallReader
 from npu_zoo.registry import get_registry
 
-_WHITE_SPACE = r"[\x20\x0A\x0D\x09]{0,32}"  # between JSON's tokens; without an end a weak model writes nothing else
+_ARGUMENTS_SPACE = r"\x20?"  # between JSON's tokens; nobody reads arguments
+_ANSWER_SPACE = r"[\x20\x0A\x0D\x09]{0,32}"  # without an end a weak model writes nothing else
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class OfferedTools:
         tools = tuple(Tool.model_validate(tool) for tool in self.shown)
         rules = call_rules(self.tool_format, tools, self.parallel, limits)
         schema = json.loads(answer.json) if answer.json else {"type": "object"}
-        return StructuredOutputs(grammar=f"start: calls | answer\nanswer: {_json_rule(schema)}\n{rules}")
+        return StructuredOutputs(grammar=f"start: calls | answer\nanswer: {_json_rule(schema, _ANSWER_SPACE)}\n{rules}")
 
 
 def offered_tools(request: ChatCompletionRequest, config: EngineConfig, limits: ProtocolLimits) -> OfferedTools | None:
@@ -94,7 +95,7 @@ def call_rules(tool_format: ToolFormat, tools: Sequence[Tool], parallel: bool, l
     for i, tool in enumerate(tools):
         opening = _literals(form.call_begin + form.before_name + tool.function.name + form.before_arguments)
         lines.append(f"call_{i}: {opening} arguments_{i} {_literals(form.after_arguments + form.call_end)}")
-        lines.append(f"arguments_{i}: {_json_rule(_parameters(tool, i, limits))}")
+        lines.append(f"arguments_{i}: {_json_rule(_parameters(tool, i, limits), _ARGUMENTS_SPACE)}")
     return "\n".join(lines) + "\n"
 
 
@@ -102,9 +103,9 @@ def _literals(text: str) -> str:
     return json.dumps(text, ensure_ascii=False) if text else ""
 
 
-def _json_rule(schema: Any) -> str:
+def _json_rule(schema: Any, white_space: str) -> str:
     if isinstance(schema, dict):
-        schema = {**schema, "x-guidance": {"whitespace_pattern": _WHITE_SPACE}}
+        schema = {**schema, "x-guidance": {"whitespace_pattern": white_space}}
     return "%json " + json.dumps(schema, ensure_ascii=False)
 
 

@@ -155,7 +155,7 @@ class Routes:
     async def _generate(
         self, request: Request, kind: str, model: type[BodyT], make: Callable[[BodyT, str], Answering]
     ) -> Response:
-        service, seen(request).generates = self._service, True
+        service = self._service
         async with contextlib.AsyncExitStack() as stack:
             client = self._client(request)
             service.require_ready()

@@ -90,13 +90,14 @@ class EngineClient:
             UsageError: the request's id is in use by an unfinished one.
             NpuZooError: the engine does not take the request; of the class that its ``add_request`` raises.
         """
-        stream = self._submit(request)
+        stream, finished = self._submit(request), False
         try:
-            while not stream.output.finished:
+            while not finished:
                 await stream.moved.wait()
                 stream.moved.clear()
                 if stream.error is not None:
                     raise stream.error
+                finished = stream.output.finished  # as it is yielded; it may move on before the consumer is back
                 yield stream.output
         finally:
             if self._streams.get(stream.key) is stream:

@@ -101,35 +101,44 @@ class EngineServer:
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()  # what other threads want done in this one
         self._front_ends: list[_FrontEnd] = []
         self._requests: dict[str, _Request] = {}
-        self._stopping = False
+        self._stopping = threading.Event()
 
     def stop(self) -> None:
         """Have :meth:`serve` return after the step that is under way; for signal handlers and other threads."""
-        self._stopping = True
+        self._stopping.set()
         self._inbox.put(_nothing)
 
     def serve(self) -> None:
-        """Run requests until :meth:`stop`. What the engine's step raises ends it, and all connections with it."""
+        """Run requests until :meth:`stop`, which aborts what is left; what the engine's step raises leaves it at once.
+
+        Either way the front ends see that the engine is gone.
+        """
         threading.Thread(target=self._accept, name="front ends", daemon=True).start()
         try:
-            while not self._stopping:
+            while not self._stopping.is_set():
                 self._act(wait=not self._engine.has_unfinished_requests())
                 if self._engine.has_unfinished_requests():
                     for output in self._engine.step():
                         self._note(output)
                 self._tell_all()
+            for request in list(self._requests.values()):
+                self._abort(request)
         finally:
             for front_end in self._front_ends:
                 front_end.channel.close()
 
     def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:  # such as no descriptor being left
-                time.sleep(_SECONDS_BETWEEN_TRIES)
-                continue
-            self._inbox.put(partial(self._welcome, connection))
+        with self._listener:
+            while not self._stopping.is_set():
+                try:
+                    connection, _ = self._listener.accept()
+                except OSError:  # such as no descriptor being left
+                    time.sleep(_SECONDS_BETWEEN_TRIES)
+                    continue
+                if self._stopping.is_set():
+                    connection.close()  # who it is comes again, to the next engine
+                else:
+                    self._inbox.put(partial(self._welcome, connection))
 
     def _act(self, *, wait: bool) -> None:
         """Do what is asked for by now; at least one thing where the engine has nothing to do."""

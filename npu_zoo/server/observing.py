@@ -22,17 +22,18 @@ if TYPE_CHECKING:
     from npu_zoo.server.tracing import RequestSpan
 
 _KEY = "npu_zoo"
-_LEAST_STATUS_OF_ERRORS = 500
-_REASONS: dict[str | int, RejectReason] = {
+_REASONS: dict[str | None, RejectReason] = {
+    "invalid_api_key": "unauthorized",
     "queue_full": "queue_full",
     "rate_limit_exceeded": "rate_limit",
     "concurrency_limit_exceeded": "concurrency_limit",
     "draining": "draining",
     "engine_not_ready": "engine_down",
-    401: "unauthorized",
-    413: "too_large",
 }
-"""What metrics call a refusal, by its code or status."""
+"""Why a request was turned away, by its error's code; of the others the status tells."""
+
+_LEAST_STATUS_OF_ERRORS = 500
+_TOO_LARGE = 413
 
 
 @dataclass
@@ -44,7 +45,6 @@ class Seen:
         exchange: its part in the engine, where it got so far.
         error: what the client was told instead of an answer.
         span: its trace, where it got so far.
-        generates: whether it asks for a generation.
     """
 
     id: str
@@ -52,7 +52,6 @@ class Seen:
     exchange: Exchange | None = None
     error: ApiError | None = None
     span: RequestSpan | None = None
-    generates: bool = False
 
     def fail(self, error: BaseException, found: ApiError) -> None:
         """Note an error; one that is not the request's is logged with its traceback."""
@@ -67,12 +66,6 @@ def seen(request: Request) -> Seen:
     """What is known of a request."""
     known: Seen = request.scope[_KEY]
     return known
-
-
-def reject_reason(error: ApiError) -> RejectReason | None:
-    """Why a request was refused, as metrics have it; None where the server failed on it."""
-    other: RejectReason | None = "invalid" if error.status < _LEAST_STATUS_OF_ERRORS else None
-    return _REASONS.get(error.code or "") or _REASONS.get(error.status) or other
 
 
 class ObservingMiddleware:
@@ -110,8 +103,8 @@ class ObservingMiddleware:
         exchange = known.exchange
         outputs = list(exchange.outputs.values()) if exchange else []
         error = (known.error.code or known.error.type) if known.error else None
-        if known.generates and exchange is None and known.error and (reason := reject_reason(known.error)):
-            self._service.metrics.rejected(reason)
+        if known.error is not None and exchange is None and scope["method"] == "POST":
+            self._service.metrics.rejected(_reason(known.error))
         if known.span is not None:
             known.span.ended(status, outputs, error)
         line = RequestLine(
@@ -127,3 +120,7 @@ class ObservingMiddleware:
             arrival_time=known.arrival_time,
         )
         self._log.ended(line, outputs)
+
+
+def _reason(error: ApiError) -> RejectReason:
+    return _REASONS.get(error.code, "too_large" if error.status == _TOO_LARGE else "invalid")

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import heapq
 import itertools
+import os
 import shutil
 import signal
 import socket
@@ -24,10 +25,13 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
+import npu_zoo
 from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.engine import Progress
 from npu_zoo.core.errors import ConfigError, EngineError, HardwareError, NpuZooError
+from npu_zoo.dispatch import create_engine
 from npu_zoo.parallel.children import describe_end
+from npu_zoo.parallel.environment import LaunchEnvironment
 from npu_zoo.platforms.ports import port_users
 from npu_zoo.server.child import ChildProcess
 from npu_zoo.server.engine_process import EngineSetup
@@ -84,7 +88,8 @@ class Supervisor:
         front_end: see :class:`~npu_zoo.server.front_end_process.FrontEndStart`.
         options: for the front end, as :class:`~npu_zoo.server.front_end_process.FrontEndSetup` has them.
         grace_period: seconds that running requests may take after a SIGTERM.
-        policy: of both processes.
+        policy: of both processes. Where a launcher started this one, an engine that dies ends the server, since its
+            ranks can only be started together, by the launcher.
         on_loading: called with the stages of the engine's starts.
         on_ready: called each time that the engine takes requests.
         tell: called with a line of text for the log.
@@ -106,6 +111,7 @@ class Supervisor:
         self._config, self._listener, self._options = config, listener, options
         self._function, self._grace_period = front_end, grace_period
         self._policy = policy or RestartPolicy()
+        self._launched = LaunchEnvironment.from_environ(os.environ) is not None
         self._on_loading, self._on_ready, self._tell = on_loading, on_ready, tell or _print
         self._events: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._moments: list[tuple[float, int, Callable[[], None]]] = []
@@ -205,12 +211,14 @@ class Supervisor:
         served = 0.0 if role.serving_since is None else time.monotonic() - role.serving_since
         role.deaths = 1 if served >= self._policy.healthy_seconds else role.deaths + 1
         delay = self._policy.delay(role.deaths)
-        if delay is None:
+        if role is self._engine and self._launched:
+            self._end = EngineError(f"{what}; a launcher starts its ranks, so the server ends")
+        elif delay is None:
             often = f"it ended {role.deaths} times without {self._policy.healthy_seconds:g} s of service"
             self._end = EngineError(f"{what}; {often}, so the server ends")
-            return
-        self._tell(f"{what}; it is started again" + (f" in {delay:g} s" if delay else ""))
-        self._later(delay, partial(self._start, role))
+        else:
+            self._tell(f"{what}; it is started again" + (f" in {delay:g} s" if delay else ""))
+            self._later(delay, partial(self._start, role))
 
     def _stop(self, number: int) -> None:
         if self._stopping:
@@ -231,7 +239,7 @@ class Supervisor:
             return
         self._listener.close()
         if self._engine.process is None:
-            self._end = self._code
+            self._end = self._code if self._end is None else self._end
         elif self._engine.alive:
             self._engine.process.send_signal(signal.SIGTERM)
             self._kill_later(self._engine, _SECONDS_TO_END)
@@ -320,6 +328,20 @@ class _Role:
         if self.failure.on_purpose:
             return self.failure.error
         return None if self.serving_since is not None else EngineError(f"the {self.name}: {self.failure.error}")
+
+
+def follow(config: EngineConfig) -> None:
+    """Where a launcher started this process as another rank than the first: work for that one's engine.
+
+    To be called before :func:`listen`, as the first rank's process alone is the server.
+
+    Raises:
+        SystemExit: the run is over.
+    """
+    launched = LaunchEnvironment.from_environ(os.environ)
+    if launched is not None and launched.rank:
+        npu_zoo.simulate()
+        create_engine(config)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from npu_zoo.cli.chat import Conversation, ShownAnswer
+from npu_zoo.cli.answers import GrowingAnswer, LocalAnswerer
+from npu_zoo.cli.chat import Conversation
 from npu_zoo.core.engine import CompletionOutput, RequestMetrics, RequestOutput
-from npu_zoo.core.errors import PromptError
+from npu_zoo.core.errors import EngineError, PromptError
 from npu_zoo.core.model_config import ReasoningFormat
 from npu_zoo.core.sampling import SamplingParams
 
@@ -22,10 +23,12 @@ class ParrotLLM:
 
     def __init__(self) -> None:
         self.engine = SimpleNamespace(
-            config=SimpleNamespace(max_model_len=LIMIT, reasoning=None), render_chat=self.render
+            config=SimpleNamespace(max_model_len=LIMIT, reasoning=None, model="parrot", hardware="cpu"),
+            render_chat=self.render,
         )
         self.seen: list[list[dict[str, Any]]] = []
         self.interrupt_at: int | None = None
+        self.fail_at: int | None = None
         self.closed = 0
         self.opened = False
 
@@ -43,6 +46,8 @@ class ParrotLLM:
             for end in range(1, len(text) + 1):
                 if end == self.interrupt_at:
                     os.kill(os.getpid(), signal.SIGINT)
+                if end == self.fail_at:
+                    raise EngineError("a rank died")
                 output = CompletionOutput(0, text[:end])
                 done = end == len(text)
                 yield RequestOutput("0", None, [], [output], done, RequestMetrics(0.0), reasoning_open=self.opened)
@@ -59,7 +64,7 @@ def talk(llm: ParrotLLM, *lines: str | type[BaseException], system: str | None =
             return line
         raise line
 
-    conversation = Conversation(llm, SamplingParams(max_tokens=4), system)  # type: ignore[arg-type]
+    conversation = Conversation(LocalAnswerer(llm, SamplingParams(max_tokens=4)), system)  # type: ignore[arg-type]
     conversation.loop(read_line)
     return conversation
 
@@ -158,12 +163,31 @@ def test_reasoning_is_shown_and_stays_out_of_the_history(
     assert capsys.readouterr().out == f"{said}\n\n"
 
 
-def test_reasoning_is_dim_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = ShownAnswer(ReasoningFormat(start="<think>", end="</think>"))
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    monkeypatch.delenv("NO_COLOR", raising=False)
+def test_reasoning_is_told_apart_while_it_grows() -> None:
+    growing = GrowingAnswer(ReasoningFormat(start="<think>", end="</think>"))
     states = ["<think>a", "<think>ab</think>", "<think>ab</think>c", "<think>ab</think>cd"]
     outputs = [RequestOutput("0", None, [], [CompletionOutput(0, s)], False, RequestMetrics(0.0)) for s in states]
-    pieces = [shown.take(output) for output in outputs]
-    assert pieces == ["\033[2m<think>a\033[22m", "\033[2mb</think>\033[22m", "c", "d"]
-    assert shown.answer == "cd"
+    grown = [growing.take(output) for output in outputs]
+    assert [state.reasoning for state in grown] == ["<think>a", "b</think>", "", ""]
+    assert [state.text for state in grown] == ["", "", "c", "d"]
+    assert grown[-1].answer == "cd"
+
+
+def test_reasoning_is_dim_at_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    llm = ParrotLLM()
+    llm.engine.config.reasoning = ReasoningFormat(start="<", end=">")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    talk(llm, "<a>b")
+    dim = "".join(f"\033[2m{letter}\033[22m" for letter in "<a>")
+    assert capsys.readouterr().out == f"{dim}b\n\n"
+
+
+def test_an_error_in_the_middle_keeps_what_came(capsys: pytest.CaptureFixture[str]) -> None:
+    llm = ParrotLLM()
+    llm.fail_at = 3
+    conversation = talk(llm, "abcdef", "x")
+    assert contents(conversation.messages) == ["abcdef", "ab", "x", "x"]
+    captured = capsys.readouterr()
+    assert "error: a rank died; what came of the answer is kept" in captured.err
+    assert captured.out == "ab\nx\n\n"

@@ -12,10 +12,11 @@ import pytest
 from npu_zoo.cli.results import COMPLETION_KEYS, RESULT_KEYS, printable
 from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.engine import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from npu_zoo.core.sampling import SamplingParams
+from npu_zoo.core.sampling import SamplingParams, StructuredOutputs
 from npu_zoo.engine.llm import LLM
 
 MODEL = ("--model", "deepseek_coder:demo", "--hardware", "cpu")
+FROM_CONFIG = LLM.__dict__["from_config"]
 
 
 class EchoLLM:
@@ -169,7 +170,9 @@ def test_the_json_of_a_prompt(cli: Callable, started: list[EchoLLM]) -> None:
     }
 
 
-def test_the_keys_of_run_are_those_that_are_documented(cli: Callable, started: list[EchoLLM], tmp_path: Path) -> None:
+def test_the_keys_of_run_are_those_that_are_documented(
+    cli: Callable, started: list[EchoLLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "p.txt").write_text("a\n")
     everything = ("--n", "2", "--stop", "x", "--logprobs", "1", "--prompt-logprobs", "1")
     cases = [
@@ -178,8 +181,13 @@ def test_the_keys_of_run_are_those_that_are_documented(cli: Callable, started: l
         ("--fim-prefix", "a", "--fim-suffix", "b"),
     ]
     found = [results(cli("run", *MODEL, "--json", *case).out)[0] for case in cases]
-    timings = {f"timings.{key}" for result in found for key in result["timings"]}
-    assert {key for result in found for key in result} - {"timings"} | timings == set(RESULT_KEYS)
+    lines = [{"messages": [{"role": "user", "content": "a"}], "id": 1}, {"prompt_token_ids": [10**9]}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(LLM, "from_config", FROM_CONFIG)
+    ran = cli("run", *MODEL, "--prompts-file", str(tmp_path / "p.jsonl"), "--max-tokens", "1", "--threads", "1")
+    found += results(ran.out)
+    inner = {f"{name}.{key}" for name in ("timings", "error") for result in found for key in result.get(name, ())}
+    assert {key for result in found for key in result} - {"timings", "error"} | inner == set(RESULT_KEYS)
     assert {key for output in found[0]["outputs"] for key in output} == {"index", *COMPLETION_KEYS}
     text = cli("run", "--help").out
     assert [key for key in RESULT_KEYS if f"\n  {key} " not in text] == []
@@ -238,6 +246,49 @@ def test_sampling_is_greedy_unless_asked_otherwise(cli: Callable, started: list[
         max_tokens=9,
         ignore_eos=True,
     )
+
+
+def test_the_form_of_outputs_reaches_the_sampling_parameters(
+    cli: Callable, started: list[EchoLLM], tmp_path: Path
+) -> None:
+    (tmp_path / "schema.json").write_text('{"type": "object"}\n')
+    (tmp_path / "g.lark").write_text('start: "a"\n')
+    cases = [
+        (("--json-schema", str(tmp_path / "schema.json")), StructuredOutputs(json='{"type": "object"}\n')),
+        (("--grammar", str(tmp_path / "g.lark")), StructuredOutputs(grammar='start: "a"\n')),
+        (("--regex", "[ab]+"), StructuredOutputs(regex="[ab]+")),
+        (("--choice", "yes", "--choice", "no"), StructuredOutputs(choice=("yes", "no"))),
+        ((), None),
+    ]
+    for arguments, form in cases:
+        assert cli("run", *MODEL, "--prompt", "a", *arguments).code == 0
+        assert started[-1].calls[0][2] == SamplingParams(temperature=0.0, max_tokens=128, structured_outputs=form)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--regex", "a", "--choice", "b"), "exclude each other"),
+        (("--json-schema", "/no/such/schema"), "/no/such/schema"),
+        (("--json-schema", "broken"), "no JSON schema"),
+        (("--grammar", "empty"), "is empty"),
+        (("--choice", ""), "empty"),
+    ],
+)
+def test_a_form_that_makes_no_sense_is_refused(
+    cli: Callable,
+    started: list[EchoLLM],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken").write_text("{")
+    (tmp_path / "empty").write_text("\n")
+    ran = cli("run", *MODEL, "--prompt", "a", *arguments)
+    assert (ran.code, started) == (2, [])
+    assert words in ran.err
 
 
 def test_engine_options_reach_the_config(cli: Callable, started: list[EchoLLM]) -> None:

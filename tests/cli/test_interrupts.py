@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from npu_zoo.cli.interrupts import interrupt_flag, interrupt_guard
+from npu_zoo.cli.interrupts import InterruptFlag, interrupt_flag, interrupt_guard
 
 
 def press_ctrl_c() -> None:
@@ -55,3 +55,28 @@ def test_a_second_interrupt_is_not_held_back() -> None:
     with pytest.raises(KeyboardInterrupt):
         work()
     assert seen == [True]
+
+
+def test_an_interrupt_ends_a_wait_at_once_and_is_remembered() -> None:
+    seen = []
+
+    def wait(interrupted: InterruptFlag) -> None:
+        with interrupted.waiting():
+            seen.append("the block")
+            press_ctrl_c()
+            seen.append("after it")
+
+    with interrupt_flag() as interrupted:
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                wait(interrupted)
+            assert interrupted()
+    assert seen == ["the block"]
+
+
+def test_after_a_wait_an_interrupt_is_a_flag_again() -> None:
+    with interrupt_flag() as interrupted:
+        with interrupted.waiting():
+            pass
+        press_ctrl_c()
+        assert interrupted()

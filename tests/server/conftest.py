@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -56,6 +56,3 @@ def engine_path(llm: LLM, tmp_path: Path) -> Iterator[Path]:
     """A socket at which the module's LLM is served; nobody else may use it meanwhile."""
     with serving(llm, tmp_path / "engine.sock"):
         yield tmp_path / "engine.sock"
-
-
-Serve = Callable[[LLM, Path], object]

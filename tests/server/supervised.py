@@ -8,12 +8,13 @@ import sys
 from npu_zoo.core.config import EngineArgs
 from npu_zoo.core.errors import NpuZooError
 from npu_zoo.dispatch import resolve
-from npu_zoo.server.supervisor import RestartPolicy, Supervisor, listen
+from npu_zoo.server.supervisor import RestartPolicy, Supervisor, follow, listen
 from npu_zoo.testing.door import unchecked_config
 
 
 def main(options: dict[str, dict[str, object]]) -> int:
     config = unchecked_config(resolve(EngineArgs(**options["engine"])), **options.get("changes", {}))
+    follow(config)
     listener = listen("127.0.0.1", 0)
     print(listener.getsockname()[1], flush=True)
     supervisor = Supervisor(
