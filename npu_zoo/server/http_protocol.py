@@ -124,7 +124,8 @@ class PatientProtocol(H11Protocol):
         body = json.dumps(error.body()).encode()
         headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
         head = h11.Response(status_code=error.status, headers=headers, reason=HTTPStatus(error.status).phrase)
-        for event in (head, h11.Data(data=body), h11.EndOfMessage()):
+        bodiless = self.conn.our_state is h11.SEND_RESPONSE and self.scope["method"] == "HEAD"
+        for event in (head, h11.Data(data=b"" if bodiless else body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
 
     def _end_later(self, end: Callable[[], None]) -> bool:
