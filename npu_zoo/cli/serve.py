@@ -14,7 +14,7 @@ from npu_zoo.cli.progress import LoadingProgress
 from npu_zoo.core.errors import ConfigError, UsageError
 from npu_zoo.dispatch import resolve
 from npu_zoo.server.keys import API_KEY_VARIABLE, ApiKeys
-from npu_zoo.server.options import LOOPBACK, FrontEndOptions, ServeOptions
+from npu_zoo.server.options import FrontEndOptions, ServeOptions, is_loopback
 from npu_zoo.settings import Settings
 
 _LIBRARIES = ("torch", "fastapi", "uvicorn", "prometheus_client", "limits")
@@ -82,7 +82,7 @@ def _no_password() -> str:
 
 
 def _warn_of_exposure(options: ServeOptions) -> None:
-    if options.host not in LOOPBACK and not (options.api_key_file or os.environ.get(API_KEY_VARIABLE)):
+    if not is_loopback(options.host) and not (options.api_key_file or os.environ.get(API_KEY_VARIABLE)):
         note(f"{options.host} can be reached from other machines, and no API keys are set (--api-key-file)")
 
 

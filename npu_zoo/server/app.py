@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from npu_zoo import __version__
 from npu_zoo.protocol.answering import Answering
@@ -28,15 +28,16 @@ from npu_zoo.protocol.requests import (
 from npu_zoo.server.answers import EventStream, Generation, chained, encode_json, events, unless_gone
 from npu_zoo.server.bodies import ClientGone, read_body
 from npu_zoo.server.exchange import Exchange
+from npu_zoo.server.hosts import HostMiddleware
 from npu_zoo.server.observing import ObservingMiddleware, seen
 from npu_zoo.server.openapi import body_of, describe
+from npu_zoo.server.request_ids import REQUEST_ID_HEADER
 from npu_zoo.server.service import Service, told
 from npu_zoo.server.tracing import TracedRequest
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
 SIMPLE_CHAT = "/chat"
 _CLIENT_GONE = 499  # nginx's status for it; nobody reads it
-_SEND_TIMEOUT_S = 60.0
 
 
 def create_app(service: Service) -> FastAPI:
@@ -47,17 +48,28 @@ def create_app(service: Service) -> FastAPI:
         app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
     for path, (endpoint, model) in routes.generations().items():
         app.add_api_route(path, endpoint, methods=["POST"], response_model=None, openapi_extra=body_of(model))
-    for kind in (ApiError, ValueError, HTTPException, ClientGone, Exception):
+    for kind in (ApiError, ValueError, HTTPException, ClientGone):
         app.add_exception_handler(kind, answer_error)
     app.openapi = partial(describe, app)  # type: ignore[method-assign]
-    if service.options.cors_origin:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=service.options.cors_origin, allow_methods=["*"], allow_headers=["*"]
-        )
-    if service.options.hosts:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=service.options.hosts, www_redirect=False)
-    app.add_middleware(ObservingMiddleware, service=service)
+    _add_middleware(app, service)
     return app
+
+
+def _add_middleware(app: FastAPI, service: Service) -> None:
+    """What requests pass on their way to the routes, the last one first."""
+    options = service.options
+    if options.hosts:
+        app.add_middleware(HostMiddleware, allowed=options.hosts)
+    app.add_middleware(ErrorMiddleware)
+    if options.cors_origin:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=options.cors_origin,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=[REQUEST_ID_HEADER, "Retry-After"],
+        )
+    app.add_middleware(ObservingMiddleware, service=service)
 
 
 class Routes:
@@ -164,7 +176,7 @@ class Routes:
             # An error that comes before the first output still has a status of its own.
             first = await unless_gone(request, anext(states))
             parts = events(answering, chained(first, states), lambda error: self._told_late(request, error))
-            return EventStream(parts, stack.pop_all(), send_timeout=_SEND_TIMEOUT_S)
+            return EventStream(parts, stack.pop_all())
 
     def _begin(self, request: Request, kind: str, answering: Answering) -> Generation:
         """Admit a request's completions and start them."""
@@ -210,6 +222,29 @@ class Routes:
         found = told(error)
         seen(request).fail(error, found)
         return found.body()
+
+
+class ErrorMiddleware:
+    """Answers what no handler is there for. Starlette's own would raise it again, and log it a second time."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve as an ASGI application."""
+        started = False
+
+        async def send_on(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_on)
+        except Exception as error:
+            answer = await answer_error(Request(scope), error)
+            if not started:  # else the connection is closed amid the answer
+                await answer(scope, receive, send)
 
 
 async def answer_error(request: Request, error: Exception) -> Response:

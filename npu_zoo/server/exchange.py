@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import replace
 
 from npu_zoo.core.engine import GenerationRequest, RequestOutput
@@ -12,7 +13,7 @@ from npu_zoo.protocol.errors import ApiError
 from npu_zoo.server.client import EngineDied
 from npu_zoo.server.metrics import ServerMetrics
 
-Generate = Callable[[GenerationRequest], AsyncIterator[RequestOutput]]
+Generate = Callable[[GenerationRequest], AsyncGenerator[RequestOutput, None]]
 
 
 class Exchange:
@@ -53,11 +54,12 @@ class Exchange:
         place = self._places[request.request_id]
         observed = self._observed[place]
         try:
-            async for output in self._generate(request):
-                self.outputs[place] = output
-                (observed.finished if output.finished else observed.progressed)(output)
-                _require_whole(output)
-                yield output
+            async with contextlib.aclosing(self._generate(request)) as states:
+                async for output in states:
+                    self.outputs[place] = output
+                    (observed.finished if output.finished else observed.progressed)(output)
+                    _require_whole(output)
+                    yield output
         except (asyncio.CancelledError, GeneratorExit):
             observed.aborted("disconnect", self.outputs.get(place))
             raise

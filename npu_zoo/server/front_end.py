@@ -96,7 +96,7 @@ class FrontEnd:
         options = self._options
         return uvicorn.Config(
             create_app(self._service),
-            http=protocol_with(head_timeout=options.head_timeout),
+            http=protocol_with(head_timeout=options.head_timeout, send_timeout=options.send_timeout),
             ws="none",
             lifespan="off",
             log_config=None,

@@ -34,7 +34,7 @@ class ApiKeys:
         Raises:
             ConfigError: the file cannot be read or holds no key.
         """
-        own = environ.get(API_KEY_VARIABLE)
+        own = environ.get(API_KEY_VARIABLE, "").strip()
         return cls([*(_read(file) if file else ()), *([own] if own else ())])
 
     def check(self, authorization: str | None) -> str | None:
@@ -57,6 +57,7 @@ class ApiKeys:
                 f"the API key {problem}; send it as 'Authorization: Bearer KEY'",
                 type="authentication_error",
                 code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
             )
         return digest.hex()[:_SHOWN]
 

@@ -103,8 +103,8 @@ class ObservingMiddleware:
         exchange = known.exchange
         outputs = list(exchange.outputs.values()) if exchange else []
         error = (known.error.code or known.error.type) if known.error else None
-        if known.error is not None and exchange is None and scope["method"] == "POST":
-            self._service.metrics.rejected(_reason(known.error))
+        if exchange is None and scope["method"] == "POST" and (reason := _reason(known.error)):
+            self._service.metrics.rejected(reason)
         if known.span is not None:
             known.span.ended(status, outputs, error)
         line = RequestLine(
@@ -122,5 +122,8 @@ class ObservingMiddleware:
         self._log.ended(line, outputs)
 
 
-def _reason(error: ApiError) -> RejectReason:
+def _reason(error: ApiError | None) -> RejectReason | None:
+    """Why a request was turned away; None where it was not, or where the server failed on it."""
+    if error is None or error.status == _LEAST_STATUS_OF_ERRORS:
+        return None
     return _REASONS.get(error.code, "too_large" if error.status == _TOO_LARGE else "invalid")

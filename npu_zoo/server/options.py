@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,9 @@ class ServeOptions(BaseModel):
         10.0, gt=0, allow_inf_nan=False, description="Longest time for a request's line and headers to arrive."
     )
     body_timeout: float = Field(30.0, gt=0, allow_inf_nan=False, description="Longest time for its body.")
+    send_timeout: float = Field(
+        60.0, gt=0, allow_inf_nan=False, description="How long a client may take nothing of what is sent to it."
+    )
     keep_alive: float = Field(
         30.0, gt=0, allow_inf_nan=False, description="How long an unused connection is kept open."
     )
@@ -81,7 +85,15 @@ class ServeOptions(BaseModel):
         """
         if self.allowed_host:
             return self.allowed_host
-        return LOOPBACK if self.host in LOOPBACK else ()
+        return tuple(dict.fromkeys((*LOOPBACK, self.host))) if is_loopback(self.host) else ()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from its own machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 @dataclass(frozen=True)
