@@ -12,7 +12,6 @@ from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from npu_zoo import __version__
 from npu_zoo.protocol.answering import Answering
@@ -28,6 +27,7 @@ from npu_zoo.protocol.requests import (
 from npu_zoo.server.answers import EventStream, Generation, chained, encode_json, events, unless_gone
 from npu_zoo.server.bodies import ClientGone, read_body
 from npu_zoo.server.exchange import Exchange
+from npu_zoo.server.hosts import KnownHosts
 from npu_zoo.server.observing import ObservingMiddleware, seen
 from npu_zoo.server.openapi import body_of, describe
 from npu_zoo.server.service import Service, told
@@ -41,21 +41,22 @@ _SEND_TIMEOUT_S = 60.0
 
 def create_app(service: Service) -> FastAPI:
     """The application of a service: its routes, and errors in OpenAI's format wherever they come from."""
-    app = FastAPI(title="npu-zoo", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="npu-zoo", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     routes = Routes(service)
     for path, endpoint in routes.readings().items():
         app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
+        app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
     for path, (endpoint, model) in routes.generations().items():
         app.add_api_route(path, endpoint, methods=["POST"], response_model=None, openapi_extra=body_of(model))
     for kind in (ApiError, ValueError, HTTPException, ClientGone, Exception):
         app.add_exception_handler(kind, answer_error)
-    app.openapi = partial(describe, app)  # type: ignore[method-assign]
+    app.openapi = partial(describe, app, keys=bool(service.keys))  # type: ignore[method-assign]
     if service.options.cors_origin:
         app.add_middleware(
             CORSMiddleware, allow_origins=service.options.cors_origin, allow_methods=["*"], allow_headers=["*"]
         )
     if service.options.hosts:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=service.options.hosts, www_redirect=False)
+        app.add_middleware(KnownHosts, hosts=service.options.hosts, answer=answer_error)
     app.add_middleware(ObservingMiddleware, service=service)
     return app
 
@@ -218,12 +219,12 @@ async def answer_error(request: Request, error: Exception) -> Response:
         return Response(status_code=_CLIENT_GONE)
     found = _of_http(request, error) if isinstance(error, HTTPException) else told(error)
     seen(request).fail(error, found)
-    body = {"error": found.message} if request.url.path == SIMPLE_CHAT else found.body()
+    body = {"error": found.message} if request.scope["path"] == SIMPLE_CHAT else found.body()
     return answer_json(body, status=found.status, headers=found.headers)
 
 
 def _of_http(request: Request, error: HTTPException) -> ApiError:
-    method, path = request.method, request.url.path
+    method, path = request.method, request.scope["path"]
     if error.status_code == 404:
         message = f"there is nothing at {path}; /openapi.json lists what there is"
     elif error.status_code == 405:
