@@ -42,15 +42,16 @@ _CLIENT_GONE = 499  # nginx's status for it; nobody reads it
 
 def create_app(service: Service) -> FastAPI:
     """The application of a service: its routes, and errors in OpenAI's format wherever they come from."""
-    app = FastAPI(title="npu-zoo", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="npu-zoo", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     routes = Routes(service)
     for path, endpoint in routes.readings().items():
         app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
+        app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
     for path, (endpoint, model) in routes.generations().items():
         app.add_api_route(path, endpoint, methods=["POST"], response_model=None, openapi_extra=body_of(model))
     for kind in (ApiError, ValueError, HTTPException, ClientGone):
         app.add_exception_handler(kind, answer_error)
-    app.openapi = partial(describe, app)  # type: ignore[method-assign]
+    app.openapi = partial(describe, app, keys=bool(service.keys))  # type: ignore[method-assign]
     _add_middleware(app, service)
     return app
 
@@ -253,12 +254,12 @@ async def answer_error(request: Request, error: Exception) -> Response:
         return Response(status_code=_CLIENT_GONE)
     found = _of_http(request, error) if isinstance(error, HTTPException) else told(error)
     seen(request).fail(error, found)
-    body = {"error": found.message} if request.url.path == SIMPLE_CHAT else found.body()
+    body = {"error": found.message} if request.scope["path"] == SIMPLE_CHAT else found.body()
     return answer_json(body, status=found.status, headers=found.headers)
 
 
 def _of_http(request: Request, error: HTTPException) -> ApiError:
-    method, path = request.method, request.url.path
+    method, path = request.method, request.scope["path"]
     if error.status_code == 404:
         message = f"there is nothing at {path}; /openapi.json lists what there is"
     elif error.status_code == 405:

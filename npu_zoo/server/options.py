@@ -79,10 +79,7 @@ class ServeOptions(BaseModel):
 
     @property
     def hosts(self) -> tuple[str, ...]:
-        """Host headers that are served; none means any.
-
-        A page in a browser can make a name of its own stand for 127.0.0.1, and read what a server there answers.
-        """
+        """Host headers that are served; none means any."""
         if self.allowed_host:
             return self.allowed_host
         return tuple(dict.fromkeys((*LOOPBACK, self.host))) if is_loopback(self.host) else ()
