@@ -10,7 +10,7 @@ from dataclasses import replace
 from npu_zoo.core.engine import GenerationRequest, RequestOutput
 from npu_zoo.protocol.answering import Answering
 from npu_zoo.protocol.errors import ApiError
-from npu_zoo.server.client import EngineDied
+from npu_zoo.server.client import ClientClosed, EngineDied
 from npu_zoo.server.metrics import ServerMetrics
 
 Generate = Callable[[GenerationRequest], AsyncGenerator[RequestOutput, None]]
@@ -62,6 +62,9 @@ class Exchange:
                     yield output
         except (asyncio.CancelledError, GeneratorExit):
             observed.aborted("disconnect", self.outputs.get(place))
+            raise
+        except ClientClosed:
+            observed.aborted("shutdown", self.outputs.get(place))
             raise
         except Exception as error:
             observed.failed("engine_died" if isinstance(error, EngineDied) else "engine_error")

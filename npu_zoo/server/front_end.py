@@ -24,6 +24,7 @@ from npu_zoo.server.service import Service
 
 _SECONDS_BETWEEN_LOOKS = 0.05
 _SECONDS_TO_CLOSE = 2
+_SECONDS_FOR_ENGINE = 1.0
 _FILES_PER_CONNECTION = 65536
 
 
@@ -49,6 +50,9 @@ class FrontEnd:
         self._client = EngineClient(self._setup.engine_path, self._note)
         self._service = Service(self._setup.config, self._options, self._client, self._setup.options.defaults)
         await self._client.start()
+        with contextlib.suppress(asyncio.TimeoutError):
+            # A front end that takes another's place finds the engine there, and clients that wait for an answer.
+            await asyncio.wait_for(self._client.wait_ready(), _SECONDS_FOR_ENGINE)
         server = _Server(self._uvicorn_config())
         terminated = asyncio.Event()
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, terminated.set)

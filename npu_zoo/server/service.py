@@ -14,7 +14,7 @@ from npu_zoo.protocol.answering import Answering
 from npu_zoo.protocol.errors import ApiError, api_error
 from npu_zoo.protocol.openai import OpenAIProtocol
 from npu_zoo.server.admission import AdmissionQueue, ClientLimits
-from npu_zoo.server.client import EngineClient, EngineDied
+from npu_zoo.server.client import ClientClosed, EngineClient, EngineDied
 from npu_zoo.server.forms import FormChecker, FrontEndEncoder, UncheckedForm
 from npu_zoo.server.keys import ApiKeys
 from npu_zoo.server.metrics import ServerMetrics
@@ -134,5 +134,5 @@ def unavailable(message: str, *, code: str) -> ApiError:
 def told(error: BaseException) -> ApiError:
     """What a client is told of an exception."""
     if isinstance(error, EngineDied):
-        return unavailable(str(error), code="engine_lost")
+        return unavailable(str(error), code="draining" if isinstance(error, ClientClosed) else "engine_lost")
     return api_error(error)

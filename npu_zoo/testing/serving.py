@@ -51,7 +51,9 @@ class RunningServer(contextlib.AbstractContextManager["RunningServer"]):
     def __enter__(self) -> RunningServer:
         self._log = tempfile.TemporaryFile()  # closed in __exit__
         command = [sys.executable, "-m", "npu_zoo", "serve", *self._arguments]
-        self._process = subprocess.Popen(command, env=self._environ, stdout=self._log, stderr=subprocess.STDOUT)
+        self._process = subprocess.Popen(
+            command, env=self._environ, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             self._await_ready()
         except BaseException:

@@ -72,9 +72,13 @@ class Connection(contextlib.AbstractContextManager["Connection"]):
         self.socket.settimeout(SECONDS)
         if read_size is not None:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, read_size)
-        self.socket.connect((parts.hostname, parts.port))
-        if context is not None:
-            self.socket = context.wrap_socket(self.socket, server_hostname=parts.hostname)
+        try:
+            self.socket.connect((parts.hostname, parts.port))
+            if context is not None:
+                self.socket = context.wrap_socket(self.socket, server_hostname=parts.hostname)
+        except OSError:
+            self.socket.close()
+            raise
         self._reader = _Reader(self.socket)
 
     def __exit__(self, *error: object) -> None:
@@ -109,13 +113,15 @@ class Connection(contextlib.AbstractContextManager["Connection"]):
         return response
 
     def events(self) -> Iterator[str]:
-        """The data of the events of a stream, which must have begun with status 200."""
+        """The data of the events of a stream, which must have begun with status 200; raises as :meth:`answer` does."""
         response = self.begin()
         assert response.status == 200, response.read()
         assert response.headers.get_content_type() == "text/event-stream"
-        for line in response:
-            if line.startswith(b"data: "):
-                yield line.removeprefix(b"data: ").decode().rstrip("\n")
+        text = b""
+        while part := response.read1():
+            *events, text = (text + part).split(b"\n\n")
+            yield from (event.removeprefix(b"data: ").decode() for event in events if not event.startswith(b":"))
+        assert not text
 
     def closed(self) -> bool:
         """Whether the server closes the connection, all else having been read; waits for either."""
