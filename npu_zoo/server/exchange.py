@@ -49,6 +49,12 @@ class Exchange:
             for request in self.requests
         ]
 
+    @property
+    def finished(self) -> bool:
+        """Whether every completion came to an end of its own, or to a limit."""
+        ends = [completion.finish_reason for output in self.outputs.values() for completion in output.outputs]
+        return len(self.outputs) == len(self.requests) and all(end in ("stop", "length") for end in ends)
+
     async def generate(self, request: GenerationRequest) -> AsyncIterator[RequestOutput]:
         """Run one of the prompts and note how it goes on and ends."""
         place = self._places[request.request_id]

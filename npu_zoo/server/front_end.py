@@ -64,6 +64,7 @@ class FrontEnd:
             await asyncio.gather(draining, return_exceptions=True)
             await self._client.close()
             await self._service.forms.close()
+            self._service.readers.close()
             await asyncio.to_thread(self._service.tracing.shutdown)
 
     async def _drain(self, server: uvicorn.Server, terminated: asyncio.Event) -> None:
