@@ -201,6 +201,7 @@ class Routes:
                 service.generate,
                 service.metrics,
                 max_time=service.options.request_timeout,
+                draw_seeds=service.draw_seeds,
                 arrival_time=seen(request).arrival_time,
             )
             held.callback(lambda: setattr(admission, "finished", exchange.finished))

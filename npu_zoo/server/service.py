@@ -33,6 +33,7 @@ class Service:
         options: how the server was started.
         client: of the engine, which may not be there yet.
         defaults: sampling parameters of requests that name none.
+        draw_seeds: whether requests without a seed get one each, and not all the engine's.
 
     Attributes:
         draining: whether new requests are turned away since the server is about to end.
@@ -45,10 +46,13 @@ class Service:
         options: ServeOptions,
         client: EngineClient,
         defaults: Mapping[str, Any] | None = None,
+        *,
+        draw_seeds: bool = True,
     ) -> None:
         self.config = config
         self.options = options
         self.client = client
+        self.draw_seeds = draw_seeds
         self.draining = False
         self.running = 0
         self.keys = ApiKeys.load(options.api_key_file, os.environ)
@@ -105,13 +109,21 @@ class Service:
         """Read a request that generates; the form of its output is tried before the engine has it."""
         while True:
             try:
-                return await self.readers.run(make)
+                answering = await self.readers.run(make)
+                _check_priority(answering, self.options.min_priority)
+                return answering
             except UncheckedForm as unchecked:
                 await self.forms.check(unchecked.form)
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[RequestOutput, None]:
         """Run a request in the engine."""
         return self.client.generate(request)
+
+
+def _check_priority(answering: Answering, least: int) -> None:
+    asked = min(request.priority for request in answering.requests)
+    if asked < least:
+        raise ApiError(400, f"priority is {asked}, and requests may ask for {least} and more", param="priority")
 
 
 def unavailable(message: str, *, code: str) -> ApiError:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import httpx2 as httpx
 import pytest
+import uvicorn
 
 from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.engine import FinishReason, GenerationRequest, RequestOutput
 from npu_zoo.server.app import create_app
+from npu_zoo.server.front_end import uvicorn_config
 from npu_zoo.server.messages import initial_output
 from npu_zoo.server.options import ServeOptions
 from npu_zoo.server.service import Service
@@ -50,9 +53,9 @@ class StandInClient:
 class App:
     """An application and a client of it."""
 
-    def __init__(self, config: EngineConfig, **options: Any) -> None:
-        self.engine = StandInClient()
-        self.service = Service(config, ServeOptions(**options), self.engine)  # type: ignore[arg-type]
+    def __init__(self, config: EngineConfig, *, draw_seeds: bool = True, **options: Any) -> None:
+        self.engine, given = StandInClient(), ServeOptions(**options)
+        self.service = Service(config, given, self.engine, draw_seeds=draw_seeds)  # type: ignore[arg-type]
         transport = httpx.ASGITransport(create_app(self.service))
         self.http = httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1")
 
@@ -67,8 +70,8 @@ class App:
 
 
 @contextlib.asynccontextmanager
-async def serving(config: EngineConfig, **options: Any) -> AsyncIterator[App]:
-    app = App(config, **options)
+async def serving(config: EngineConfig, *, draw_seeds: bool = True, **options: Any) -> AsyncIterator[App]:
+    app = App(config, draw_seeds=draw_seeds, **options)
     try:
         async with app.http:
             yield app
@@ -153,3 +156,77 @@ def test_only_requests_that_finished_tell_how_long_others_take(config: EngineCon
             assert app.service.queue.seconds < before
 
     asyncio.run(run())
+
+
+async def seeds(config: EngineConfig, *, draw_seeds: bool = True) -> list[int | None]:
+    """Of two prompts of one request, another one, and one that names its own."""
+    async with serving(config, draw_seeds=draw_seeds) as app:
+        assert (await app.post(prompt=["a", "a"])).status_code == 200
+        assert (await app.post(prompt="a")).status_code == 200
+        assert (await app.post(prompt="a", seed=5)).status_code == 200
+        return [request.sampling_params.seed for request in app.engine.requests]
+
+
+def test_requests_without_a_seed_get_one_each(config: EngineConfig) -> None:
+    *drawn, own = asyncio.run(seeds(config))
+    assert own == 5
+    assert len(set(drawn)) == 3
+    assert all(seed is not None and 0 <= seed < 2**63 for seed in drawn)
+
+
+def test_a_seed_of_the_engine_holds_for_requests_without_one(config: EngineConfig) -> None:
+    assert asyncio.run(seeds(config, draw_seeds=False)) == [None, None, None, 5]
+
+
+def test_an_output_that_could_not_keep_its_form_has_failed(config: EngineConfig) -> None:
+    async def run() -> None:
+        async with serving(config) as app:
+            app.engine.reason = "error"
+            refused = await app.post()
+            assert (refused.status_code, refused.json()["error"]["code"]) == (400, "output_failed")
+            assert app.count("request_success_total") == app.count("npu_zoo_requests_in_flight") == 0
+            assert app.count("npu_zoo_requests_failed_total", reason="form") == 1
+            assert app.count("vllm:request_success_total", finished_reason="error") == 1
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("least", "asked", "status"), [(0, 0, 200), (0, None, 200), (0, -1, 400), (-3, -3, 200), (-3, -4, 400)]
+)
+def test_requests_are_no_more_urgent_than_they_may_be(
+    config: EngineConfig, least: int, asked: int | None, status: int
+) -> None:
+    async def run() -> None:
+        async with serving(config, min_priority=least) as app:
+            answer = await app.post(priority=asked)
+            assert answer.status_code == status
+            if status == 400:
+                error = answer.json()["error"]
+                assert error["param"] == "priority"
+                assert f"{asked}, and requests may ask for {least} and more" in error["message"]
+
+    asyncio.run(run())
+
+
+async def whoami(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": scope["client"][0].encode()})
+
+
+@pytest.mark.parametrize(
+    ("trusted", "client"), [((), "127.0.0.1"), (("127.0.0.0/8",), "192.0.2.7"), (("192.0.2.1",), "127.0.0.1")]
+)
+def test_a_client_s_address_is_what_a_trusted_proxy_says_alone(trusted: tuple[str, ...], client: str) -> None:
+    async def run() -> str:
+        server = uvicorn.Server(uvicorn_config(whoami, ServeOptions(forwarded_allow_ips=trusted)))
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            serving = asyncio.create_task(server.serve([listener]))
+            async with httpx.AsyncClient(trust_env=False) as http:
+                url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+                answer = await http.get(url, headers={"X-Forwarded-For": "192.0.2.7"})
+            server.should_exit = True
+            await serving
+            return answer.text
+
+    assert asyncio.run(run()) == client
