@@ -30,6 +30,7 @@ class Exchange:
         arrival_time: when the server had the request, on the monotonic clock.
 
     Attributes:
+        answer_id: as the answer's JSON names itself.
         outputs: each prompt's newest state, by its place.
     """
 
@@ -45,6 +46,7 @@ class Exchange:
         arrival_time: float,
     ) -> None:
         self.requests = [_seeded(_within(request, max_time), draw_seeds) for request in answering.requests]
+        self.answer_id = answering.id
         self.stream = answering.stream
         self.outputs: dict[int, RequestOutput] = {}
         self._generate = generate

@@ -209,6 +209,17 @@ def test_requests_are_no_more_urgent_than_they_may_be(
     asyncio.run(run())
 
 
+def test_the_log_names_an_answer_as_it_names_itself(config: EngineConfig, caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        async with serving(config) as app:
+            with caplog.at_level("INFO", logger="npu_zoo.server"):
+                answer = await app.post()
+            (found,) = [record for record in caplog.records if getattr(record, "event", None) == "request"]
+            assert vars(found)["fields"]["answer_id"] == answer.json()["id"]
+
+    asyncio.run(run())
+
+
 async def whoami(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": scope["client"][0].encode()})
