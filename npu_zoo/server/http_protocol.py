@@ -115,8 +115,10 @@ class PatientProtocol(H11Protocol):
             self.transport.abort()
 
     def _give_up(self) -> None:
-        if self.conn.our_state is h11.IDLE:
-            self._send_error(ApiError(408, f"the request's headers did not arrive within {self.head_timeout:g} s"))
+        if self.conn.our_state is not h11.IDLE:
+            self.transport.abort()
+            return
+        self._send_error(ApiError(408, f"the request's headers did not arrive within {self.head_timeout:g} s"))
         self.transport.close()
 
     def _send_error(self, error: ApiError) -> None:
