@@ -43,9 +43,9 @@ class PatientProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See :class:`asyncio.Protocol`."""
+        super().connection_made(cast(asyncio.Transport, _LingeringTransport(transport, self._end_later)))
         # What the system does not take at once pauses writing, so that the time until it does can be told.
         transport.set_write_buffer_limits(high=1, low=0)
-        super().connection_made(cast(asyncio.Transport, _LingeringTransport(transport, self._end_later)))
         self._watch_client()
 
     def data_received(self, data: bytes) -> None:
