@@ -152,9 +152,10 @@ class Routes:
         self, request: Request, model: type[BodyT], convert: Callable[[BodyT], dict[str, Any]]
     ) -> Response:
         service = self._service
-        with service.limits.request(self._client(request)):
-            body = await self._body(request)
-            return answer_json(await service.read(lambda: convert(parse_request(model, body))))
+        with service.limits.request(self._client(request)), service.bodies.body() as hold:
+            service.readers.check()
+            body = await self._body(request, hold)
+            return answer_json(await service.readers.run(lambda: convert(parse_request(model, body))))
 
     async def _generate(
         self, request: Request, kind: str, model: type[BodyT], make: Callable[[BodyT, str], Answering]
@@ -165,10 +166,8 @@ class Routes:
             service.require_ready()
             stack.enter_context(service.limits.request(client))
             stack.enter_context(service.generating())
-            service.queue.check()
-            body = await self._body(request)
-            preparing = service.prepare(lambda: make(parse_request(model, body), uuid.uuid4().hex))
-            answering = await unless_gone(request, preparing)
+            with service.queue.prepare():
+                answering = await self._prepared(request, model, make)
             generation = await stack.enter_async_context(self._begin(request, kind, answering))
             states = generation.states()
             if not answering.stream:
@@ -179,21 +178,34 @@ class Routes:
             parts = events(answering, chained(first, states), lambda error: self._told_late(request, error))
             return EventStream(parts, stack.pop_all())
 
+    async def _prepared(
+        self, request: Request, model: type[BodyT], make: Callable[[BodyT, str], Answering]
+    ) -> Answering:
+        """Read a request; its body is kept no longer than that takes."""
+        service = self._service
+        with service.bodies.body() as hold:
+            body = await self._body(request, hold)
+            preparing = service.prepare(lambda: make(parse_request(model, body), uuid.uuid4().hex))
+            return await unless_gone(request, preparing)
+
     def _begin(self, request: Request, kind: str, answering: Answering) -> Generation:
         """Admit a request's completions and start them."""
         service = self._service
-        held = contextlib.ExitStack()
-        held.enter_context(service.queue.admit(sum(one.sampling_params.n for one in answering.requests)))
-        self._trace(request, kind, answering)
-        exchange = seen(request).exchange = Exchange(
-            kind,
-            answering,
-            service.generate,
-            service.metrics,
-            max_time=service.options.request_timeout,
-            arrival_time=seen(request).arrival_time,
-        )
-        return Generation(exchange.generate, exchange.requests, held.close)
+        with contextlib.ExitStack() as held:
+            places = service.queue.admit(sum(one.sampling_params.n for one in answering.requests))
+            admission = held.enter_context(places)
+            self._trace(request, kind, answering)
+            exchange = seen(request).exchange = Exchange(
+                kind,
+                answering,
+                service.generate,
+                service.metrics,
+                max_time=service.options.request_timeout,
+                draw_seeds=service.draw_seeds,
+                arrival_time=seen(request).arrival_time,
+            )
+            held.callback(lambda: setattr(admission, "finished", exchange.finished))
+            return Generation(exchange.generate, exchange.requests, held.pop_all().close)
 
     def _trace(self, request: Request, kind: str, answering: Answering) -> None:
         known, first = seen(request), answering.requests[0]
@@ -209,9 +221,9 @@ class Routes:
         )
         known.span = self._service.tracing.started(traced, request.headers)
 
-    async def _body(self, request: Request) -> bytes:
+    async def _body(self, request: Request, hold: Callable[[int], None]) -> bytes:
         options = self._service.options
-        return await read_body(request, max_size=options.max_body_size, timeout=options.body_timeout)
+        return await read_body(request, max_size=options.max_body_size, timeout=options.body_timeout, hold=hold)
 
     def _client(self, request: Request) -> str:
         """Whose limits a request counts for: its key's, or without keys its address's."""
