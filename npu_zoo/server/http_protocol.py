@@ -43,9 +43,9 @@ class PatientProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See :class:`asyncio.Protocol`."""
+        super().connection_made(cast(asyncio.Transport, _LingeringTransport(transport, self._end_later)))
         # What the system does not take at once pauses writing, so that the time until it does can be told.
         transport.set_write_buffer_limits(high=1, low=0)
-        super().connection_made(cast(asyncio.Transport, _LingeringTransport(transport, self._end_later)))
         self._watch_client()
 
     def data_received(self, data: bytes) -> None:
@@ -115,8 +115,10 @@ class PatientProtocol(H11Protocol):
             self.transport.abort()
 
     def _give_up(self) -> None:
-        if self.conn.our_state is h11.IDLE:
-            self._send_error(ApiError(408, f"the request's headers did not arrive within {self.head_timeout:g} s"))
+        if self.conn.our_state is not h11.IDLE:
+            self.transport.abort()
+            return
+        self._send_error(ApiError(408, f"the request's headers did not arrive within {self.head_timeout:g} s"))
         self.transport.close()
 
     def _send_error(self, error: ApiError) -> None:
