@@ -126,7 +126,7 @@ class Supervisor:
 
         SIGTERM, SIGINT and SIGHUP (a terminal that closes, unless ``nohup`` had it ignored) have the front end finish
         what runs, then end the engine. A SIGINT after that ends all at once. The listener is closed in the end, and
-        children that this process has by then and had not before are ended.
+        what this process has by then for children that it had not before is ended.
 
         Returns:
             The exit code: 0 after SIGTERM and SIGHUP, 130 after SIGINT, 1 where the engine died before all had
