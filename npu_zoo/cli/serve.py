@@ -49,7 +49,7 @@ def serve(settings: Settings, options: ServeOptions) -> None:
         supervisor = Supervisor(
             config,
             listener,
-            options=FrontEndOptions(options, defaults),
+            options=FrontEndOptions(options, defaults, draw_seeds=args.seed is None),
             grace_period=options.grace,
             on_loading=loading,
             on_ready=lambda info: note(f"{config.model} on {config.hardware} is served at {address}"),

@@ -459,6 +459,11 @@ class ToolFormat(BaseModel):
     object. Text may stand before ``begin``.
 
     Attributes:
+        begin, end: around all calls of an answer.
+        call_begin, call_end: around each of them.
+        before_name: between ``call_begin`` and the tool's name.
+        before_arguments, after_arguments: around a call's arguments.
+        between: two calls.
         instructions: a Jinja template that tells a model of its ``tools`` (a list as in OpenAI's API), as an addition
             to the system message; used where the chat template itself does not read ``tools``.
     """

@@ -11,6 +11,7 @@ from typing import Any
 from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.errors import PromptError, PromptLengthError
 from npu_zoo.core.model_config import ToolFormat
+from npu_zoo.core.sampling import StructuredOutputs
 from npu_zoo.engine.guidance import GuideMaker
 from npu_zoo.engine.tokenizer import Tokenizer, checked_messages
 from npu_zoo.engine.tool_instructions import with_instructions
@@ -43,6 +44,14 @@ class PromptEncoder:
         tokenizer = self.need_tokenizer("an output of a given form")
         return GuideMaker(tokenizer, self.config.model_config.vocab_size, self.stop_token_ids)
 
+    def check_form(self, form: StructuredOutputs) -> None:
+        """Make sure that outputs can be led along a form.
+
+        Raises:
+            UsageError: they cannot.
+        """
+        self.guides.make(form)
+
     def encode(self, prompt: str | Sequence[int], *, add_special_tokens: bool = True) -> list[int]:
         """A prompt's token ids; ids that are given are checked and taken as they are.
 
@@ -50,7 +59,9 @@ class PromptEncoder:
             PromptError: empty, longer than ``max_model_len`` allows, or holding ids outside the vocabulary.
         """
         if isinstance(prompt, str):
-            ids = self.need_tokenizer("a text prompt").encode(prompt, add_special_tokens=add_special_tokens)
+            tokenizer = self.need_tokenizer("a text prompt")
+            self._check_length(prompt)
+            ids = tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
         else:
             ids = _as_ids(prompt)
         return self.check(ids)
@@ -64,11 +75,22 @@ class PromptEncoder:
         if strange:
             raise PromptError(f"the prompt holds {strange[0]!r}, which is no token id; ids are 0 to {size - 1}")
         if len(token_ids) >= self.max_model_len:
-            raise PromptLengthError(
-                f"the prompt has {len(token_ids)} tokens, and max_model_len={self.max_model_len} leaves room for "
-                f"{self.max_model_len - 1} and one of output; {self._how_to_fit()}"
-            )
+            raise self._too_long(str(len(token_ids)))
         return token_ids
+
+    def _check_length(self, text: str) -> None:
+        """Refuse a text that is too long however it is cut into tokens, which would take its time."""
+        if not isinstance(text, str) or len(text) < self.max_model_len:
+            return
+        least = self.need_tokenizer("a text prompt").least_tokens(text)
+        if least >= self.max_model_len:
+            raise self._too_long(f"at least {least}")
+
+    def _too_long(self, length: str) -> PromptLengthError:
+        return PromptLengthError(
+            f"the prompt has {length} tokens, and max_model_len={self.max_model_len} leaves room for "
+            f"{self.max_model_len - 1} and one of output; {self._how_to_fit()}"
+        )
 
     def render_chat(
         self,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -46,7 +48,8 @@ def parse_json(body: bytes) -> Any:
         ApiError: 400; it is no UTF-8 or no JSON, or holds NaN, Infinity or a number beyond all bounds.
     """
     try:
-        return json.loads(body.decode("utf-8-sig"), parse_constant=_refuse_constant)
+        text = body.decode("utf-8-sig")
+        return json.loads(text, parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
         raise ApiError(400, f"the body is not UTF-8: byte {error.start} ({error.reason})") from None
     except json.JSONDecodeError as error:
@@ -54,8 +57,8 @@ def parse_json(body: bytes) -> Any:
         raise ApiError(400, f"the body is not JSON: {error.msg} at {where}") from None
     except RecursionError:
         raise ApiError(400, f"the body nests deeper than {MAX_DEPTH} levels") from None
-    except ValueError:
-        raise ApiError(400, "the body holds an integer of thousands of digits") from None
+    except ValueError:  # of a number
+        raise _number_error(text) from None
 
 
 def check_text(data: Any) -> None:
@@ -93,9 +96,51 @@ def _dotted(path: tuple[str | int, ...]) -> str:
     return ".".join(map(str, path))
 
 
+@dataclass(frozen=True)
+class _NoNumber:
+    """Stands in parsed JSON for what no field takes."""
+
+    fault: str
+
+
 def _refuse_constant(name: str) -> NoReturn:
-    raise ApiError(400, f"the body holds {name}, which is no number in JSON")
+    raise ValueError(name)
+
+
+def _number_error(text: str) -> ApiError:
+    """The error of JSON with a number that no field takes: the field's, where the rest can be read."""
+    try:
+        data = json.loads(text, parse_constant=_constant, parse_int=_integer)
+    except (ValueError, RecursionError):
+        return ApiError(400, "the body holds NaN, Infinity or an integer of thousands of digits")
+    path, found = next(_no_numbers(data))
+    field = _dotted(path)
+    return ApiError(400, f"{field or 'the body'} {found.fault}", param=field or None)
+
+
+def _constant(name: str) -> _NoNumber:
+    return _NoNumber(f"is {name}, which is no number in JSON")
+
+
+def _integer(digits: str) -> int | _NoNumber:
+    try:
+        return int(digits)
+    except ValueError:
+        return _NoNumber(f"is an integer of {len(digits)} digits")
+
+
+def _no_numbers(data: Any) -> Iterator[tuple[tuple[str | int, ...], _NoNumber]]:
+    pending: list[tuple[tuple[str | int, ...], Any]] = [((), data)]
+    while pending:
+        path, value = pending.pop()
+        if isinstance(value, _NoNumber):
+            yield path, value
+        elif isinstance(value, dict):
+            pending.extend(((*path, key), entry) for key, entry in value.items())
+        elif isinstance(value, list):
+            pending.extend(((*path, i), entry) for i, entry in enumerate(value))
 
 
 def _kind(data: Any) -> str:
-    return "a list" if isinstance(data, list) else "null" if data is None else f"a {type(data).__name__}"
+    kinds = {list: "a list", str: "a string", bool: "true or false"}
+    return "null" if data is None else kinds.get(type(data), "a number")

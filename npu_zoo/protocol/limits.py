@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from npu_zoo.protocol.errors import ApiError
@@ -19,7 +19,8 @@ class ProtocolLimits:
         max_sequences: prompts times answers to each.
         max_stop: stop strings, and stop token ids likewise.
         max_logprobs: most likely tokens at each position.
-        max_schema_bytes: of a JSON schema, a regular expression, a grammar or all choices, and of all tools together.
+        max_schema_bytes: of a JSON schema, a regular expression, a grammar or all choices together.
+        max_tools_bytes: of all tools together.
     """
 
     max_n: int = 128
@@ -32,6 +33,7 @@ class ProtocolLimits:
     max_messages: int = 4096
     max_tools: int = 128
     max_schema_bytes: int = 64 * 1024
+    max_tools_bytes: int = 256 * 1024
 
     def check_sampling(self, request: SamplingFields) -> None:
         """Refuse what any request may have too much of.
@@ -63,9 +65,10 @@ class ProtocolLimits:
         _refuse_beyond("n", "answers to all prompts", num_prompts * (request.n or 1), self.max_sequences)
         _refuse_beyond("logprobs", "tokens a position", request.logprobs or 0, self.max_logprobs)
 
-    def check_tools(self, count: int) -> None:
-        """Refuse too many tools; raises as :meth:`check_sampling`."""
-        _refuse_beyond("tools", "tools", count, self.max_tools)
+    def check_tools(self, texts: Sequence[str]) -> None:
+        """Refuse too many tools, given as JSON; raises as :meth:`check_sampling`."""
+        _refuse_beyond("tools", "tools", len(texts), self.max_tools)
+        _refuse_beyond("tools", "bytes", sum(_sizes(texts)), self.max_tools_bytes)
 
     def check_form(self, field: str, texts: Iterable[str]) -> None:
         """Refuse a form of output that takes too much to describe; raises as :meth:`check_sampling`."""

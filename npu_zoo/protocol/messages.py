@@ -192,6 +192,20 @@ class ResponseFormat(RequestModel):
         return self
 
 
+def check_tool_messages(messages: Sequence[ChatMessage]) -> None:
+    """Raise a validator's fault for what a call came to where there was no such call before it."""
+    calls: list[ToolCall] = []
+    for place, message in enumerate(messages):
+        if not isinstance(message, ToolMessage):
+            calls = (isinstance(message, AssistantMessage) and message.tool_calls) or []
+        elif not calls:
+            raise fault("is of role tool, and no message with tool_calls is before it", f"messages.{place}")
+        elif message.tool_call_id is not None and all(call.id not in (None, message.tool_call_id) for call in calls):
+            known = ", ".join(str(call.id) for call in calls)
+            sentence = f"is {describe(message.tool_call_id)}, and the calls before it are {describe(known)}"
+            raise fault(sentence, f"messages.{place}.tool_call_id")
+
+
 def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     """Messages as chat templates read them: content as one string, calls with their arguments as text."""
     return [_template_message(message) for message in messages]

@@ -28,7 +28,7 @@ from npu_zoo.protocol.requests import (
 )
 from npu_zoo.protocol.sampling import check_defaults, output_room, sampling_params
 from npu_zoo.protocol.structured import check_form, form_field, structured_outputs
-from npu_zoo.protocol.tools import offered_tools
+from npu_zoo.protocol.tools import blamed_tool, offered_tools
 
 COMPLETION_TOKENS = 16
 """Most tokens of a completion that does not say, as in OpenAI's API; a chat's answer gets what is left of the model."""
@@ -72,7 +72,7 @@ class OpenAIProtocol:
         form = structured_outputs(request, self.limits)
         if tools is not None:
             form = tools.form(form, self.limits)
-        check_form(form, "tools" if tools else form_field(request), self.encoder)
+        check_form(form, "tools" if tools else form_field(request), self.encoder, blamed_tool if tools else None)
         prompt = self._render(request, tools.shown if tools else ())
         field = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
         params = self._sampling(
@@ -139,6 +139,11 @@ class OpenAIProtocol:
     def detokenize(self, request: DetokenizeRequest) -> dict[str, Any]:
         """POST /detokenize; raises as :meth:`chat_completion`."""
         self._check_model(request.model)
+        size = self.encoder.config.model_config.vocab_size
+        strange = next((token_id for token_id in request.tokens if token_id >= size), None)
+        if strange is not None:
+            message = f"tokens holds {strange}, which is no token id; ids are 0 to {size - 1}"
+            raise ApiError(400, message, param="tokens")
         return {"prompt": self._text_of(request.tokens)}
 
     def _tokens(self, request: TokenizeRequest) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from npu_zoo.protocol.fields import RequestModel, TokenId, fault, form_of
-from npu_zoo.protocol.messages import ChatMessage, ResponseFormat, Tool, ToolChoice
+from npu_zoo.protocol.messages import ChatMessage, ResponseFormat, Tool, ToolChoice, check_tool_messages
 
 NO_EFFECT = "Taken for compatibility; no effect."
 _STRUCTURED = "use structured_outputs"
@@ -198,6 +198,7 @@ class ChatCompletionRequest(SamplingFields):
             raise fault("contradicts max_tokens; give one of them", "max_completion_tokens")
         if self.tool_choice not in (None, "none") and not self.tools:
             raise fault("is taken with tools alone, and there are none", "tool_choice")
+        check_tool_messages(self.messages)
         return self
 
 
@@ -242,6 +243,9 @@ class TokenizeRequest(RequestModel):
     def _one_of_both(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise fault("or messages is required, and not both", "prompt")
+        if self.tools and self.messages is None:
+            raise fault("is taken with messages alone, and there are none", "tools")
+        check_tool_messages(self.messages or ())
         return self
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from npu_zoo.core.errors import UsageError
@@ -31,11 +32,17 @@ def structured_outputs(request: SamplingFields, limits: ProtocolLimits) -> Struc
     return None if request.structured_outputs is None else _of_field(request.structured_outputs, limits)
 
 
-def check_form(form: StructuredOutputs | None, field: str, encoder: PromptEncoder) -> StructuredOutputs | None:
+Blame = Callable[[StructuredOutputs, str], "tuple[str, str] | None"]
+
+
+def check_form(
+    form: StructuredOutputs | None, field: str, encoder: PromptEncoder, blame: Blame | None = None
+) -> StructuredOutputs | None:
     """The form, if outputs can be led along it.
 
     Args:
         field: of the request, that the form was made of.
+        blame: which field inside it is to blame for a fault, and why, where that can be told.
 
     Raises:
         ApiError: 400 that names the field and what cannot be used of it.
@@ -43,9 +50,10 @@ def check_form(form: StructuredOutputs | None, field: str, encoder: PromptEncode
     if form is None:
         return None
     try:
-        encoder.guides.make(form)
+        encoder.check_form(form)
     except UsageError as error:
         _, told, why = str(error).partition(" cannot be used: ")
+        field, why = (blame and blame(form, why)) or (field, why)
         message = f"{field} cannot be used: {why}" if told else str(error)
         raise ApiError(400, message, param=field) from error
     return form
@@ -92,12 +100,21 @@ def schema_text(schema: Any, field: str, limits: ProtocolLimits) -> str:
         schema = _parsed(schema, field)
     if not isinstance(schema, (dict, bool)):
         raise ApiError(400, f"{field} must be a JSON schema: an object, true or false", param=field)
-    try:
-        text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
-    except ValueError:
-        raise ApiError(400, f"{field} holds a number beyond all bounds", param=field) from None
+    text = json_text(schema, field)
     limits.check_form(field, [text])
     return text
+
+
+def json_text(value: Any, field: str) -> str:
+    """A part of a request as JSON again.
+
+    Raises:
+        ApiError: 400 that names the field; it holds a number that JSON cannot say.
+    """
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise ApiError(400, f"{field} holds a number beyond all bounds", param=field) from None
 
 
 def _parsed(text: str, field: str) -> Any:

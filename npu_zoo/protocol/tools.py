@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.model_config import ToolFormat
 from npu_zoo.core.sampling import StructuredOutputs
-from npu_zoo.protocol.errors import ApiError
+from npu_zoo.protocol.errors import ApiError, describe
 from npu_zoo.protocol.limits import ProtocolLimits
 from npu_zoo.protocol.messages import NamedToolChoice, Tool
 from npu_zoo.protocol.requests import ChatCompletionRequest
-from npu_zoo.protocol.structured import schema_text
+from npu_zoo.protocol.structured import json_text, schema_text
 from npu_zoo.protocol.tool_calls import ToolCallReader
 from npu_zoo.registry import get_registry
 
+_ARGUMENTS = "arguments_"  # a rule's name, before the tool's place
+_FAULT_OF_SCHEMA = re.compile(r"at (?P<line>\d+)\(\d+\): failed to compile JSON schema: (?P<why>.*?)(?: \d+ \| .*)?$")
 _ARGUMENTS_SPACE = r"\x20?"  # between JSON's tokens; nobody reads arguments
 _ANSWER_SPACE = r"[\x20\x0A\x0D\x09]{0,32}"  # without an end a weak model writes nothing else
 
@@ -28,13 +31,13 @@ class OfferedTools:
 
     Attributes:
         shown: as in OpenAI's API.
-        required: those one of which has to be called; none where the model is free to call.
+        required: places of those one of which has to be called; none where the model is free to call.
         parallel: whether an answer may hold several calls.
     """
 
     tool_format: ToolFormat
     shown: tuple[dict[str, Any], ...]
-    required: tuple[Tool, ...]
+    required: tuple[int, ...]
     parallel: bool
 
     def new_reader(self) -> ToolCallReader:
@@ -45,11 +48,13 @@ class OfferedTools:
         """What the output has to look like: calls where they are required; else the answer's form, or calls.
 
         Raises:
-            ApiError: 400; a function's parameters are no schema of an object, or the answer's form leaves no room for
+            ApiError: 400; a function's parameters take too much to describe, or the answer's form leaves no room for
                 calls.
         """
+        tools = {place: Tool.model_validate(tool) for place, tool in enumerate(self.shown)}
         if self.required:
-            rules = call_rules(self.tool_format, self.required, self.parallel, limits)
+            required = {place: tools[place] for place in self.required}
+            rules = call_rules(self.tool_format, required, self.parallel, limits)
             return StructuredOutputs(grammar=f"start: calls\n{rules}")
         if answer is None:
             return None
@@ -58,7 +63,6 @@ class OfferedTools:
                 f"structured_outputs.{answer.kind} leaves no room for tool calls; leave tools out, or use a schema"
             )
             raise ApiError(400, message, param="structured_outputs")
-        tools = tuple(Tool.model_validate(tool) for tool in self.shown)
         rules = call_rules(self.tool_format, tools, self.parallel, limits)
         schema = json.loads(answer.json) if answer.json else {"type": "object"}
         return StructuredOutputs(grammar=f"start: calls | answer\nanswer: {_json_rule(schema, _ANSWER_SPACE)}\n{rules}")
@@ -68,35 +72,55 @@ def offered_tools(request: ChatCompletionRequest, config: EngineConfig, limits: 
     """What a request offers; None where there are no tools, or ``tool_choice`` is none.
 
     Raises:
-        ApiError: 400; the model has no format of tool calls, there are too many tools, two share a name, or the chosen
-            one is not among them.
+        ApiError: 400; the model has no format of tool calls, there are too many tools, two share a name, one's
+            parameters are no schema of an object, or the chosen one is not among them.
     """
     if not request.tools or request.tool_choice == "none":
         return None
-    limits.check_tools(len(request.tools))
+    shown = tuple(tool.model_dump(exclude_none=True) for tool in request.tools)
+    limits.check_tools([json_text(tool, "tools") for tool in shown])
     names = [tool.function.name for tool in request.tools]
     twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
     if twice is not None:
         raise ApiError(400, f"tools has two functions of the name {twice}", param="tools")
     if config.tools is None:
         raise ApiError(400, _no_format(config), param="tools")
-    shown = tuple(tool.model_dump(exclude_none=True) for tool in request.tools)
-    limits.check_form("tools", [schema_text(tool, "tools", limits) for tool in shown])
+    for place, tool in enumerate(request.tools):
+        _check_parameters(tool, place)
     parallel = request.parallel_tool_calls is not False
     return OfferedTools(config.tools, shown, _required(request, request.tools), parallel)
 
 
-def call_rules(tool_format: ToolFormat, tools: Sequence[Tool], parallel: bool, limits: ProtocolLimits) -> str:
-    """Rules of llguidance's Lark for ``calls``: one or more calls of these tools with arguments of their schemas."""
+def call_rules(tool_format: ToolFormat, tools: Mapping[int, Tool], parallel: bool, limits: ProtocolLimits) -> str:
+    """Rules of llguidance's Lark for ``calls``: one or more calls of these tools with arguments of their schemas.
+
+    Args:
+        tools: by their places in the request.
+    """
     form = tool_format
     more = f" ({_literals(form.between)} call)*" if parallel else ""
     lines = [f"calls: {_literals(form.begin)} call{more} {_literals(form.end)}"]
-    lines.append("call: " + " | ".join(f"call_{i}" for i in range(len(tools))))
-    for i, tool in enumerate(tools):
+    lines.append("call: " + " | ".join(f"call_{i}" for i in tools))
+    for i, tool in tools.items():
         opening = _literals(form.call_begin + form.before_name + tool.function.name + form.before_arguments)
         lines.append(f"call_{i}: {opening} arguments_{i} {_literals(form.after_arguments + form.call_end)}")
-        lines.append(f"arguments_{i}: {_json_rule(_parameters(tool, i, limits), _ARGUMENTS_SPACE)}")
+        lines.append(f"{_ARGUMENTS}{i}: {_json_rule(_parameters(tool, i, limits), _ARGUMENTS_SPACE)}")
     return "\n".join(lines) + "\n"
+
+
+def blamed_tool(form: StructuredOutputs, fault: str) -> tuple[str, str] | None:
+    """The field of the schema that a grammar of :meth:`OfferedTools.form` cannot be compiled for, and why.
+
+    Args:
+        fault: what llguidance says of the grammar; it begins with a line's number.
+    """
+    found = _FAULT_OF_SCHEMA.match(fault)
+    if found is None or form.grammar is None:
+        return None
+    rule = form.grammar.splitlines()[int(found["line"]) - 1].partition(":")[0]
+    if not rule.startswith(_ARGUMENTS):
+        return None
+    return f"tools.{rule.removeprefix(_ARGUMENTS)}.function.parameters", found["why"]
 
 
 def _literals(text: str) -> str:
@@ -114,17 +138,22 @@ def _parameters(tool: Tool, number: int, limits: ProtocolLimits) -> dict[str, An
     if not tool.function.parameters:
         return {"type": "object", "properties": {}, "additionalProperties": False}
     schema: dict[str, Any] = json.loads(schema_text(tool.function.parameters, field, limits))
-    if schema.get("type", "object") != "object":
-        raise ApiError(400, f"{field} must be the schema of an object, not of {schema['type']!r}", param=field)
     return {"type": "object", **schema}
 
 
-def _required(request: ChatCompletionRequest, tools: Sequence[Tool]) -> tuple[Tool, ...]:
+def _check_parameters(tool: Tool, place: int) -> None:
+    kind = (tool.function.parameters or {}).get("type", "object")
+    if kind != "object":
+        field = f"tools.{place}.function.parameters"
+        raise ApiError(400, f"{field} must be the schema of an object, not of {describe(kind)}", param=field)
+
+
+def _required(request: ChatCompletionRequest, tools: Sequence[Tool]) -> tuple[int, ...]:
     choice = request.tool_choice
     if not isinstance(choice, NamedToolChoice):
-        return tuple(tools) if choice == "required" else ()
+        return tuple(range(len(tools))) if choice == "required" else ()
     name = choice.function.name
-    named = tuple(tool for tool in tools if tool.function.name == name)
+    named = tuple(place for place, tool in enumerate(tools) if tool.function.name == name)
     if not named:
         known = ", ".join(tool.function.name for tool in tools)
         raise ApiError(400, f"tool_choice names {name}, which is not among the tools: {known}", param="tool_choice")

@@ -6,15 +6,17 @@ import contextlib
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from npu_zoo import __version__
 from npu_zoo.protocol.answering import Answering
+from npu_zoo.protocol.bodies import parse_request
 from npu_zoo.protocol.errors import ApiError
 from npu_zoo.protocol.requests import (
     ChatCompletionRequest,
@@ -24,7 +26,7 @@ from npu_zoo.protocol.requests import (
     TokenizeRequest,
 )
 from npu_zoo.server.answers import EventStream, Generation, chained, encode_json, events, unless_gone
-from npu_zoo.server.bodies import BodyT, ClientGone, read_body
+from npu_zoo.server.bodies import ClientGone, read_body
 from npu_zoo.server.exchange import Exchange
 from npu_zoo.server.hosts import HostMiddleware
 from npu_zoo.server.observing import ObservingMiddleware, seen
@@ -33,21 +35,23 @@ from npu_zoo.server.request_ids import REQUEST_ID_HEADER
 from npu_zoo.server.service import Service, told
 from npu_zoo.server.tracing import TracedRequest
 
+BodyT = TypeVar("BodyT", bound=BaseModel)
 SIMPLE_CHAT = "/chat"
 _CLIENT_GONE = 499  # nginx's status for it; nobody reads it
 
 
 def create_app(service: Service) -> FastAPI:
     """The application of a service: its routes, and errors in OpenAI's format wherever they come from."""
-    app = FastAPI(title="npu-zoo", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="npu-zoo", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     routes = Routes(service)
     for path, endpoint in routes.readings().items():
         app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
+        app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
     for path, (endpoint, model) in routes.generations().items():
         app.add_api_route(path, endpoint, methods=["POST"], response_model=None, openapi_extra=body_of(model))
     for kind in (ApiError, ValueError, HTTPException, ClientGone):
         app.add_exception_handler(kind, answer_error)
-    app.openapi = partial(describe, app)  # type: ignore[method-assign]
+    app.openapi = partial(describe, app, keys=bool(service.keys))  # type: ignore[method-assign]
     _add_middleware(app, service)
     return app
 
@@ -148,9 +152,10 @@ class Routes:
         self, request: Request, model: type[BodyT], convert: Callable[[BodyT], dict[str, Any]]
     ) -> Response:
         service = self._service
-        with service.limits.request(self._client(request)):
-            body = await self._body(request, model)
-            return answer_json(await service.read(lambda: convert(body)))
+        with service.limits.request(self._client(request)), service.bodies.body() as hold:
+            service.readers.check()
+            body = await self._body(request, hold)
+            return answer_json(await service.readers.run(lambda: convert(parse_request(model, body))))
 
     async def _generate(
         self, request: Request, kind: str, model: type[BodyT], make: Callable[[BodyT, str], Answering]
@@ -161,9 +166,8 @@ class Routes:
             service.require_ready()
             stack.enter_context(service.limits.request(client))
             stack.enter_context(service.generating())
-            service.queue.check()
-            body = await self._body(request, model)
-            answering = await unless_gone(request, service.prepare(lambda: make(body, uuid.uuid4().hex)))
+            with service.queue.prepare():
+                answering = await self._prepared(request, model, make)
             generation = await stack.enter_async_context(self._begin(request, kind, answering))
             states = generation.states()
             if not answering.stream:
@@ -174,21 +178,34 @@ class Routes:
             parts = events(answering, chained(first, states), lambda error: self._told_late(request, error))
             return EventStream(parts, stack.pop_all())
 
+    async def _prepared(
+        self, request: Request, model: type[BodyT], make: Callable[[BodyT, str], Answering]
+    ) -> Answering:
+        """Read a request; its body is kept no longer than that takes."""
+        service = self._service
+        with service.bodies.body() as hold:
+            body = await self._body(request, hold)
+            preparing = service.prepare(lambda: make(parse_request(model, body), uuid.uuid4().hex))
+            return await unless_gone(request, preparing)
+
     def _begin(self, request: Request, kind: str, answering: Answering) -> Generation:
         """Admit a request's completions and start them."""
         service = self._service
-        held = contextlib.ExitStack()
-        held.enter_context(service.queue.admit(sum(one.sampling_params.n for one in answering.requests)))
-        self._trace(request, kind, answering)
-        exchange = seen(request).exchange = Exchange(
-            kind,
-            answering,
-            service.generate,
-            service.metrics,
-            max_time=service.options.request_timeout,
-            arrival_time=seen(request).arrival_time,
-        )
-        return Generation(exchange.generate, exchange.requests, held.close)
+        with contextlib.ExitStack() as held:
+            places = service.queue.admit(sum(one.sampling_params.n for one in answering.requests))
+            admission = held.enter_context(places)
+            self._trace(request, kind, answering)
+            exchange = seen(request).exchange = Exchange(
+                kind,
+                answering,
+                service.generate,
+                service.metrics,
+                max_time=service.options.request_timeout,
+                draw_seeds=service.draw_seeds,
+                arrival_time=seen(request).arrival_time,
+            )
+            held.callback(lambda: setattr(admission, "finished", exchange.finished))
+            return Generation(exchange.generate, exchange.requests, held.pop_all().close)
 
     def _trace(self, request: Request, kind: str, answering: Answering) -> None:
         known, first = seen(request), answering.requests[0]
@@ -204,9 +221,9 @@ class Routes:
         )
         known.span = self._service.tracing.started(traced, request.headers)
 
-    async def _body(self, request: Request, model: type[BodyT]) -> BodyT:
+    async def _body(self, request: Request, hold: Callable[[int], None]) -> bytes:
         options = self._service.options
-        return await read_body(request, model, max_size=options.max_body_size, timeout=options.body_timeout)
+        return await read_body(request, max_size=options.max_body_size, timeout=options.body_timeout, hold=hold)
 
     def _client(self, request: Request) -> str:
         """Whose limits a request counts for: its key's, or without keys its address's."""
@@ -249,12 +266,12 @@ async def answer_error(request: Request, error: Exception) -> Response:
         return Response(status_code=_CLIENT_GONE)
     found = _of_http(request, error) if isinstance(error, HTTPException) else told(error)
     seen(request).fail(error, found)
-    body = {"error": found.message} if request.url.path == SIMPLE_CHAT else found.body()
+    body = {"error": found.message} if request.scope["path"] == SIMPLE_CHAT else found.body()
     return answer_json(body, status=found.status, headers=found.headers)
 
 
 def _of_http(request: Request, error: HTTPException) -> ApiError:
-    method, path = request.method, request.url.path
+    method, path = request.method, request.scope["path"]
     if error.status_code == 404:
         message = f"there is nothing at {path}; /openapi.json lists what there is"
     elif error.status_code == 405:

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from npu_zoo.protocol.errors import ApiError
 
+_SHOWN = 80
 _HOST = re.compile(r"(?:\[(?P<address>[0-9A-Fa-f:.]+)\]|(?P<name>[^\s:/@\[\]]+))(?::\d*)?")
 
 
@@ -46,6 +47,6 @@ class HostMiddleware:
         if not any(fnmatch.fnmatchcase(host, pattern) for pattern in self._allowed):
             raise ApiError(
                 400,
-                f"this server is not '{given}' but {', '.join(self._allowed)}; --allowed-host adds names",
+                f"this server is not {given[:_SHOWN]!r} but {', '.join(self._allowed)}; --allowed-host adds names",
                 code="host_not_allowed",
             )

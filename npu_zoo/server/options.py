@@ -40,13 +40,21 @@ class ServeOptions(BaseModel):
     )
     ssl_certfile: Path | None = Field(None, description="Certificate chain in PEM form: the server speaks TLS.")
     ssl_keyfile: Path | None = Field(None, description="Its private key; unset where the chain's file holds it.")
-    ssl_ca_certs: Path | None = Field(None, description="Authorities whose client certificates are asked for.")
+    ssl_ca_certs: Path | None = Field(None, description="Authorities; clients must have a certificate of one of them.")
+    forwarded_allow_ips: tuple[str, ...] = Field(
+        (),
+        description="Address or network of a proxy whose X-Forwarded-For says who the client is; repeatable. "
+        "* trusts everybody's. Default: nobody's.",
+    )
     max_queue: int = Field(
         256, ge=0, description="Completions that may wait beside those that run; more are refused with status 429."
     )
     max_body_size: int = Field(4 * 2**20, ge=1024, description="Largest request body in bytes; above it: status 413.")
     rate_limit: int | None = Field(None, ge=1, description="Requests a minute and API key (or address, without keys).")
     concurrency_limit: int | None = Field(None, ge=1, description="Requests at once per API key (or address).")
+    min_priority: int = Field(
+        0, ge=-(2**31), le=0, description="Most urgent (lowest) priority that a request may ask for."
+    )
     request_timeout: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="Longest time of a request; its output ends as it is then."
     )
@@ -79,10 +87,7 @@ class ServeOptions(BaseModel):
 
     @property
     def hosts(self) -> tuple[str, ...]:
-        """Host headers that are served; none means any.
-
-        A page in a browser can make a name of its own stand for 127.0.0.1, and read what a server there answers.
-        """
+        """Host headers that are served; none means any."""
         if self.allowed_host:
             return self.allowed_host
         return tuple(dict.fromkeys((*LOOPBACK, self.host))) if is_loopback(self.host) else ()
@@ -102,7 +107,9 @@ class FrontEndOptions:
 
     Attributes:
         defaults: sampling parameters of requests that name none.
+        draw_seeds: whether requests without a seed get one each, and not all the engine's.
     """
 
     serve: ServeOptions
     defaults: Mapping[str, Any]
+    draw_seeds: bool = True

@@ -124,12 +124,13 @@ class Supervisor:
     def run(self) -> int:
         """Serve until a signal says to stop; to be called once, and in the main thread for the signals to be heard.
 
-        SIGTERM and SIGINT have the front end finish what runs, then end the engine. A SIGINT after that ends all at
-        once. The listener is closed in the end, and what this process has by then for children that it had not before
-        is ended.
+        SIGTERM, SIGINT and SIGHUP (a terminal that closes, unless ``nohup`` had it ignored) have the front end finish
+        what runs, then end the engine. A SIGINT after that ends all at once. The listener is closed in the end, and what
+        this process has by then for children that it had not before is ended.
 
         Returns:
-            The exit code: 0 after SIGTERM, 130 after SIGINT, 1 where the engine died before all had finished.
+            The exit code: 0 after SIGTERM and SIGHUP, 130 after SIGINT, 1 where the engine died before all had
+            finished.
 
         Raises:
             NpuZooError: the engine or the front end cannot start (its own error), or one of them died too often.
@@ -284,7 +285,9 @@ class Supervisor:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        numbers = (signal.SIGTERM, signal.SIGINT)
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
         before = [signal.signal(n, lambda n, frame: self._events.put(partial(self._stop, n))) for n in numbers]
         try:
             yield

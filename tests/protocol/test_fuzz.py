@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import npu_zoo
 from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.protocol.answering import Answering
 from npu_zoo.protocol.bodies import parse_request
@@ -72,7 +74,8 @@ BODIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "tokenize": (TokenizeRequest, {"messages": CHAT["messages"], "tools": CHAT["tools"]}),
     "detokenize": (DetokenizeRequest, {"tokens": [1, 2, 3]}),
 }
-JARGON = re.compile(r"Input should|pydantic|validat|dict\[|list\[|function-|<\w+>|Traceback|/work|\.py\b")
+PACKAGE = str(Path(npu_zoo.__file__).parent)
+JARGON = re.compile(r"Input should|pydantic|validat|dict\[|list\[|function-|<\w+>|Traceback|\.py\b|site-packages")
 scalars = st.one_of(
     st.none(),
     st.booleans(),
@@ -131,6 +134,7 @@ def check_refusal(error: ApiError) -> None:
     assert 400 <= error.status < 500
     assert error.message
     assert not JARGON.search(f"{error.param} {error.message}")
+    assert PACKAGE not in error.message
     json.dumps(error.body(), ensure_ascii=False, allow_nan=False).encode()
 
 

@@ -59,8 +59,11 @@ def test_a_conversation_is_counted_as_it_would_run(coder: OpenAIProtocol) -> Non
         assert found["tokens"] == coder.encoder.render_chat(messages, add_generation_prompt=opened)
 
 
-def test_ids_beyond_the_vocabulary_have_no_text(coder: OpenAIProtocol) -> None:
-    assert coder.detokenize(validate_request(DetokenizeRequest, {"tokens": [2**31 - 1]})) == {"prompt": ""}
+def test_ids_beyond_the_vocabulary_are_refused(coder: OpenAIProtocol) -> None:
+    size = coder.encoder.config.model_config.vocab_size
+    with pytest.raises(ApiError, match=f"tokens holds {size}, which is no token id") as caught:
+        coder.detokenize(validate_request(DetokenizeRequest, {"tokens": [1, size]}))
+    assert (caught.value.status, caught.value.param) == (400, "tokens")
 
 
 def test_without_a_tokenizer_token_ids_are_all_there_is() -> None:

@@ -115,10 +115,12 @@ BODIES: dict[str, tuple[bytes, str]] = {
     "no object": (b"[1]", "a JSON object, not a list"),
     "null": (b"null", "a JSON object, not null"),
     "no UTF-8": (b'{"model": "\xff"}', "not UTF-8: byte 11"),
-    "NaN": (b'{"temperature": NaN}', "NaN"),
-    "Infinity": (b'{"temperature": -Infinity}', "-Infinity"),
+    "NaN": (b'{"temperature": NaN}', "temperature is NaN"),
+    "Infinity": (b'{"logit_bias": {"5": -Infinity}}', "logit_bias.5 is -Infinity"),
+    "NaN alone": (b"NaN", "the body is NaN"),
+    "NaN, cut off": (b'{"temperature": NaN', "NaN, Infinity or an integer"),
     "nested": (b"[" * 200_000, "nests deeper"),
-    "digits": (b'{"n": ' + b"1" * 5000 + b"}", "thousands of digits"),
+    "digits": (b'{"n": ' + b"1" * 5000 + b"}", "n is an integer of 5000 digits"),
 }
 
 

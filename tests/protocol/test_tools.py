@@ -122,13 +122,41 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "tools.0.function.parameters",
     ),
     (
-        {
-            "tools": [{"type": "function", "function": {"name": "f", "parameters": {"$ref": "http://x/"}}}],
-            "tool_choice": "required",
-        },
-        "tools",
+        {"tools": [NOW, {"type": "function", "function": {"name": "f", "parameters": {"type": 5}}}]},
+        "tools.1.function.parameters",
     ),
-    ({"tools": [{"type": "function", "function": {"name": "f", "description": "x" * 70_000}}]}, "tools"),
+    (
+        {
+            "tools": [NOW, {"type": "function", "function": {"name": "f", "parameters": {"$ref": "http://x/"}}}],
+            "tool_choice": {"type": "function", "function": {"name": "f"}},
+        },
+        "tools.1.function.parameters",
+    ),
+    (
+        {
+            "tools": [WEATHER, {"type": "function", "function": {"name": "f", "parameters": {"properties": []}}}],
+            "response_format": {"type": "json_object"},
+        },
+        "tools.1.function.parameters",
+    ),
+    (
+        {
+            "messages": [*USER, {"role": "tool", "content": "4", "tool_call_id": "c"}],
+        },
+        "messages.1",
+    ),
+    (
+        {
+            "messages": [
+                *USER,
+                {"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "now", "arguments": "{}"}}]},
+                {"role": "tool", "content": "4", "tool_call_id": "c"},
+                {"role": "tool", "content": "4", "tool_call_id": "d"},
+            ],
+        },
+        "messages.3.tool_call_id",
+    ),
+    ({"tools": [{"type": "function", "function": {"name": "f", "description": "x" * 300_000}}]}, "tools"),
 ]
 
 
@@ -187,7 +215,7 @@ def test_nothing_is_enforced_where_the_model_is_free(caller: OpenAIProtocol) -> 
 @settings(max_examples=20)
 @given(city=st.text(max_size=9).filter(lambda text: text.isprintable()), count=st.integers(1, 3))
 def test_what_the_grammar_takes_is_read_back(caller: OpenAIProtocol, form: Any, city: str, count: int) -> None:
-    rules = call_rules(form, [Tool.model_validate(WEATHER)], True, ProtocolLimits())
+    rules = call_rules(form, {0: Tool.model_validate(WEATHER)}, True, ProtocolLimits())
     arguments = json.dumps({"city": city}, ensure_ascii=False)
     call = written("get_weather", arguments, form)
     text = form.begin + form.between.join([call] * count) + form.end

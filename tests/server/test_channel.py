@@ -108,3 +108,4 @@ def test_a_frame_that_cannot_be_read_ends_the_channel(pair: Pair) -> None:
     data = pickle.dumps([1])[:-1]
     pair[1].sendall(struct.pack(">Q", len(data)) + data)
     assert end.closed.acquire(timeout=SECONDS)
+    end.channel.join()  # or another test would be told of the exception

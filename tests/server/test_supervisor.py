@@ -239,7 +239,7 @@ def test_requests_that_the_engine_rejects_leave_the_others_alone(server: Server,
     server.wait_ready()
     [running] = load(server, 1, ENOUGH)
     too_long = next(server.generate("long", SHORT, [5] * 5000))
-    assert too_long["error"] == "PromptError"
+    assert too_long["error"] == "PromptLengthError"
     assert "5000" in too_long["message"].replace(",", "")
     assert next(server.generate("load-0", SHORT))["error"] == "UsageError"
     assert list(server.generate("fine", SHORT))[-1]["token_ids"] == expected
@@ -290,19 +290,34 @@ def test_a_rank_that_is_killed_ends_its_engine(tmp_path: Path) -> None:
         wait_until(lambda: server.heard("failed: rank 1 on "))
 
 
-def test_sigterm_lets_running_requests_finish(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_running_requests_may_finish(number: signal.Signals, tmp_path: Path) -> None:
     with server_of(tmp_path) as server:
         server.wait_ready()
         answers = load(server, 2, ENOUGH)
         children = children_of(server.process.pid)
-        server.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: server.heard("SIGTERM: "))
+        server.process.send_signal(number)
+        wait_until(lambda: server.heard(f"{number.name}: "))
         assert [answer.last["finished"] for answer in answers] == [True, True]
         assert server.wait() == 0
         assert not any(map(alive, children))
         assert [path.name for path in tmp_path.iterdir()] == []
         with pytest.raises(ConnectionRefusedError):
             server.look()
+
+
+def test_a_server_that_was_started_to_outlive_its_terminal_does(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with server_of(tmp_path) as server:
+            server.wait_ready()
+            server.process.send_signal(signal.SIGHUP)
+            assert list(server.generate("a", SHORT))[-1]["finished"]
+            server.process.send_signal(signal.SIGTERM)
+            assert server.wait() == 0
+            assert not server.heard("SIGHUP")
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_request_while_the_server_drains_is_refused(tmp_path: Path) -> None:
