@@ -20,7 +20,17 @@ _INSTEAD: Mapping[str, str] = {
     "web_search_options": "this server does not search",
     "use_beam_search": "this server samples; beam search is not offered",
     "length_penalty": "it belongs to beam search, which is not offered",
-    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), _STRUCTURED),
+    "guided_json": f"{_STRUCTURED}.json",
+    "guided_regex": f"{_STRUCTURED}.regex",
+    "guided_choice": f"{_STRUCTURED}.choice",
+    "guided_grammar": f"{_STRUCTURED}.grammar",
+    "guided_decoding_backend": f"{_STRUCTURED}; there is one backend, llguidance",
+    "guided_whitespace_pattern": f"{_STRUCTURED}.grammar",
+    "bad_words": "use logit_bias with -100 for their tokens; words of several tokens cannot be kept out",
+    "allowed_token_ids": f"{_STRUCTURED}, or logit_bias",
+    "truncate_prompt_tokens": "prompts are not cut here; send a shorter one, which /tokenize can count",
+    "spaces_between_special_tokens": "special tokens are written without spaces between them",
+    "continue_final_message": "an answer is not continued in a chat; use /v1/completions with the prompt's text",
 }
 
 Stop = Annotated[
