@@ -22,6 +22,7 @@ _PROGRAM = "npu_zoo.server.form_process"
 _REMEMBERED = 256  # forms; each is as long as requests may describe one
 _SECONDS_TO_START = 60.0
 _SECONDS_TO_ANSWER = 30.0  # of the clock; CPU time has a limit of its own
+_SECONDS_TO_END = 1.0
 _TRIES = 2
 _BEYOND_LIMITS = {-signal.SIGXCPU, -signal.SIGABRT, -signal.SIGSEGV}  # of time, memory and the stack
 
@@ -117,9 +118,13 @@ class FormChecker:
         process, self._process = self._process, None
         if process is None:
             return 0
-        with contextlib.suppress(ProcessLookupError):
+        assert process.stdin is not None
+        process.stdin.close()
+        try:
+            return await asyncio.wait_for(process.wait(), _SECONDS_TO_END)
+        except asyncio.TimeoutError:
             process.kill()
-        return await process.wait()
+            return await process.wait()
 
 
 class FrontEndEncoder(PromptEncoder):

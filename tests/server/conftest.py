@@ -1,4 +1,4 @@
-"""Engines in threads of this process and in processes of their own, and clients to them."""
+"""Engines in threads of this process and in processes of their own, clients to them, and whole servers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from npu_zoo import LLM
 from npu_zoo.core.config import EngineArgs, EngineConfig
 from npu_zoo.dispatch import resolve
 from npu_zoo.server.engine_process import EngineServer
+from npu_zoo.testing.serving import RunningServer
 
 DEMO = "deepseek_coder:demo"
 
 
 def demo_config(**options: object) -> EngineConfig:
     defaults = {"hardware": "cpu", "dtype": "float32", "threads": 1, "kv_cache_memory": "8MiB", "max_num_seqs": 16}
-    return resolve(EngineArgs(model=DEMO, **{**defaults, **options}))
+    return resolve(EngineArgs(**{"model": DEMO, **defaults, **options}))
 
 
 @pytest.fixture(scope="session")
@@ -56,3 +57,21 @@ def engine_path(llm: LLM, tmp_path: Path) -> Iterator[Path]:
     """A socket at which the module's LLM is served; nobody else may use it meanwhile."""
     with serving(llm, tmp_path / "engine.sock"):
         yield tmp_path / "engine.sock"
+
+
+SERVED = "deepseek_v3:demo"
+PLAIN = ("--dtype", "float32", "--threads", "1", "--log-level", "error")
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[RunningServer]:
+    """A server of a model that calls tools, for tests that leave it as they found it."""
+    with RunningServer(("--model", SERVED, *PLAIN)) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def oracle() -> Iterator[LLM]:
+    """The same model in this process."""
+    with LLM.from_config(demo_config(model=SERVED, kv_cache_memory="32MiB", max_num_seqs=64)) as llm:
+        yield llm
