@@ -125,8 +125,8 @@ class Supervisor:
         """Serve until a signal says to stop; to be called once, and in the main thread for the signals to be heard.
 
         SIGTERM, SIGINT and SIGHUP (a terminal that closes, unless ``nohup`` had it ignored) have the front end finish
-        what runs, then end the engine. A SIGINT after that ends all at once. The listener is closed in the end, and what
-        this process has by then for children that it had not before is ended.
+        what runs, then end the engine. A SIGINT after that ends all at once. The listener is closed in the end, and
+        what this process has by then for children that it had not before is ended.
 
         Returns:
             The exit code: 0 after SIGTERM and SIGHUP, 130 after SIGINT, 1 where the engine died before all had
