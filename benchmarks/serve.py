@@ -64,10 +64,10 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-async def ask(http: httpx.AsyncClient, prompt: list[int]) -> Times:
+async def ask(http: httpx.AsyncClient, model: str, prompt: list[int]) -> Times:
     """One request."""
-    body = {"prompt": prompt, "max_tokens": OUTPUT_TOKENS, "ignore_eos": True, "temperature": 0, "stream": True}
-    body["stream_options"] = {"include_usage": True}
+    body: dict[str, Any] = {"model": model, "prompt": prompt, "max_tokens": OUTPUT_TOKENS, "ignore_eos": True}
+    body |= {"temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
     start = time.perf_counter()
     arrived: list[float] = []
     usage: dict[str, int] = {}
@@ -93,7 +93,7 @@ async def level(url: str, shape: Shape, clients: int, seed: int) -> dict[str, An
 
         async def client() -> None:
             while prompts:
-                times.append(await ask(http, prompts.pop()))
+                times.append(await ask(http, shape.model, prompts.pop()))
 
         start = time.perf_counter()
         await asyncio.gather(*(client() for _ in range(clients)))

@@ -32,8 +32,9 @@ from npu_zoo.testing.serving import RunningServer
 
 MODEL = "deepseek_coder"
 SERVER = (
-    "--model", MODEL, "--dtype", "float32", "--threads", "1", "--max-num-seqs", "16", "--max-queue", "64",
-    "--kv-cache-memory", "16MiB", "--max-model-len", "512", "--log-level", "error", "--head-timeout", "5",
+    "--model", MODEL, "--dtype", "float32", "--threads", "1", "--max-num-seqs", "16", "--max-queue", "8",
+    "--kv-cache-memory", "3MiB", "--max-model-len", "512", "--log-level", "error", "--head-timeout", "5",
+    "--min-priority", "-1",
 )  # fmt: skip
 LENGTHS = (1, 3, 17, 60)
 """Tokens of an answer."""

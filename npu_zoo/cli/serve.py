@@ -13,8 +13,10 @@ from npu_zoo.cli.output import note
 from npu_zoo.cli.progress import LoadingProgress
 from npu_zoo.core.errors import ConfigError, UsageError
 from npu_zoo.dispatch import resolve
-from npu_zoo.server.keys import API_KEY_VARIABLE, ApiKeys
-from npu_zoo.server.options import LOOPBACK, FrontEndOptions, ServeOptions
+from npu_zoo.server.keys import ApiKeys
+from npu_zoo.server.logs import logging_config
+from npu_zoo.server.options import FrontEndOptions, ServeOptions, is_loopback
+from npu_zoo.server.tracing import traces_address
 from npu_zoo.settings import Settings
 
 _LIBRARIES = ("torch", "fastapi", "uvicorn", "prometheus_client", "limits")
@@ -32,7 +34,7 @@ def serve(settings: Settings, options: ServeOptions) -> None:
     config = resolve(args if args.serving else args.model_copy(update={"serving": "openai"}))
     if config.skip_tokenizer_init:
         raise UsageError("a server needs the tokenizer, and skip_tokenizer_init is set")
-    _check_files(options)
+    _check(options)
     for text in config.notes:
         note(text)
     _warn_of_exposure(options)
@@ -47,7 +49,7 @@ def serve(settings: Settings, options: ServeOptions) -> None:
         supervisor = Supervisor(
             config,
             listener,
-            options=FrontEndOptions(options, defaults),
+            options=FrontEndOptions(options, defaults, draw_seeds=args.seed is None),
             grace_period=options.grace,
             on_loading=loading,
             on_ready=lambda info: note(f"{config.model} on {config.hardware} is served at {address}"),
@@ -62,11 +64,18 @@ def _require_libraries() -> None:
         raise ConfigError(f"serving needs {', '.join(missing)}, not installed here: pip install 'npu-zoo[serve]'")
 
 
-def _check_files(options: ServeOptions) -> None:
-    """Raise for keys and certificates that cannot be read, before a model is loaded."""
+def _check(options: ServeOptions) -> None:
+    """Raise for what the front end would fail on, before a model is loaded."""
     ApiKeys.load(options.api_key_file, os.environ)
-    if options.ssl_certfile is None:
-        return
+    logging_config(options.log_format, options.log_level, options.log_file)
+    if options.otlp_endpoint is not None:
+        traces_address(options.otlp_endpoint)
+    if options.ssl_certfile is not None:
+        _check_tls(options)
+
+
+def _check_tls(options: ServeOptions) -> None:
+    assert options.ssl_certfile is not None
     try:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(options.ssl_certfile, options.ssl_keyfile, password=_no_password)
@@ -82,7 +91,7 @@ def _no_password() -> str:
 
 
 def _warn_of_exposure(options: ServeOptions) -> None:
-    if options.host not in LOOPBACK and not (options.api_key_file or os.environ.get(API_KEY_VARIABLE)):
+    if not is_loopback(options.host) and not ApiKeys.load(options.api_key_file, os.environ):
         note(f"{options.host} can be reached from other machines, and no API keys are set (--api-key-file)")
 
 

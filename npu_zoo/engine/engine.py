@@ -34,6 +34,7 @@ from npu_zoo.engine.scheduler import ScheduledRow, Scheduler
 from npu_zoo.engine.sequence import Request, Sequence
 from npu_zoo.engine.step import step_rows
 
+_STALE_DEADLINES = 64
 MAX_TIME = "max_time"
 """The stop reason of a completion that its request's time limit ended."""
 
@@ -60,7 +61,8 @@ class NativeEngine(Engine):
         self._stop_ids = self.prompts.stop_token_ids
         self._requests: dict[str, Request] = {}
         self._owner: dict[int, Request] = {}
-        self._deadlines: list[tuple[float, str, Request]] = []
+        self._deadlines: list[tuple[float, int]] = []
+        self._limited: dict[int, Request] = {}
         self._shut_down = False
 
     def add_request(
@@ -88,7 +90,7 @@ class NativeEngine(Engine):
         request = Request(request_id, text, token_ids, sampling_params, sequences, metrics, opened)
         self._requests[request_id] = request
         if max_time is not None:
-            heapq.heappush(self._deadlines, (metrics.arrival_time + max_time, request_id, request))
+            self._limit(request, metrics.arrival_time + max_time)
         for sequence in sequences:
             sequence.form_start = None if opened else len(token_ids)
             self._owner[sequence.number] = request
@@ -191,12 +193,20 @@ class NativeEngine(Engine):
             if metrics.scheduled_time is None:
                 metrics.scheduled_time = time.monotonic()
 
+    def _limit(self, request: Request, deadline: float) -> None:
+        """Remember when a request is to end; those that have ended are forgotten before they outnumber the others."""
+        self._limited[request.number] = request
+        heapq.heappush(self._deadlines, (deadline, request.number))
+        if len(self._deadlines) > 2 * len(self._limited) + _STALE_DEADLINES:
+            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._limited]
+            heapq.heapify(self._deadlines)
+
     def _end_overdue(self) -> list[RequestOutput]:
         """End the requests whose time is over, as they are; their outputs are reported once more."""
         ended = []
         while self._deadlines and self._deadlines[0][0] <= time.monotonic():
-            request = heapq.heappop(self._deadlines)[2]
-            if not request.finished:
+            request = self._limited.get(heapq.heappop(self._deadlines)[1])
+            if request is not None:
                 self._end(request, "length", MAX_TIME)
                 ended.append(self._report(request))
         return ended
@@ -269,7 +279,7 @@ class NativeEngine(Engine):
         request = self._owner[sequence.number]
         if request.metrics.first_token_time is None:
             request.metrics.first_token_time = time.monotonic()
-            request.metrics.cached_tokens = sequence.num_cached_tokens
+            request.metrics.cached_tokens = request.sequences[0].num_cached_tokens
 
     def _check_stop(self, sequence: Sequence, token_id: int) -> None:
         params, early = sequence.params, sequence.num_output_tokens < sequence.params.min_tokens
@@ -304,8 +314,13 @@ class NativeEngine(Engine):
 
     def _end_of_reasoning(self, sequence: Sequence) -> int | None:
         """The number of tokens up to the end of the reasoning; None as long as it goes on."""
-        reasoning = self.config.reasoning
-        return sequence.num_tokens if reasoning is None or reasoning.end in sequence.output.text else None
+        if self.config.reasoning is None or self.tokenizer is None:
+            return sequence.num_tokens
+        marker = self.config.reasoning.end
+        # Of the tokens, for the text may be held back for a stop string; a token has a byte of the marker at least.
+        tail = sequence.token_ids[max(sequence.num_prompt_tokens, sequence.num_tokens - len(marker.encode()) - 1) :]
+        found = marker in self.tokenizer.decode(tail, skip_special_tokens=False, continues=True)
+        return sequence.num_tokens if found else None
 
     def _flush_text(self, sequence: Sequence) -> None:
         if sequence.detokenizer is not None:
@@ -319,6 +334,7 @@ class NativeEngine(Engine):
         if request.finished:
             request.metrics.finished_time = time.monotonic()
             del self._requests[request.request_id]
+            self._limited.pop(request.number, None)
 
     def _report(self, request: Request) -> RequestOutput:
         return RequestOutput(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 ResultT = TypeVar("ResultT")
 
+_SLOW_S = 0.05  # of CPU time for a mask; everything that runs waits for it
+_MOST_SLOW_MASKS = 16
 _KEPT = 32  # grammars that are kept compiled; the costliest take some 70 MiB
 _LONGEST = 512 * 1024  # characters of a description
 _FUEL = 50_000  # of llguidance's million: repetitions of what may be empty take memory that grows with its square
@@ -56,6 +59,7 @@ class Guide:
         self._matcher = matcher
         self._num_bytes = -(-vocab_size // 8)
         self._taken = 0
+        self._slow_masks = 0
 
     def advance(self, token_ids: Sequence[int], start: int) -> bool:
         """Take the tokens that are new since the last call; whether nothing can follow them.
@@ -72,11 +76,16 @@ class Guide:
 
     def mask(self) -> bytes:
         """A bit per token id, lowest first: whether it may come next."""
-        return self._matcher.compute_bitmask()[: self._num_bytes]
+        start = time.thread_time()
+        bits = self._matcher.compute_bitmask()[: self._num_bytes]
+        self._slow_masks += time.thread_time() - start > _SLOW_S
+        return bits
 
     @property
     def error(self) -> str:
         """Why the output cannot go on; empty where it can."""
+        if self._slow_masks > _MOST_SLOW_MASKS:
+            return f"{self._slow_masks} of its tokens took more than {_SLOW_S * 1e3:g} ms each; simplify it"
         return _readable(self._matcher.get_error())
 
 
@@ -178,7 +187,8 @@ def _grammar(form: StructuredOutputs) -> str:
     if form.regex is not None:
         return LLMatcher.grammar_from_regex(form.regex)
     if form.choice:
-        return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in form.choice))
+        # As one terminal, of which there may be thousands of alternatives; of rules there may not.
+        return LLMatcher.grammar_from_lark("start: TEXT\nTEXT: " + " | ".join(map(json.dumps, form.choice)))
     schema = '{"type": "object"}' if form.json is None else _object_schema(form.json)
     return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _WHITE_SPACE})
 

@@ -59,7 +59,9 @@ class PromptEncoder:
             PromptError: empty, longer than ``max_model_len`` allows, or holding ids outside the vocabulary.
         """
         if isinstance(prompt, str):
-            ids = self.need_tokenizer("a text prompt").encode(prompt, add_special_tokens=add_special_tokens)
+            tokenizer = self.need_tokenizer("a text prompt")
+            self._check_length(prompt)
+            ids = tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
         else:
             ids = _as_ids(prompt)
         return self.check(ids)
@@ -73,11 +75,22 @@ class PromptEncoder:
         if strange:
             raise PromptError(f"the prompt holds {strange[0]!r}, which is no token id; ids are 0 to {size - 1}")
         if len(token_ids) >= self.max_model_len:
-            raise PromptLengthError(
-                f"the prompt has {len(token_ids)} tokens, and max_model_len={self.max_model_len} leaves room for "
-                f"{self.max_model_len - 1} and one of output; {self._how_to_fit()}"
-            )
+            raise self._too_long(str(len(token_ids)))
         return token_ids
+
+    def _check_length(self, text: str) -> None:
+        """Refuse a text that is too long however it is cut into tokens, which would take its time."""
+        if not isinstance(text, str) or len(text) < self.max_model_len:
+            return
+        least = self.need_tokenizer("a text prompt").least_tokens(text)
+        if least >= self.max_model_len:
+            raise self._too_long(f"at least {least}")
+
+    def _too_long(self, length: str) -> PromptLengthError:
+        return PromptLengthError(
+            f"the prompt has {length} tokens, and max_model_len={self.max_model_len} leaves room for "
+            f"{self.max_model_len - 1} and one of output; {self._how_to_fit()}"
+        )
 
     def render_chat(
         self,

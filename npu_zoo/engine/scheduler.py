@@ -10,6 +10,8 @@ from operator import attrgetter
 from npu_zoo.engine.block_manager import KVManager
 from npu_zoo.engine.sequence import Sequence
 
+_STALE_PLACES = 64
+
 
 @dataclass(frozen=True)
 class ScheduledRow:
@@ -159,8 +161,9 @@ class WaitingQueue:
     def discard(self, sequence: Sequence) -> None:
         """Forget a sequence, if it is there."""
         self._queued.pop(sequence.number, None)
-        if not self._queued:
-            self._order.clear()
+        if len(self._order) > 2 * len(self._queued) + _STALE_PLACES:
+            self._order = [queued.rank for queued in self._queued.values()]
+            heapq.heapify(self._order)
 
     def first(self) -> Sequence:
         """The sequence whose turn it is; there must be one."""

@@ -107,6 +107,11 @@ class Request:
     reasoning_open: bool = False
 
     @property
+    def number(self) -> int:
+        """Its own among all requests: that of its first sequence."""
+        return self.sequences[0].number
+
+    @property
     def finished(self) -> bool:
         """Whether all completions are."""
         return all(sequence.finished for sequence in self.sequences)

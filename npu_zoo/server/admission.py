@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from npu_zoo.protocol.errors import ApiError
 
@@ -15,22 +16,54 @@ _WEIGHT = 0.1  # of the newest completion in the running mean
 _LONGEST_WAIT_S = 60
 
 
+@dataclass
+class Admission:
+    """A request's places in the queue.
+
+    Attributes:
+        finished: whether its completions came to their ends, so that their time says how long others take.
+    """
+
+    finished: bool = False
+
+
 class AdmissionQueue:
     """Counts completions from their admission to their end, and refuses what would make the queue too long.
+
+    A request that is being prepared counts as one, so that the queue bounds what is read and tokenized too.
 
     Args:
         max_running: completions that the engine runs at once.
         max_waiting: completions that may wait beside them.
+
+    Attributes:
+        preparing: requests that are being read.
+        admitted: completions that run or wait.
+        seconds: that a request takes of late.
     """
 
     def __init__(self, max_running: int, max_waiting: int) -> None:
         self.max_running = max_running
         self.max_waiting = max_waiting
-        self.admitted = 0
-        self._seconds = _TYPICAL_SECONDS
+        self.preparing = self.admitted = 0
+        self.seconds = _TYPICAL_SECONDS
 
     @contextmanager
-    def admit(self, count: int) -> Iterator[None]:
+    def prepare(self) -> Iterator[None]:
+        """Hold a place, as long as the block lasts, for a request whose completions are not known yet.
+
+        Raises:
+            ApiError: 429 where none is free.
+        """
+        self._check(1)
+        self.preparing += 1
+        try:
+            yield
+        finally:
+            self.preparing -= 1
+
+    @contextmanager
+    def admit(self, count: int) -> Iterator[Admission]:
         """Hold places for a request's completions as long as the block lasts.
 
         Raises:
@@ -43,25 +76,60 @@ class AdmissionQueue:
                 f"{self.max_running + self.max_waiting} at most; send fewer prompts or a smaller n",
                 param="n",
             )
-        self.check(count)
+        self._check(count)
         self.admitted += count
-        start = time.monotonic()
+        start, admission = time.monotonic(), Admission()
         try:
-            yield
-            self._seconds += _WEIGHT * (time.monotonic() - start - self._seconds)
+            yield admission
         finally:
             self.admitted -= count
+            if admission.finished:
+                self.seconds += _WEIGHT * (time.monotonic() - start - self.seconds)
 
-    def check(self, count: int = 1) -> None:
-        """Raise the 429 that admitting as many completions would raise now."""
-        if self.admitted + count <= self.max_running + self.max_waiting:
+    def _check(self, count: int) -> None:
+        taken = self.preparing + self.admitted
+        if taken + count <= self.max_running + self.max_waiting:
             return
-        waiting = max(0, self.admitted - self.max_running)
+        waiting = max(0, taken - self.max_running)
         raise too_many(
             f"the queue is full: {waiting} completions wait, and {self.max_waiting} may",
             code="queue_full",
-            retry_after=self._seconds * max(1.0, waiting / max(1, self.max_running)),
+            retry_after=self.seconds * max(1.0, waiting / max(1, self.max_running)),
         )
+
+
+class BodyRoom:
+    """Bounds the bytes of all bodies that are being read and prepared.
+
+    Args:
+        size: in bytes.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.taken = 0
+
+    @contextmanager
+    def body(self) -> Iterator[Callable[[int], None]]:
+        """Called with the bytes of each part of a body, it holds them as long as the block lasts.
+
+        Raises:
+            ApiError: 429 where there is no room, at the begin or for a part.
+        """
+        held = 0
+
+        def hold(count: int) -> None:
+            nonlocal held
+            if self.taken >= self.size or self.taken + count > self.size:
+                raise too_many(f"bodies of {self.taken} bytes are being read", code="queue_full", retry_after=1.0)
+            self.taken += count
+            held += count
+
+        hold(0)
+        try:
+            yield hold
+        finally:
+            self.taken -= held
 
 
 class ClientLimits:

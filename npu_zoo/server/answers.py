@@ -158,19 +158,15 @@ class EventStream(Response):
     Args:
         parts: of the body.
         stack: closed at the end, however it comes.
-        send_timeout: seconds that a client may take nothing of what is sent.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, parts: AsyncIterator[bytes], stack: contextlib.AsyncExitStack, *, send_timeout: float, status: int = 200
-    ) -> None:
-        super().__init__(status_code=status, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    def __init__(self, parts: AsyncIterator[bytes], stack: contextlib.AsyncExitStack) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._parts = parts
         self._stack = stack
-        self._send_timeout = send_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve as an ASGI application."""
@@ -181,8 +177,6 @@ class EventStream(Response):
                 await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
                 if sending.done():
                     sending.result()
-            except ClientGone:
-                pass  # nobody is left to be told
             finally:
                 for task in (sending, gone):
                     task.cancel()
@@ -191,15 +185,8 @@ class EventStream(Response):
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async for part in self._parts:
-            await self._send(send, part, more=True)
-        await self._send(send, b"", more=False)
-
-    async def _send(self, send: Send, part: bytes, *, more: bool) -> None:
-        try:
-            message = {"type": "http.response.body", "body": part, "more_body": more}
-            await asyncio.wait_for(send(message), self._send_timeout)
-        except (asyncio.TimeoutError, OSError):
-            raise ClientGone from None
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def event(data: dict[str, Any]) -> bytes:

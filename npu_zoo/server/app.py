@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from npu_zoo import __version__
 from npu_zoo.protocol.answering import Answering
@@ -27,16 +28,16 @@ from npu_zoo.protocol.requests import (
 from npu_zoo.server.answers import EventStream, Generation, chained, encode_json, events, unless_gone
 from npu_zoo.server.bodies import ClientGone, read_body
 from npu_zoo.server.exchange import Exchange
-from npu_zoo.server.hosts import KnownHosts
+from npu_zoo.server.hosts import HostMiddleware
 from npu_zoo.server.observing import ObservingMiddleware, seen
 from npu_zoo.server.openapi import body_of, describe
+from npu_zoo.server.request_ids import REQUEST_ID_HEADER
 from npu_zoo.server.service import Service, told
 from npu_zoo.server.tracing import TracedRequest
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
 SIMPLE_CHAT = "/chat"
 _CLIENT_GONE = 499  # nginx's status for it; nobody reads it
-_SEND_TIMEOUT_S = 60.0
 
 
 def create_app(service: Service) -> FastAPI:
@@ -48,17 +49,28 @@ def create_app(service: Service) -> FastAPI:
         app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
     for path, (endpoint, model) in routes.generations().items():
         app.add_api_route(path, endpoint, methods=["POST"], response_model=None, openapi_extra=body_of(model))
-    for kind in (ApiError, ValueError, HTTPException, ClientGone, Exception):
+    for kind in (ApiError, ValueError, HTTPException, ClientGone):
         app.add_exception_handler(kind, answer_error)
     app.openapi = partial(describe, app, keys=bool(service.keys))  # type: ignore[method-assign]
-    if service.options.cors_origin:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=service.options.cors_origin, allow_methods=["*"], allow_headers=["*"]
-        )
-    if service.options.hosts:
-        app.add_middleware(KnownHosts, hosts=service.options.hosts, answer=answer_error)
-    app.add_middleware(ObservingMiddleware, service=service)
+    _add_middleware(app, service)
     return app
+
+
+def _add_middleware(app: FastAPI, service: Service) -> None:
+    """What requests pass on their way to the routes, the last one first."""
+    options = service.options
+    if options.hosts:
+        app.add_middleware(HostMiddleware, allowed=options.hosts)
+    app.add_middleware(ErrorMiddleware)
+    if options.cors_origin:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=options.cors_origin,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=[REQUEST_ID_HEADER, "Retry-After"],
+        )
+    app.add_middleware(ObservingMiddleware, service=service)
 
 
 class Routes:
@@ -140,9 +152,10 @@ class Routes:
         self, request: Request, model: type[BodyT], convert: Callable[[BodyT], dict[str, Any]]
     ) -> Response:
         service = self._service
-        with service.limits.request(self._client(request)):
-            body = await self._body(request)
-            return answer_json(await service.read(lambda: convert(parse_request(model, body))))
+        with service.limits.request(self._client(request)), service.bodies.body() as hold:
+            service.readers.check()
+            body = await self._body(request, hold)
+            return answer_json(await service.readers.run(lambda: convert(parse_request(model, body))))
 
     async def _generate(
         self, request: Request, kind: str, model: type[BodyT], make: Callable[[BodyT, str], Answering]
@@ -153,10 +166,8 @@ class Routes:
             service.require_ready()
             stack.enter_context(service.limits.request(client))
             stack.enter_context(service.generating())
-            service.queue.check()
-            body = await self._body(request)
-            preparing = service.prepare(lambda: make(parse_request(model, body), uuid.uuid4().hex))
-            answering = await unless_gone(request, preparing)
+            with service.queue.prepare():
+                answering = await self._prepared(request, model, make)
             generation = await stack.enter_async_context(self._begin(request, kind, answering))
             states = generation.states()
             if not answering.stream:
@@ -165,23 +176,36 @@ class Routes:
             # An error that comes before the first output still has a status of its own.
             first = await unless_gone(request, anext(states))
             parts = events(answering, chained(first, states), lambda error: self._told_late(request, error))
-            return EventStream(parts, stack.pop_all(), send_timeout=_SEND_TIMEOUT_S)
+            return EventStream(parts, stack.pop_all())
+
+    async def _prepared(
+        self, request: Request, model: type[BodyT], make: Callable[[BodyT, str], Answering]
+    ) -> Answering:
+        """Read a request; its body is kept no longer than that takes."""
+        service = self._service
+        with service.bodies.body() as hold:
+            body = await self._body(request, hold)
+            preparing = service.prepare(lambda: make(parse_request(model, body), uuid.uuid4().hex))
+            return await unless_gone(request, preparing)
 
     def _begin(self, request: Request, kind: str, answering: Answering) -> Generation:
         """Admit a request's completions and start them."""
         service = self._service
-        held = contextlib.ExitStack()
-        held.enter_context(service.queue.admit(sum(one.sampling_params.n for one in answering.requests)))
-        self._trace(request, kind, answering)
-        exchange = seen(request).exchange = Exchange(
-            kind,
-            answering,
-            service.generate,
-            service.metrics,
-            max_time=service.options.request_timeout,
-            arrival_time=seen(request).arrival_time,
-        )
-        return Generation(exchange.generate, exchange.requests, held.close)
+        with contextlib.ExitStack() as held:
+            places = service.queue.admit(sum(one.sampling_params.n for one in answering.requests))
+            admission = held.enter_context(places)
+            self._trace(request, kind, answering)
+            exchange = seen(request).exchange = Exchange(
+                kind,
+                answering,
+                service.generate,
+                service.metrics,
+                max_time=service.options.request_timeout,
+                draw_seeds=service.draw_seeds,
+                arrival_time=seen(request).arrival_time,
+            )
+            held.callback(lambda: setattr(admission, "finished", exchange.finished))
+            return Generation(exchange.generate, exchange.requests, held.pop_all().close)
 
     def _trace(self, request: Request, kind: str, answering: Answering) -> None:
         known, first = seen(request), answering.requests[0]
@@ -197,9 +221,9 @@ class Routes:
         )
         known.span = self._service.tracing.started(traced, request.headers)
 
-    async def _body(self, request: Request) -> bytes:
+    async def _body(self, request: Request, hold: Callable[[int], None]) -> bytes:
         options = self._service.options
-        return await read_body(request, max_size=options.max_body_size, timeout=options.body_timeout)
+        return await read_body(request, max_size=options.max_body_size, timeout=options.body_timeout, hold=hold)
 
     def _client(self, request: Request) -> str:
         """Whose limits a request counts for: its key's, or without keys its address's."""
@@ -211,6 +235,29 @@ class Routes:
         found = told(error)
         seen(request).fail(error, found)
         return found.body()
+
+
+class ErrorMiddleware:
+    """Answers what no handler is there for. Starlette's own would raise it again, and log it a second time."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve as an ASGI application."""
+        started = False
+
+        async def send_on(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_on)
+        except Exception as error:
+            answer = await answer_error(Request(scope), error)
+            if not started:  # else the connection is closed amid the answer
+                await answer(scope, receive, send)
 
 
 async def answer_error(request: Request, error: Exception) -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from starlette.requests import Request
 from starlette.types import Message
@@ -18,12 +19,13 @@ class ClientGone(Exception):
     """The client closed its connection; nobody waits for an answer."""
 
 
-async def read_body(request: Request, *, max_size: int, timeout: float) -> bytes:
+async def read_body(request: Request, *, max_size: int, timeout: float, hold: Callable[[int], None]) -> bytes:
     """A request's body, which says that it is JSON.
 
     Args:
         max_size: in bytes.
         timeout: seconds that all of it may take.
+        hold: called with the bytes of each part before it is kept; raises where there is no room for them.
 
     Raises:
         ApiError: 415 for another type of content, 413 where it is too large, 408 where it takes too long.
@@ -39,20 +41,22 @@ async def read_body(request: Request, *, max_size: int, timeout: float) -> bytes
     if declared.isdecimal() and int(declared) > max_size:
         raise _too_large(f"{int(declared)} bytes", max_size)
     try:
-        return await asyncio.wait_for(_read(request, max_size), timeout)
+        return await asyncio.wait_for(_read(request, max_size, hold), timeout)
     except asyncio.TimeoutError:
         raise ApiError(408, f"the body did not arrive within {timeout:g} s") from None
 
 
-async def _read(request: Request, max_size: int) -> bytes:
+async def _read(request: Request, max_size: int, hold: Callable[[int], None]) -> bytes:
     body = bytearray()
     while True:
         message: Message = await request.receive()
         if message["type"] == "http.disconnect":
             raise ClientGone
-        body += message.get("body", b"")
-        if len(body) > max_size:
+        part = message.get("body", b"")
+        if len(body) + len(part) > max_size:
             raise _too_large("larger", max_size)
+        hold(len(part))
+        body += part
         if not message.get("more_body", False):
             return bytes(body)
 

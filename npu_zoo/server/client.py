@@ -27,12 +27,17 @@ from npu_zoo.server.messages import (
 
 _SECONDS_BETWEEN_TRIES = 0.2
 _LOST = "the engine was lost while the request ran; it is being started again"
+_CLOSED = "the server ended before the request had finished"
 
 OnStats = Callable[[EngineStats], None]
 
 
 class EngineDied(EngineError):
     """The engine was lost, or is not there yet; the request may be sent again once it is ready."""
+
+
+class ClientClosed(EngineDied):
+    """The front end has left the engine, since the server ends."""
 
 
 class EngineClient:
@@ -111,16 +116,18 @@ class EngineClient:
             self._send(Abort(stream.key))
 
     async def close(self) -> None:
-        """Leave the engine, which aborts what runs; generators raise EngineDied."""
+        """Leave the engine, which aborts what runs; generators raise ClientClosed."""
         self._closed = True
         if self._connecting is not None:
             self._connecting.cancel()
             await asyncio.gather(self._connecting, return_exceptions=True)
         if self._channel is not None:
             self._channel.close()
-        self._lose("the server ended while the request ran")
+        self._lose(ClientClosed, _CLOSED)
 
     def _submit(self, request: GenerationRequest) -> _Stream:
+        if self._closed:
+            raise ClientClosed(_CLOSED)
         if not self.ready:
             raise EngineDied("the engine is not ready; it is being started")
         if request.request_id in self._by_id:
@@ -188,15 +195,15 @@ class EngineClient:
 
     def _part_with(self, channel: Channel) -> None:
         if channel is self._channel and not self._closed:
-            self._lose(_LOST)
+            self._lose(EngineDied, _LOST)
             self._connecting = asyncio.create_task(self._connect())
 
-    def _lose(self, why: str) -> None:
+    def _lose(self, kind: type[EngineDied], why: str) -> None:
         self._channel = None
         self.losses += self.ready and not self._closed
         self._ready.clear()
         for stream in list(self._streams.values()):
-            self._fail(stream, EngineDied(why))
+            self._fail(stream, kind(why))
         self._note(EngineStats())
 
     def _fail(self, stream: _Stream, error: NpuZooError) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import contextlib
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import replace
 
 from npu_zoo.core.engine import GenerationRequest, RequestOutput
 from npu_zoo.protocol.answering import Answering
 from npu_zoo.protocol.errors import ApiError
-from npu_zoo.server.client import EngineDied
+from npu_zoo.server.client import ClientClosed, EngineDied
 from npu_zoo.server.metrics import ServerMetrics
 
-Generate = Callable[[GenerationRequest], AsyncIterator[RequestOutput]]
+_SEED_BITS = 63
+
+Generate = Callable[[GenerationRequest], AsyncGenerator[RequestOutput, None]]
 
 
 class Exchange:
@@ -22,9 +26,11 @@ class Exchange:
         kind: of request, such as ``chat``.
         generate: runs a prompt in the engine.
         max_time: seconds that the server gives each of them; None for no limit.
+        draw_seeds: whether requests without a seed get one each.
         arrival_time: when the server had the request, on the monotonic clock.
 
     Attributes:
+        answer_id: as the answer's JSON names itself.
         outputs: each prompt's newest state, by its place.
     """
 
@@ -36,9 +42,11 @@ class Exchange:
         metrics: ServerMetrics,
         *,
         max_time: float | None,
+        draw_seeds: bool,
         arrival_time: float,
     ) -> None:
-        self.requests = [_within(request, max_time) for request in answering.requests]
+        self.requests = [_seeded(_within(request, max_time), draw_seeds) for request in answering.requests]
+        self.answer_id = answering.id
         self.stream = answering.stream
         self.outputs: dict[int, RequestOutput] = {}
         self._generate = generate
@@ -48,31 +56,54 @@ class Exchange:
             for request in self.requests
         ]
 
+    @property
+    def finished(self) -> bool:
+        """Whether every completion came to an end of its own, or to a limit."""
+        ends = [completion.finish_reason for output in self.outputs.values() for completion in output.outputs]
+        return len(self.outputs) == len(self.requests) and all(end in ("stop", "length") for end in ends)
+
     async def generate(self, request: GenerationRequest) -> AsyncIterator[RequestOutput]:
         """Run one of the prompts and note how it goes on and ends."""
         place = self._places[request.request_id]
         observed = self._observed[place]
         try:
-            async for output in self._generate(request):
-                self.outputs[place] = output
-                (observed.finished if output.finished else observed.progressed)(output)
-                _require_whole(output)
-                yield output
+            async with contextlib.aclosing(self._generate(request)) as states:
+                async for output in states:
+                    self.outputs[place] = output
+                    _require_whole(output)
+                    (observed.finished if output.finished else observed.progressed)(output)
+                    yield output
         except (asyncio.CancelledError, GeneratorExit):
             observed.aborted("disconnect", self.outputs.get(place))
+            raise
+        except ClientClosed:
+            observed.aborted("shutdown", self.outputs.get(place))
+            raise
+        except OutputFailed:
+            observed.failed("form", self.outputs[place])
             raise
         except Exception as error:
             observed.failed("engine_died" if isinstance(error, EngineDied) else "engine_error")
             raise
 
 
+class OutputFailed(ApiError):
+    """An output could not go on: what has come of it does not have the form that was asked for."""
+
+
 def _require_whole(output: RequestOutput) -> None:
-    """Raise for an output that could not go on: what has come of it does not have the form that was asked for."""
     for completion in output.outputs:
         if completion.finish_reason == "error":
-            raise ApiError(400, str(completion.stop_reason), code="output_failed")
+            raise OutputFailed(400, str(completion.stop_reason), code="output_failed")
 
 
 def _within(request: GenerationRequest, max_time: float | None) -> GenerationRequest:
     limits = [limit for limit in (request.max_time, max_time) if limit is not None]
     return replace(request, max_time=min(limits, default=None))
+
+
+def _seeded(request: GenerationRequest, draw_seeds: bool) -> GenerationRequest:
+    if not draw_seeds or request.sampling_params.seed is not None:
+        return request
+    params = replace(request.sampling_params, seed=secrets.randbits(_SEED_BITS))
+    return replace(request, sampling_params=params)

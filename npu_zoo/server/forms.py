@@ -10,16 +10,19 @@ import pickle
 import signal
 import sys
 from collections import OrderedDict
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 
 from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.errors import EngineError, UsageError
 from npu_zoo.core.sampling import StructuredOutputs
 from npu_zoo.engine.prompting import PromptEncoder
+from npu_zoo.server.admission import too_many
 
 _PROGRAM = "npu_zoo.server.form_process"
 _REMEMBERED = 256  # forms; each is as long as requests may describe one
+_MOST_CHECKS = 32  # that run or wait; they come one after the other
+_RETRY_S = 5.0
 _SECONDS_TO_START = 60.0
 _SECONDS_TO_ANSWER = 30.0  # of the clock; CPU time has a limit of its own
 _SECONDS_TO_END = 1.0
@@ -35,6 +38,20 @@ class UncheckedForm(Exception):
         self.form = form
 
 
+@dataclass
+class _Check:
+    """A check of a form.
+
+    Attributes:
+        wanted: how many wait for it.
+        begun: whether it has had its turn.
+    """
+
+    task: asyncio.Task[None]
+    wanted: int = 0
+    begun: bool = False
+
+
 class FormChecker:
     """Knows which forms can be kept: each is tried once, in a process of its own that is started at the first of them.
 
@@ -44,7 +61,7 @@ class FormChecker:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._faults: OrderedDict[StructuredOutputs, str | None] = OrderedDict()
-        self._checks: dict[StructuredOutputs, asyncio.Task[None]] = {}
+        self._checks: dict[StructuredOutputs, _Check] = {}
         self._turn = asyncio.Lock()
         self._process: asyncio.subprocess.Process | None = None
 
@@ -63,31 +80,49 @@ class FormChecker:
             raise UsageError(fault)
 
     async def check(self, form: StructuredOutputs) -> None:
-        """Find out about a form; a check goes on where its caller is cancelled, for it may be another one's too.
+        """Find out about a form.
+
+        A check that has begun goes on where its caller is cancelled; one that nobody waits for any more does not begin.
 
         Raises:
+            ApiError: 429 where too many forms wait to be checked.
             EngineError: the process cannot be started.
         """
-        if form not in self._checks:
-            task = self._checks[form] = asyncio.create_task(self._check(form))
-            task.add_done_callback(partial(self._forget, form))
-        await asyncio.shield(self._checks[form])
+        check = self._checks.get(form) or self._new_check(form)
+        check.wanted += 1
+        try:
+            await asyncio.shield(check.task)
+        finally:
+            check.wanted -= 1
+            if not check.wanted and not check.begun:
+                check.task.cancel()
+                self._forget(form, check.task)
 
     async def close(self) -> None:
         """End the process."""
-        checks = list(self._checks.values())
+        checks = [check.task for check in self._checks.values()]
         for task in checks:
             task.cancel()
         await asyncio.gather(*checks, return_exceptions=True)
         await self._end()
 
+    def _new_check(self, form: StructuredOutputs) -> _Check:
+        if len(self._checks) >= _MOST_CHECKS:
+            message = f"{len(self._checks)} forms of outputs wait to be checked"
+            raise too_many(message, code="queue_full", retry_after=_RETRY_S)
+        check = self._checks[form] = _Check(asyncio.create_task(self._check(form)))
+        check.task.add_done_callback(partial(self._forget, form))
+        return check
+
     def _forget(self, form: StructuredOutputs, task: asyncio.Task[None]) -> None:
-        del self._checks[form]
-        if not task.cancelled():
+        if form in self._checks and self._checks[form].task is task:
+            del self._checks[form]
+        if task.done() and not task.cancelled():
             task.exception()  # who waited for it has it
 
     async def _check(self, form: StructuredOutputs) -> None:
         async with self._turn:
+            self._checks[form].begun = True
             self._faults[form] = await self._fault(form)
             if len(self._faults) > _REMEMBERED:
                 self._faults.popitem(last=False)

@@ -12,6 +12,7 @@ import socket
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from npu_zoo.core.engine import EngineStats
 from npu_zoo.server.app import create_app
@@ -24,7 +25,8 @@ from npu_zoo.server.service import Service
 
 _SECONDS_BETWEEN_LOOKS = 0.05
 _SECONDS_TO_CLOSE = 2
-_FILES_PER_CONNECTION = 65536
+_SECONDS_FOR_ENGINE = 1.0
+_MOST_OPEN_FILES = 65536
 
 
 def serve(descriptor: int, setup: FrontEndSetup) -> None:
@@ -47,9 +49,15 @@ class FrontEnd:
     async def run(self, listener: socket.socket) -> None:
         """Serve until SIGTERM, and then until what runs has finished or the grace period is over."""
         self._client = EngineClient(self._setup.engine_path, self._note)
-        self._service = Service(self._setup.config, self._options, self._client, self._setup.options.defaults)
+        given = self._setup.options
+        self._service = Service(
+            self._setup.config, self._options, self._client, given.defaults, draw_seeds=given.draw_seeds
+        )
         await self._client.start()
-        server = _Server(self._uvicorn_config())
+        with contextlib.suppress(asyncio.TimeoutError):
+            # A front end that takes another's place finds the engine there, and clients that wait for an answer.
+            await asyncio.wait_for(self._client.wait_ready(), _SECONDS_FOR_ENGINE)
+        server = _Server(uvicorn_config(create_app(self._service), self._options))
         terminated = asyncio.Event()
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, terminated.set)
         draining = asyncio.create_task(self._drain(server, terminated))
@@ -60,6 +68,7 @@ class FrontEnd:
             await asyncio.gather(draining, return_exceptions=True)
             await self._client.close()
             await self._service.forms.close()
+            self._service.readers.close()
             await asyncio.to_thread(self._service.tracing.shutdown)
 
     async def _drain(self, server: uvicorn.Server, terminated: asyncio.Event) -> None:
@@ -92,25 +101,6 @@ class FrontEnd:
             self._engines = info.pid
         metrics.engine_stats(stats)
 
-    def _uvicorn_config(self) -> uvicorn.Config:
-        options = self._options
-        return uvicorn.Config(
-            create_app(self._service),
-            http=protocol_with(head_timeout=options.head_timeout),
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=max(1, round(options.keep_alive)),
-            timeout_graceful_shutdown=_SECONDS_TO_CLOSE,
-            backlog=2048,
-            ssl_certfile=options.ssl_certfile,
-            ssl_keyfile=options.ssl_keyfile,
-            ssl_ca_certs=str(options.ssl_ca_certs) if options.ssl_ca_certs else None,
-            ssl_cert_reqs=2 if options.ssl_ca_certs else 0,
-        )
-
 
 class _Server(uvicorn.Server):
     """Leaves the signals to the front end."""
@@ -120,10 +110,32 @@ class _Server(uvicorn.Server):
         yield
 
 
+def uvicorn_config(application: ASGIApp, options: ServeOptions) -> uvicorn.Config:
+    """How uvicorn is to serve an application."""
+    return uvicorn.Config(
+        application,
+        http=protocol_with(head_timeout=options.head_timeout, send_timeout=options.send_timeout),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=bool(options.forwarded_allow_ips),  # by itself it would believe every client on this machine
+        forwarded_allow_ips=list(options.forwarded_allow_ips),
+        timeout_keep_alive=max(1, round(options.keep_alive)),
+        timeout_graceful_shutdown=_SECONDS_TO_CLOSE,
+        backlog=2048,
+        ssl_certfile=options.ssl_certfile,
+        ssl_keyfile=options.ssl_keyfile,
+        ssl_ca_certs=str(options.ssl_ca_certs) if options.ssl_ca_certs else None,
+        ssl_cert_reqs=2 if options.ssl_ca_certs else 0,
+    )
+
+
 def _allow_many_connections() -> None:
     """Raise the limit of open files, which is often 1,024, as far as this process may."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _FILES_PER_CONNECTION if hard == resource.RLIM_INFINITY else min(hard, _FILES_PER_CONNECTION)
+    wanted = _MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

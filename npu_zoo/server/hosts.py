@@ -1,48 +1,52 @@
-"""Which Host headers are served: a page in a browser can make a name of its own stand for 127.0.0.1."""
+"""Which names a server answers to.
+
+A page in a browser can make a name of its own stand for 127.0.0.1 and read what a server there answers; its requests
+then have that name in their Host header.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+import fnmatch
+import re
+from collections.abc import Sequence
 
-from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from npu_zoo.protocol.errors import ApiError
 
 _SHOWN = 80
+_HOST = re.compile(r"(?:\[(?P<address>[0-9A-Fa-f:.]+)\]|(?P<name>[^\s:/@\[\]]+))(?::\d*)?")
 
 
-class KnownHosts:
-    """Starlette's check of the Host header, with an error in this server's format.
+class HostMiddleware:
+    """Refuses requests whose Host header names another server.
 
     Args:
-        answer: makes the answer of an error.
+        allowed: names and addresses without ports, in which ``*`` stands for anything.
     """
 
-    def __init__(
-        self, app: ASGIApp, hosts: Sequence[str], answer: Callable[[Request, Exception], Awaitable[Response]]
-    ) -> None:
-        self._app, self._hosts, self._answer = app, hosts, answer
+    def __init__(self, app: ASGIApp, allowed: Sequence[str]) -> None:
+        self._app = app
+        self._allowed = [host.lower().strip("[]") for host in allowed]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve as an ASGI application."""
-        known = False
+        """Serve as an ASGI application.
 
-        async def note(scope: Scope, receive: Receive, send: Send) -> None:
-            nonlocal known
-            known = True
+        Raises:
+            ApiError: 400, the name is not served.
+        """
+        given = Headers(scope=scope).get("host") if scope["type"] == "http" else None
+        if given is not None:  # a browser always sends it, a load balancer's HTTP/1.0 may not
+            self._check(given)
+        await self._app(scope, receive, send)
 
-        await TrustedHostMiddleware(note, self._hosts, www_redirect=False)(scope, receive, _drop)
-        if known:
-            await self._app(scope, receive, send)
-            return
-        request = Request(scope)
-        host = request.headers.get("host", "")[:_SHOWN]
-        message = f"this server does not answer to the host {host!r}; --allowed-host makes it answer to a further one"
-        await (await self._answer(request, ApiError(400, message)))(scope, receive, send)
-
-
-async def _drop(message: Message) -> None:
-    """Starlette's own answer is not sent."""
+    def _check(self, given: str) -> None:
+        found = _HOST.fullmatch(given.strip())
+        host = (found["address"] or found["name"]).lower().rstrip(".") if found else ""
+        if not any(fnmatch.fnmatchcase(host, pattern) for pattern in self._allowed):
+            raise ApiError(
+                400,
+                f"this server is not {given[:_SHOWN]!r} but {', '.join(self._allowed)}; --allowed-host adds names",
+                code="host_not_allowed",
+            )

@@ -32,9 +32,10 @@ class ApiKeys:
         """From a file with a key a line (``#`` begins a remark), and from the environment.
 
         Raises:
-            ConfigError: the file cannot be read or holds no key.
+            ConfigError: the file cannot be read or holds no key, or a key cannot stand in a header.
         """
-        own = environ.get(API_KEY_VARIABLE)
+        own = environ.get(API_KEY_VARIABLE, "").strip()
+        _require_sendable(own, API_KEY_VARIABLE)
         return cls([*(_read(file) if file else ()), *([own] if own else ())])
 
     def check(self, authorization: str | None) -> str | None:
@@ -57,6 +58,7 @@ class ApiKeys:
                 f"the API key {problem}; send it as 'Authorization: Bearer KEY'",
                 type="authentication_error",
                 code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
             )
         return digest.hex()[:_SHOWN]
 
@@ -71,7 +73,15 @@ def _read(file: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"cannot read the API keys in {file}: {reason}") from error
-    keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    stripped = [line.strip() for line in lines]
+    keys = {number: line for number, line in enumerate(stripped, 1) if line and not line.startswith("#")}
     if not keys:
         raise ConfigError(f"{file} holds no API key; write one a line")
-    return keys
+    for number, key in keys.items():
+        _require_sendable(key, f"line {number} of {file}")
+    return list(keys.values())
+
+
+def _require_sendable(key: str, where: str) -> None:
+    if not key.isascii() or not key.isprintable():
+        raise ConfigError(f"the API key in {where} cannot stand in a header; use printable ASCII alone")

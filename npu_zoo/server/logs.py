@@ -49,6 +49,7 @@ class RequestLine:
     Attributes:
         route: the route's template; None where none matched.
         seconds: from its arrival to the end of the answer.
+        answer_id: as the answer's JSON names itself, such as ``chatcmpl-…``.
         client: the client's address.
         model: the name that was asked for and is served.
         error: the type or code of the error that was answered.
@@ -64,6 +65,7 @@ class RequestLine:
     model: str | None = None
     stream: bool | None = None
     error: str | None = None
+    answer_id: str | None = None
     arrival_time: float | None = None
 
 
@@ -73,11 +75,14 @@ class RequestLog:
     Args:
         prompts: whether prompts' and completions' texts go in.
         quiet: routes that are logged for debugging only while they succeed.
+        probes: routes that are logged for debugging only, for their status is of the server and not of the request.
     """
 
-    def __init__(self, *, prompts: bool = False, quiet: Sequence[str] = ("/health", "/metrics")) -> None:
+    def __init__(
+        self, *, prompts: bool = False, quiet: Sequence[str] = ("/metrics",), probes: Sequence[str] = ("/health",)
+    ) -> None:
         self._prompts = prompts
-        self._quiet = tuple(quiet)
+        self._quiet, self._probes = tuple(quiet), tuple(probes)
         self._logger = logging.getLogger(LOGGER)
 
     def ended(self, line: RequestLine, outputs: Sequence[RequestOutput] = ()) -> None:
@@ -90,9 +95,10 @@ class RequestLog:
             log(self._logger, level, "request", f"{line.method} {line.route or 'no route'} {line.status}", fields)
 
     def _level(self, line: RequestLine) -> int:
-        if line.status >= 500:
-            return logging.ERROR
-        return logging.DEBUG if (line.route or "").startswith(self._quiet) and line.status < 400 else logging.INFO
+        route = line.route or ""
+        if route.startswith(self._probes) or (line.status < 400 and route.startswith(self._quiet)):
+            return logging.DEBUG
+        return logging.ERROR if line.status >= 500 else logging.INFO
 
 
 def log(
@@ -264,6 +270,7 @@ def _chain(error: BaseException) -> list[BaseException]:
 def _http_fields(line: RequestLine) -> dict[str, Any]:
     return {
         "request_id": line.request_id,
+        "answer_id": line.answer_id,
         "method": line.method,
         "route": line.route,
         "status": line.status,

@@ -12,8 +12,8 @@ FinishedReason = Literal["stop", "length", "abort", "error"]
 RejectReason = Literal[
     "invalid", "unauthorized", "too_large", "queue_full", "rate_limit", "concurrency_limit", "draining", "engine_down"
 ]
-FailReason = Literal["engine_died", "engine_error", "internal"]
-AbortReason = Literal["disconnect", "timeout", "shutdown", "engine"]
+FailReason = Literal["engine_died", "engine_error", "form"]
+AbortReason = Literal["disconnect", "shutdown", "engine"]
 
 MODEL_NAME = "model_name"
 """The label of every metric but those of the process."""
@@ -100,7 +100,7 @@ VLLM_METRICS = (
     _counter("vllm:generation_tokens_total", "tokens generated, of all completions", "vLLM"),
     _counter(
         "vllm:request_success_total",
-        "requests that ended; where completions differ, abort or else length",
+        "requests that ended; where completions differ, abort, or else error, or else length",
         "vLLM",
         "finished_reason",
     ),

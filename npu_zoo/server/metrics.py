@@ -31,7 +31,7 @@ from npu_zoo.server.timing import RequestTimes
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _OTHER = "other"
 _OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
-_SEVERITY = ("abort", "length", "stop")
+_SEVERITY = ("abort", "error", "length", "stop")
 _M = TypeVar("_M", Counter, Gauge, Histogram)
 
 
@@ -220,14 +220,21 @@ class ObservedRequest:
         if reason == "abort":
             self.aborted("engine", output)
             return
+        if reason == "error":
+            self.failed("form", output)
+            return
         self._end(output, reason)
         self._metrics.count(1, "request_success_total")
         self._measure(output)
 
-    def failed(self, reason: FailReason) -> None:
-        """It ended in an error."""
+    def failed(self, reason: FailReason, output: RequestOutput | None = None) -> None:
+        """It ended in an error.
+
+        Args:
+            output: its last state, where there is one.
+        """
         if not self._ended:
-            self._end(None, "error")
+            self._end(output, "error")
             self._metrics.count(1, "request_failed_total")
             self._metrics.child(Counter, "npu_zoo_requests_failed_total", reason).inc()
 

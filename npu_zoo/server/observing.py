@@ -32,7 +32,7 @@ _REASONS: dict[str | None, RejectReason] = {
 }
 """Why a request was turned away, by its error's code; of the others the status tells."""
 
-_LEAST_STATUS_OF_ERRORS = 500
+_FAILURE = 500
 _TOO_LARGE = 413
 
 
@@ -56,7 +56,7 @@ class Seen:
     def fail(self, error: BaseException, found: ApiError) -> None:
         """Note an error; one that is not the request's is logged with its traceback."""
         self.error = found
-        if found.status == _LEAST_STATUS_OF_ERRORS:
+        if found.status == _FAILURE:
             log(
                 logging.getLogger(LOGGER), logging.ERROR, "failure", found.message, {"request_id": self.id}, error=error
             )
@@ -82,7 +82,7 @@ class ObservingMiddleware:
             await self._app(scope, receive, send)
             return
         known = scope[_KEY] = Seen(request_id(Headers(scope=scope).get(REQUEST_ID_HEADER)))
-        status = _LEAST_STATUS_OF_ERRORS
+        status = _FAILURE
 
         async def send_on(message: Message) -> None:
             nonlocal status
@@ -103,8 +103,8 @@ class ObservingMiddleware:
         exchange = known.exchange
         outputs = list(exchange.outputs.values()) if exchange else []
         error = (known.error.code or known.error.type) if known.error else None
-        if known.error is not None and exchange is None and scope["method"] == "POST":
-            self._service.metrics.rejected(_reason(known.error))
+        if exchange is None and scope["method"] == "POST" and (reason := _reason(known.error)):
+            self._service.metrics.rejected(reason)
         if known.span is not None:
             known.span.ended(status, outputs, error)
         line = RequestLine(
@@ -117,10 +117,14 @@ class ObservingMiddleware:
             model=self._service.model_names[0] if exchange else None,
             stream=exchange.stream if exchange else None,
             error=error,
+            answer_id=exchange.answer_id if exchange else None,
             arrival_time=known.arrival_time,
         )
         self._log.ended(line, outputs)
 
 
-def _reason(error: ApiError) -> RejectReason:
+def _reason(error: ApiError | None) -> RejectReason | None:
+    """Why a request was turned away; None where it was not, or where the server failed on it."""
+    if error is None or error.status == _FAILURE:
+        return None
     return _REASONS.get(error.code, "too_large" if error.status == _TOO_LARGE else "invalid")

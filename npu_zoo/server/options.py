@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,13 +40,28 @@ class ServeOptions(BaseModel):
     )
     ssl_certfile: Path | None = Field(None, description="Certificate chain in PEM form: the server speaks TLS.")
     ssl_keyfile: Path | None = Field(None, description="Its private key; unset where the chain's file holds it.")
-    ssl_ca_certs: Path | None = Field(None, description="Authorities whose client certificates are asked for.")
+    ssl_ca_certs: Path | None = Field(None, description="Authorities; clients must have a certificate of one of them.")
+    forwarded_allow_ips: tuple[str, ...] = Field(
+        (),
+        description="Address or network of a proxy whose X-Forwarded-For says who the client is; repeatable. "
+        "* trusts everybody's. Default: nobody's.",
+    )
     max_queue: int = Field(
         256, ge=0, description="Completions that may wait beside those that run; more are refused with status 429."
     )
     max_body_size: int = Field(4 * 2**20, ge=1024, description="Largest request body in bytes; above it: status 413.")
+    max_n: int = Field(128, ge=1, le=1024, description="Most answers to a prompt (n); more are refused.")
+    max_completion_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Most tokens of an answer; more are refused, and a chat that does not say gets this many. "
+        "Default: what the model has room for.",
+    )
     rate_limit: int | None = Field(None, ge=1, description="Requests a minute and API key (or address, without keys).")
     concurrency_limit: int | None = Field(None, ge=1, description="Requests at once per API key (or address).")
+    min_priority: int = Field(
+        0, ge=-(2**31), le=0, description="Most urgent (lowest) priority that a request may ask for."
+    )
     request_timeout: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="Longest time of a request; its output ends as it is then."
     )
@@ -53,6 +69,9 @@ class ServeOptions(BaseModel):
         10.0, gt=0, allow_inf_nan=False, description="Longest time for a request's line and headers to arrive."
     )
     body_timeout: float = Field(30.0, gt=0, allow_inf_nan=False, description="Longest time for its body.")
+    send_timeout: float = Field(
+        60.0, gt=0, allow_inf_nan=False, description="How long a client may take nothing of what is sent to it."
+    )
     keep_alive: float = Field(
         30.0, gt=0, allow_inf_nan=False, description="How long an unused connection is kept open."
     )
@@ -78,7 +97,15 @@ class ServeOptions(BaseModel):
         """Host headers that are served; none means any."""
         if self.allowed_host:
             return self.allowed_host
-        return LOOPBACK if self.host in LOOPBACK else ()
+        return tuple(dict.fromkeys((*LOOPBACK, self.host))) if is_loopback(self.host) else ()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from its own machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 @dataclass(frozen=True)
@@ -87,7 +114,9 @@ class FrontEndOptions:
 
     Attributes:
         defaults: sampling parameters of requests that name none.
+        draw_seeds: whether requests without a seed get one each, and not all the engine's.
     """
 
     serve: ServeOptions
     defaults: Mapping[str, Any]
+    draw_seeds: bool = True

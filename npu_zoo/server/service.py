@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.engine import GenerationRequest, RequestOutput
 from npu_zoo.protocol.answering import Answering
 from npu_zoo.protocol.errors import ApiError, api_error
+from npu_zoo.protocol.limits import ProtocolLimits
 from npu_zoo.protocol.openai import OpenAIProtocol
-from npu_zoo.server.admission import AdmissionQueue, ClientLimits
-from npu_zoo.server.client import EngineClient, EngineDied
+from npu_zoo.server.admission import AdmissionQueue, BodyRoom, ClientLimits
+from npu_zoo.server.client import ClientClosed, EngineClient, EngineDied
 from npu_zoo.server.forms import FormChecker, FrontEndEncoder, UncheckedForm
 from npu_zoo.server.keys import ApiKeys
 from npu_zoo.server.metrics import ServerMetrics
 from npu_zoo.server.options import ServeOptions
+from npu_zoo.server.readers import Readers
 from npu_zoo.server.tracing import start_tracing
 
-ResultT = TypeVar("ResultT")
-
 _RETRY_S = 5
-_READINGS_AT_ONCE = 4  # threads that render and tokenize; more would only take turns
+_BODIES_AT_ONCE = 16  # of the largest size that may be read and prepared together
 
 
 class Service:
@@ -35,6 +34,7 @@ class Service:
         options: how the server was started.
         client: of the engine, which may not be there yet.
         defaults: sampling parameters of requests that name none.
+        draw_seeds: whether requests without a seed get one each, and not all the engine's.
 
     Attributes:
         draining: whether new requests are turned away since the server is about to end.
@@ -47,21 +47,26 @@ class Service:
         options: ServeOptions,
         client: EngineClient,
         defaults: Mapping[str, Any] | None = None,
+        *,
+        draw_seeds: bool = True,
     ) -> None:
         self.config = config
         self.options = options
         self.client = client
+        self.draw_seeds = draw_seeds
         self.draining = False
         self.running = 0
         self.keys = ApiKeys.load(options.api_key_file, os.environ)
         self.queue = AdmissionQueue(config.max_num_seqs, options.max_queue)
+        self.bodies = BodyRoom(_BODIES_AT_ONCE * options.max_body_size)
+        self.readers = Readers(config.max_num_seqs + options.max_queue)
         self.limits = ClientLimits(options.rate_limit, options.concurrency_limit)
         self.forms = FormChecker(config)
         self.encoder = FrontEndEncoder(config, self.forms)
-        self.protocol = OpenAIProtocol(self.encoder, self.model_names, defaults=defaults or {})
+        limits = ProtocolLimits(max_n=options.max_n, max_completion_tokens=options.max_completion_tokens)
+        self.protocol = OpenAIProtocol(self.encoder, self.model_names, limits, defaults or {})
         self.metrics = ServerMetrics(self.model_names[0], config.max_model_len)
         self.tracing = start_tracing(options.otlp_endpoint)
-        self._readers = asyncio.Semaphore(_READINGS_AT_ONCE)
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -106,18 +111,21 @@ class Service:
         """Read a request that generates; the form of its output is tried before the engine has it."""
         while True:
             try:
-                return await self.read(make)
+                answering = await self.readers.run(make)
+                _check_priority(answering, self.options.min_priority)
+                return answering
             except UncheckedForm as unchecked:
                 await self.forms.check(unchecked.form)
 
-    async def read(self, make: Callable[[], ResultT]) -> ResultT:
-        """Render and tokenize in a thread, so that a long prompt holds nobody else up."""
-        async with self._readers:
-            return await asyncio.to_thread(make)
-
-    def generate(self, request: GenerationRequest) -> AsyncIterator[RequestOutput]:
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[RequestOutput, None]:
         """Run a request in the engine."""
         return self.client.generate(request)
+
+
+def _check_priority(answering: Answering, least: int) -> None:
+    asked = min(request.priority for request in answering.requests)
+    if asked < least:
+        raise ApiError(400, f"priority is {asked}, and requests may ask for {least} and more", param="priority")
 
 
 def unavailable(message: str, *, code: str) -> ApiError:
@@ -134,5 +142,5 @@ def unavailable(message: str, *, code: str) -> ApiError:
 def told(error: BaseException) -> ApiError:
     """What a client is told of an exception."""
     if isinstance(error, EngineDied):
-        return unavailable(str(error), code="engine_lost")
+        return unavailable(str(error), code="draining" if isinstance(error, ClientClosed) else "engine_lost")
     return api_error(error)

@@ -124,12 +124,13 @@ class Supervisor:
     def run(self) -> int:
         """Serve until a signal says to stop; to be called once, and in the main thread for the signals to be heard.
 
-        SIGTERM and SIGINT have the front end finish what runs, then end the engine. A SIGINT after that ends all at
-        once. The listener is closed in the end, and what this process has by then for children that it had not before
-        is ended.
+        SIGTERM, SIGINT and SIGHUP (a terminal that closes, unless ``nohup`` had it ignored) have the front end finish
+        what runs, then end the engine. A SIGINT after that ends all at once. The listener is closed in the end, and
+        what this process has by then for children that it had not before is ended.
 
         Returns:
-            The exit code: 0 after SIGTERM, 130 after SIGINT, 1 where the engine died before all had finished.
+            The exit code: 0 after SIGTERM and SIGHUP, 130 after SIGINT, 1 where the engine died before all had
+            finished.
 
         Raises:
             NpuZooError: the engine or the front end cannot start (its own error), or one of them died too often.
@@ -171,12 +172,11 @@ class Supervisor:
 
     def _hear(self, role: _Role, messages: Sequence[object]) -> None:
         for message in messages:
-            if isinstance(message, Loading) and self._on_loading is not None:
-                self._on_loading(message.stage, message.done, message.total)
+            if isinstance(message, Loading):
+                self._say(self._on_loading, message.stage, message.done, message.total)
             elif isinstance(message, Started):
                 role.serving_since, role.has_served = time.monotonic(), True
-                if self._on_ready is not None:
-                    self._on_ready(message.info)
+                self._say(self._on_ready, message.info)
             elif isinstance(message, Failed):
                 role.failure = message
                 self._kill_later(role, _SECONDS_TO_END)
@@ -199,7 +199,7 @@ class Supervisor:
         what = f"failed: {role.failure.error}" if role.failure is not None else describe_end(code)
         if self._stopping:
             if role is self._engine and self._front_end.process is not None and self._end is None:
-                self._tell(f"the engine (pid {pid}) {what}, before all requests had finished")
+                self._say(self._tell, f"the engine (pid {pid}) {what}, before all requests had finished")
                 self._code = self._code or 1
             self._go_on_ending()
             return
@@ -217,7 +217,7 @@ class Supervisor:
             often = f"it ended {role.deaths} times without {self._policy.healthy_seconds:g} s of service"
             self._end = EngineError(f"{what}; {often}, so the server ends")
         else:
-            self._tell(f"{what}; it is started again" + (f" in {delay:g} s" if delay else ""))
+            self._say(self._tell, f"{what}; it is started again" + (f" in {delay:g} s" if delay else ""))
             self._later(delay, partial(self._start, role))
 
     def _stop(self, number: int) -> None:
@@ -229,7 +229,8 @@ class Supervisor:
             return
         self._stopping, self._code = True, _INTERRUPTED if number == signal.SIGINT else 0
         if self._front_end.process is not None:
-            self._tell(f"{signal.Signals(number).name}: what runs may take {self._grace_period:g} s to finish")
+            name = signal.Signals(number).name
+            self._say(self._tell, f"{name}: what runs may take {self._grace_period:g} s to finish")
             self._front_end.process.send_signal(signal.SIGTERM)
             self._kill_later(self._front_end, self._grace_period + _SECONDS_TO_END)
         self._go_on_ending()
@@ -253,6 +254,12 @@ class Supervisor:
                 self._kill_later(role, _SECONDS_TO_END)
         while self._engine.process is not None or self._front_end.process is not None:
             self._next()()
+
+    def _say(self, say: Callable[..., None] | None, *words: Any) -> None:
+        """Call what tells the user; that nobody reads it any more is no reason to end."""
+        with contextlib.suppress(OSError):
+            if say is not None:
+                say(*words)
 
     def _kill_later(self, role: _Role, seconds: float) -> None:
         process = role.process
@@ -278,7 +285,9 @@ class Supervisor:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        numbers = (signal.SIGTERM, signal.SIGINT)
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
         before = [signal.signal(n, lambda n, frame: self._events.put(partial(self._stop, n))) for n in numbers]
         try:
             yield
@@ -357,16 +366,19 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
-    except (OSError, OverflowError) as error:
+        every = address[0] == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server(address, family=family, backlog=_BACKLOG, dualstack_ipv6=every)
+    except (OSError, OverflowError, UnicodeError) as error:
         raise _cannot_listen(host, port, error) from error
 
 
-def _cannot_listen(host: str, port: int, error: OSError | OverflowError) -> NpuZooError:
+def _cannot_listen(host: str, port: int, error: OSError | OverflowError | UnicodeError) -> NpuZooError:
     if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
         users = ", ".join(map(str, port_users(port)))
         return HardwareError(f"port {port} of {host} is in use{users and f' by {users}'}; choose another one")
-    return ConfigError(f"cannot listen on port {port} of {host}: {getattr(error, 'strerror', None) or error}")
+    # Python adds to the system's words which address it tried, a second time.
+    reason = str(getattr(error, "strerror", None) or error).partition(" (while attempting")[0]
+    return ConfigError(f"cannot listen on port {port} of '{host}': {reason}; name an address and port of this machine")
 
 
 def _print(text: str) -> None:

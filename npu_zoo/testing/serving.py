@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ class RunningServer(contextlib.AbstractContextManager["RunningServer"]):
         arguments: of the command; a free port is chosen unless they name one.
         environ: variables beside this process's.
         timeout: seconds that it may take to be ready, and to end.
+        context: of TLS, where the server speaks it.
 
     Attributes:
         url: where it listens, without a path.
@@ -42,16 +44,24 @@ class RunningServer(contextlib.AbstractContextManager["RunningServer"]):
     url: str
 
     def __init__(
-        self, arguments: Sequence[str], environ: Mapping[str, str] | None = None, *, timeout: float = 120.0
+        self,
+        arguments: Sequence[str],
+        environ: Mapping[str, str] | None = None,
+        *,
+        timeout: float = 120.0,
+        context: ssl.SSLContext | None = None,
     ) -> None:
         self._arguments = [*arguments, *([] if "--port" in arguments else ["--port", "0"])]
         self._environ = {**os.environ, **(environ or {})}
         self._timeout = timeout
+        self._context = context
 
     def __enter__(self) -> RunningServer:
         self._log = tempfile.TemporaryFile()  # closed in __exit__
         command = [sys.executable, "-m", "npu_zoo", "serve", *self._arguments]
-        self._process = subprocess.Popen(command, env=self._environ, stdout=self._log, stderr=subprocess.STDOUT)
+        self._process = subprocess.Popen(
+            command, env=self._environ, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             self._await_ready()
         except BaseException:
@@ -95,7 +105,7 @@ class RunningServer(contextlib.AbstractContextManager["RunningServer"]):
     def get(self, path: str) -> tuple[int, Any]:
         """The status of a path that is read, and its JSON or text."""
         try:
-            with urllib.request.urlopen(self.url + path, timeout=self._timeout) as response:
+            with urllib.request.urlopen(self.url + path, timeout=self._timeout, context=self._context) as response:
                 status, body, kind = response.status, response.read(), response.headers.get_content_type()
         except urllib.error.HTTPError as error:
             with error:

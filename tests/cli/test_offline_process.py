@@ -77,7 +77,7 @@ def wait_for_lines(path: Path, count: int, process: subprocess.Popen[str]) -> No
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("write", [write_jsonl, write_batch], ids=["jsonl", "batch"])
+@pytest.mark.parametrize("write", [write_jsonl, pytest.param(write_batch, marks=pytest.mark.long)])
 def test_a_run_that_is_killed_again_and_again_gives_what_each_prompt_gives_alone(
     tmp_path: Path, alone: list[str], write: Callable[[Path], tuple[str, ...]]
 ) -> None:
@@ -125,6 +125,7 @@ def test_sigterm_keeps_what_is_finished(tmp_path: Path, alone: list[str]) -> Non
     assert read_results(tmp_path / "out") == dict(enumerate(alone))
 
 
+@pytest.mark.long
 def test_of_launched_ranks_the_first_alone_reads_and_writes(tmp_path: Path, alone: list[str]) -> None:
     lines = "".join(json.dumps({"prompt": prompt, "max_tokens": 4}) + "\n" for prompt in PROMPTS[:3])
     options = ("--tp", "2", "--prompts-file", "-", "--output", str(tmp_path / "out"))

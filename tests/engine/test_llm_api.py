@@ -318,3 +318,20 @@ def test_an_error_names_the_prompt_of_a_batch(promised: LLM) -> None:
     with pytest.raises(PromptError, match="prompt 2 of 3: the prompt is empty"):
         promised.generate([[5], [], [6]], SamplingParams(max_tokens=1))
     assert not promised.engine.has_unfinished_requests()
+
+
+def test_a_text_that_is_too_long_however_it_is_cut_is_not_tokenized(
+    promised: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("it was tokenized")
+
+    monkeypatch.setattr(promised.engine.tokenizer, "encode", refuse)  # type: ignore[attr-defined]
+    with pytest.raises(PromptError, match=r"has at least \d+ tokens, and max_model_len=512"):
+        promised.generate("x" * 1_000_000)
+
+
+@pytest.mark.parametrize("text", ["x" * 600, "é" * 300, "    " * 400, "\n" * 3000])
+def test_the_least_number_of_tokens_is_one(promised: LLM, text: str) -> None:
+    tokenizer = promised.engine.tokenizer  # type: ignore[attr-defined]
+    assert 0 < tokenizer.least_tokens(text) <= len(tokenizer.encode(text))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from npu_zoo import LLM, SamplingParams
 from npu_zoo.core.engine import RequestOutput
 from npu_zoo.core.errors import UsageError
+from npu_zoo.engine.sequence import Request
 
 LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
 
@@ -97,3 +99,23 @@ def test_what_an_engine_tells_of_itself(launch: Callable[..., LLM], checkpoint: 
         assert 0 < stats.kv_cache_usage < 1
         drain(llm)
         assert llm.engine.stats().kv_cache_usage == 0
+
+
+def test_requests_that_ended_in_time_are_not_kept(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=1)
+    for number in range(300):
+        llm.engine.add_request(str(number), "def f(x):", params, max_time=1000)
+        drain(llm)
+    gc.collect()
+    assert not [found for found in gc.get_objects() if type(found) is Request]
+
+
+@pytest.mark.parametrize("length", [47, 48, 49, 50])
+def test_cached_tokens_are_those_of_the_first_completion(
+    launch: Callable[..., LLM], checkpoint: Path, length: int
+) -> None:
+    prompt = list(range(10, 10 + length))
+    params = SamplingParams(seed=1, n=3, max_tokens=4, ignore_eos=True)
+    with launch(checkpoint, block_size=16) as llm:
+        cached = [llm.generate([prompt], params)[0].metrics.cached_tokens for _ in range(2)]
+    assert cached == [0, (length - 1) // 16 * 16]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -227,3 +228,20 @@ def test_a_biased_token_is_taken_or_never_taken(llm: LLM) -> None:
 def test_a_bias_out_of_range_is_refused(bias: Any) -> None:
     with pytest.raises(UsageError, match="logit_bias"):
         SamplingParams(logit_bias=bias)
+
+
+def test_a_choice_may_be_of_thousands(llm: LLM) -> None:
+    texts = tuple(f"name {number}" for number in range(3000))
+    output = complete(llm, StructuredOutputs(choice=texts), seed=3)[0]
+    assert (output.finish_reason, output.text in texts) == ("stop", True)
+
+
+def test_a_form_that_takes_too_long_ends_its_output_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = itertools.count()
+    monkeypatch.setattr(time, "thread_time", lambda: float(next(seconds)))
+    slow = SamplingParams(temperature=0, max_tokens=100, structured_outputs=StructuredOutputs(regex="[a-f]{200}"))
+    plain = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    ended, beside = (output.outputs[0] for output in llm.generate(["def f(x):"] * 2, [slow, plain]))
+    assert ended.finish_reason == "error"
+    assert "took more than 50 ms each" in str(ended.stop_reason)
+    assert (beside.finish_reason, len(beside.token_ids)) == ("length", 40)

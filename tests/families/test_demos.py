@@ -98,7 +98,7 @@ def test_conversations_are_answered_with_code_and_end(demo: Demo) -> None:
     assert sum(defined) > len(names) / 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_cards_perplexity_is_what_the_engine_computes(demo: Demo) -> None:
     files = sorted((ROOT / "tests" / "data" / "demo_heldout").glob("*.txt"))
     assert [file.name.removesuffix(".txt") for file in files] == demo.card["heldout_files"]

@@ -7,12 +7,14 @@ generated token may differ where the CPU's two best are closer than the bound.
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import pytest
 
 from npu_zoo import LLM, SamplingParams
 from npu_zoo.core.errors import HardwareError, UnsupportedError
+from npu_zoo.core.sampling import StructuredOutputs
 from npu_zoo.simulator import measure
 from npu_zoo.testing.agreement import SCORED
 from npu_zoo.testing.agreement import compare as agreement_of
@@ -172,3 +174,16 @@ def test_penalties_equal_the_cpus() -> None:
     wanted = SamplingParams(temperature=0, max_tokens=10, repetition_penalty=1.3, presence_penalty=0.5, logprobs=2)
     reference = engine("deepseek_coder", "cpu", "float16").generate(TEXTS, wanted)
     compare(reference, engine("deepseek_coder", PRODUCT, "float16").generate(TEXTS, wanted), BOUND["float16"])
+
+
+def test_outputs_of_a_form_and_biased_ones() -> None:
+    llm = engine("deepseek_coder", PRODUCT, DTYPES[0])
+    forms = [StructuredOutputs(regex=r"[a-f]{3}-\d{2}"), StructuredOutputs(choice=("yes", "no"))]
+    params = [SamplingParams(temperature=0, max_tokens=24, structured_outputs=form) for form in forms]
+    params.append(SamplingParams(seed=1, max_tokens=24, structured_outputs=forms[0], min_tokens=20))
+    params.append(SamplingParams(temperature=0, max_tokens=4, logit_bias={40: 100}, ignore_eos=True))
+    shaped, chosen, sampled, biased = (o.outputs[0] for o in llm.generate([TEXTS[0]] * 4, params))
+    assert re.fullmatch(r"[a-f]{3}-\d{2}", shaped.text)
+    assert chosen.text in ("yes", "no")
+    assert re.fullmatch(r"[a-f]{3}-\d{2}", sampled.text)
+    assert biased.token_ids == [40] * 4

@@ -559,10 +559,9 @@ def test_sigterm_s_meaning_is_given_back(monkeypatch: pytest.MonkeyPatch) -> Non
 
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
-        with exit_on_sigterm():
-            with pytest.raises(SystemExit) as caught:
-                os.kill(os.getpid(), signal.SIGTERM)
-            assert caught.value.code == 143
+        with pytest.raises(SystemExit) as left, exit_on_sigterm(), contextlib.suppress(SystemExit):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert left.value.code == 143  # though something inside has caught it, as an import of a library may
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         signal.signal(signal.SIGTERM, own)
         with exit_on_sigterm():

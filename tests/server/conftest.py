@@ -16,6 +16,8 @@ from npu_zoo.dispatch import resolve
 from npu_zoo.server.engine_process import EngineServer
 from npu_zoo.testing.serving import RunningServer
 
+from .real_server import start
+
 DEMO = "deepseek_coder:demo"
 
 
@@ -57,6 +59,14 @@ def engine_path(llm: LLM, tmp_path: Path) -> Iterator[Path]:
     """A socket at which the module's LLM is served; nobody else may use it meanwhile."""
     with serving(llm, tmp_path / "engine.sock"):
         yield tmp_path / "engine.sock"
+
+
+@pytest.fixture(scope="session")
+def small_server() -> Iterator[RunningServer]:
+    """A server that runs two requests and lets twelve more wait; tests leave it idle and do not end its processes."""
+    arguments = ("--max-queue", "12", "--head-timeout", "5", "--body-timeout", "1", "--send-timeout", "2")
+    with start(*arguments, sequences=2) as server:
+        yield server
 
 
 SERVED = "deepseek_v3:demo"

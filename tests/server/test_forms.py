@@ -1,142 +1,110 @@
-"""The process that forms of outputs are tried in: what it says, what ends it, and what its end means."""
+"""Checks of forms: one after the other, no more than may wait, and none that nobody waits for."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from pathlib import Path
+from collections.abc import Callable
 
-import psutil
 import pytest
 
 from npu_zoo.core.config import EngineConfig
-from npu_zoo.core.errors import EngineError, UsageError
+from npu_zoo.core.errors import UsageError
 from npu_zoo.core.sampling import StructuredOutputs
-from npu_zoo.server import forms
+from npu_zoo.protocol.errors import ApiError
 from npu_zoo.server.forms import FormChecker, UncheckedForm
 
-GOOD = StructuredOutputs(regex="[a-f]+")
-WRONG = StructuredOutputs(regex="(")
-DOUBLED = "start: T14\nT0: /a*/\n" + "\n".join(f"T{n}: T{n - 1} T{n - 1}" for n in range(1, 15))
-TOO_MUCH = StructuredOutputs(grammar=DOUBLED)
+
+def form(number: int) -> StructuredOutputs:
+    return StructuredOutputs(regex=f"a{{{number}}}")
 
 
-@asynccontextmanager
-async def checking(config: EngineConfig) -> AsyncIterator[FormChecker]:
-    checker = FormChecker(config)
-    try:
-        yield checker
-    finally:
+class HeldChecker(FormChecker):
+    """Has its answers as soon as a test says so."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config)
+        self.tried: list[StructuredOutputs] = []
+        self.go = asyncio.Event()
+
+    async def _fault(self, form: StructuredOutputs) -> str | None:
+        self.tried.append(form)
+        await self.go.wait()
+        return None
+
+
+async def until(condition: Callable[[], object]) -> None:
+    while not condition():
+        await asyncio.sleep(0.005)
+
+
+def waiting(checker: FormChecker, numbers: range) -> list[asyncio.Task[None]]:
+    return [asyncio.create_task(checker.check(form(number))) for number in numbers]
+
+
+def test_what_nobody_waits_for_is_not_checked(config: EngineConfig) -> None:
+    async def run() -> None:
+        checker = HeldChecker(config)
+        first, given_up, shared, shared_too = waiting(checker, range(3)) + waiting(checker, range(2, 3))
+        await until(lambda: checker.tried)
+        for task in (first, given_up, shared):
+            task.cancel()
+        await asyncio.wait({first, given_up, shared})
+        again = asyncio.create_task(checker.check(form(3)))
+        checker.go.set()
+        await asyncio.gather(shared_too, again)
+        assert checker.tried == [form(0), form(2), form(3)]
+        checker.require(form(0))  # it had begun
+        with pytest.raises(UncheckedForm):
+            checker.require(form(1))
         await checker.close()
 
-
-def run(config: EngineConfig, act: Callable[[FormChecker], Awaitable[None]]) -> None:
-    async def main() -> None:
-        async with checking(config) as checker:
-            await act(checker)
-
-    asyncio.run(main())
-    assert not processes()
+    asyncio.run(run())
 
 
-def processes() -> list[psutil.Process]:
-    children = psutil.Process().children()
-    return [child for child in children if "npu_zoo.server.form_process" in child.cmdline()]
-
-
-def test_forms_are_tried_once(config: EngineConfig) -> None:
-    async def act(checker: FormChecker) -> None:
-        for form in (GOOD, WRONG):
-            with pytest.raises(UncheckedForm) as caught:
-                checker.require(form)
-            assert caught.value.form == form
-        assert not processes()
-        await asyncio.gather(*(checker.check(form) for form in (GOOD, WRONG, GOOD)))
-        checker.require(GOOD)
-        with pytest.raises(UsageError, match=r"structured_outputs\.regex cannot be used: .*unclosed group"):
-            checker.require(WRONG)
-        assert len(processes()) == 1
-
-    run(config, act)
-
-
-def test_a_form_that_takes_too_much_ends_the_process_alone(config: EngineConfig) -> None:
-    async def act(checker: FormChecker) -> None:
-        await asyncio.gather(checker.check(TOO_MUCH), checker.check(GOOD))
-        with pytest.raises(UsageError, match="too much time or memory"):
-            checker.require(TOO_MUCH)
-        checker.require(GOOD)
-
-    run(config, act)
-
-
-def test_an_end_that_is_not_the_forms_fault(config: EngineConfig) -> None:
-    async def act(checker: FormChecker) -> None:
-        await checker.check(GOOD)
-        (process,) = processes()
-        process.kill()
-        other = StructuredOutputs(choice=("a", "b"))
-        await checker.check(other)
-        checker.require(other)
-
-    run(config, act)
-
-
-def test_who_gives_up_waiting_takes_nothing_from_others(config: EngineConfig) -> None:
-    async def act(checker: FormChecker) -> None:
-        hasty = asyncio.create_task(checker.check(GOOD))
-        patient = asyncio.create_task(checker.check(GOOD))
+def test_a_form_that_was_given_up_can_be_asked_for_anew(config: EngineConfig) -> None:
+    async def run() -> None:
+        checker = HeldChecker(config)
+        first, given_up = waiting(checker, range(2))
+        await until(lambda: checker.tried)
+        given_up.cancel()
         await asyncio.sleep(0)
-        hasty.cancel()
-        await patient
-        checker.require(GOOD)
+        anew = asyncio.create_task(checker.check(form(1)))
+        checker.go.set()
+        await asyncio.gather(first, anew)
+        assert given_up.cancelled()
+        checker.require(form(1))
+        await checker.close()
 
-    run(config, act)
-
-
-def test_a_process_that_hangs_is_ended(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forms, "_SECONDS_TO_ANSWER", 0.2)
-    monkeypatch.setattr(forms, "_SECONDS_TO_END", 0.1)
-
-    async def act(checker: FormChecker) -> None:
-        await checker.check(GOOD)
-        (process,) = processes()
-        os.kill(process.pid, signal.SIGSTOP)
-        await checker.check(WRONG)
-        assert process.pid not in [other.pid for other in processes()]
-        with pytest.raises(UsageError, match="unclosed group"):
-            checker.require(WRONG)
-
-    run(config, act)
+    asyncio.run(run())
 
 
-def test_a_process_that_cannot_be_started(
-    config: EngineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(forms, "_PROGRAM", "npu_zoo.server.no_such_program")
+def test_no_more_checks_wait_than_may(config: EngineConfig) -> None:
+    async def run() -> None:
+        checker = HeldChecker(config)
+        tasks = waiting(checker, range(32))
+        await until(lambda: checker.tried)
+        with pytest.raises(ApiError, match="32 forms") as refused:
+            await checker.check(form(32))
+        assert (refused.value.status, refused.value.code) == (429, "queue_full")
+        same = asyncio.create_task(checker.check(form(31)))
+        checker.go.set()
+        await asyncio.gather(*tasks, same)
+        await checker.check(form(32))
+        checker.require(form(32))
+        await checker.close()
 
-    async def act(checker: FormChecker) -> None:
-        with pytest.raises(EngineError, match="cannot be started"):
-            await checker.check(GOOD)
+    asyncio.run(run())
+
+
+def test_a_form_that_cannot_be_kept_is_known_from_then_on(config: EngineConfig) -> None:
+    async def run() -> None:
+        checker = FormChecker(config)
+        broken = StructuredOutputs(regex="(")
         with pytest.raises(UncheckedForm):
-            checker.require(GOOD)
+            checker.require(broken)
+        await checker.check(broken)
+        with pytest.raises(UsageError, match="regex"):
+            checker.require(broken)
+        await checker.close()
 
-    run(config, act)
-
-
-def test_few_forms_are_remembered(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forms, "_REMEMBERED", 3)
-
-    async def act(checker: FormChecker) -> None:
-        several = [StructuredOutputs(regex=f"a{{{number}}}") for number in range(1, 6)]
-        for form in several:
-            await checker.check(form)
-        for form in several[-3:]:
-            checker.require(form)
-        with pytest.raises(UncheckedForm):
-            checker.require(several[0])
-
-    run(config, act)
+    asyncio.run(run())

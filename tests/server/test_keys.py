@@ -42,3 +42,14 @@ def test_a_file_without_keys_is_refused(tmp_path: Path, content: str | None, sai
         file.write_text(content)
     with pytest.raises(ConfigError, match=said):
         ApiKeys.load(file, {})
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "a\tb", "k\x07"])
+def test_a_key_that_no_header_can_hold_is_refused(tmp_path: Path, key: str) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"# ours\n\ngood\n{key}\n")
+    with pytest.raises(ConfigError, match="line 4 of") as refused:
+        ApiKeys.load(file, {})
+    assert key not in str(refused.value)
+    with pytest.raises(ConfigError, match="NPU_ZOO_API_KEY"):
+        ApiKeys.load(None, {"NPU_ZOO_API_KEY": key})

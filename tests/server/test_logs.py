@@ -78,7 +78,9 @@ def output(text: str = "the answer", prompt: str = "the question") -> RequestOut
     )
 
 
-LINE = RequestLine("id-1", "POST", "/v1/completions", 200, 2.25, "10.0.0.1", "m", True, arrival_time=9.5)
+LINE = RequestLine(
+    "id-1", "POST", "/v1/completions", 200, 2.25, "10.0.0.1", "m", True, answer_id="cmpl-1", arrival_time=9.5
+)
 
 
 def test_a_request_s_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,6 +94,7 @@ def test_a_request_s_line(monkeypatch: pytest.MonkeyPatch) -> None:
         "logger": LOGGER,
         "message": "POST /v1/completions 200",
         "request_id": "id-1",
+        "answer_id": "cmpl-1",
         "method": "POST",
         "route": "/v1/completions",
         "status": 200,
@@ -129,7 +132,9 @@ def test_texts_are_logged_whole_and_only_where_asked_for(monkeypatch: pytest.Mon
         ("/v1/completions", 500, "error"),
         ("/metrics", 200, "debug"),
         ("/health/live", 200, "debug"),
-        ("/health/ready", 503, "error"),
+        ("/health/ready", 503, "debug"),
+        ("/health", 503, "debug"),
+        ("/metrics", 500, "error"),
         (None, 404, "info"),
     ],
 )

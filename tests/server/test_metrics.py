@@ -81,7 +81,7 @@ def run_one_of_everything(metrics: ServerMetrics) -> None:
     metrics.engine_restarted(os.getpid())
     finished = metrics.received("chat", 3, SamplingParams(), 990.0)
     finished.finished(state(RequestMetrics(990.0, 995.0, 999.0, scheduled_time=991.5), 2, reason="stop"))
-    metrics.received("chat", 3, SamplingParams()).failed("internal")
+    metrics.received("chat", 3, SamplingParams()).failed("engine_error")
     metrics.received("chat", 3, SamplingParams()).aborted("disconnect")
     metrics.rejected("queue_full")
     metrics.http("/v1/models", "GET", 200, 0.01)
@@ -177,7 +177,7 @@ def histories(draw: st.DrawFn) -> History:
     steps = [
         (arrival + at / 8, draw(st.lists(st.integers(0, 3), min_size=n, max_size=n))) for at in dict.fromkeys(times)
     ]
-    end = draw(st.sampled_from(["stop", "length", "abort", "failed", "disconnect", "running"]))
+    end = draw(st.sampled_from(["stop", "length", "abort", "error", "failed", "disconnect", "running"]))
     return History(draw(st.integers(1, 40)), n, arrival, draw(st.integers(0, 5)), steps, end)
 
 
@@ -211,8 +211,8 @@ def test_counts_of_random_requests(played: list[History]) -> None:
     for request, history in zip(requests, played, strict=True):
         if history.end != "running":  # whatever comes late changes nothing
             request.progressed(state(RequestMetrics(0.0, 1.0), *([90] * history.n)))
-            request.failed("internal")
-            request.aborted("timeout")
+            request.failed("engine_error")
+            request.aborted("shutdown")
     series = scraped(metrics)
 
     def found(name: str, **labels: str) -> float:
@@ -224,14 +224,15 @@ def test_counts_of_random_requests(played: list[History]) -> None:
     finished = [history for history in played if history.end in ("stop", "length")]
     assert found("request_received_total") == len(played) == found("npu_zoo_requests_received_total", kind="chat")
     assert found("request_success_total") == len(finished)
-    assert found("request_failed_total") == ends["failed"]
+    assert found("request_failed_total") == ends["failed"] + ends["error"]
+    assert found("npu_zoo_requests_failed_total", reason="form") == ends["error"]
     assert found("npu_zoo_requests_in_flight") == ends["running"]
     assert found("npu_zoo_requests_aborted_total", reason="disconnect") == ends["disconnect"]
     assert found("npu_zoo_requests_aborted_total", reason="engine") == ends["abort"]
     assert found("vllm:request_success_total", finished_reason="stop") == ends["stop"]
     assert found("vllm:request_success_total", finished_reason="length") == ends["length"]
     assert found("vllm:request_success_total", finished_reason="abort") == ends["abort"] + ends["disconnect"]
-    assert found("vllm:request_success_total", finished_reason="error") == ends["failed"]
+    assert found("vllm:request_success_total", finished_reason="error") == ends["failed"] + ends["error"]
     assert found("vllm:prompt_tokens_total") == sum(history.prompt for history in began)
     assert found("vllm:prompt_tokens_cached_total") == sum(history.cached for history in began)
     assert found("vllm:generation_tokens_total") == sum(sum(history.tokens) for history in played)

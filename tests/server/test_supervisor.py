@@ -290,19 +290,34 @@ def test_a_rank_that_is_killed_ends_its_engine(tmp_path: Path) -> None:
         wait_until(lambda: server.heard("failed: rank 1 on "))
 
 
-def test_sigterm_lets_running_requests_finish(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_running_requests_may_finish(number: signal.Signals, tmp_path: Path) -> None:
     with server_of(tmp_path) as server:
         server.wait_ready()
         answers = load(server, 2, ENOUGH)
         children = children_of(server.process.pid)
-        server.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: server.heard("SIGTERM: "))
+        server.process.send_signal(number)
+        wait_until(lambda: server.heard(f"{number.name}: "))
         assert [answer.last["finished"] for answer in answers] == [True, True]
         assert server.wait() == 0
         assert not any(map(alive, children))
         assert [path.name for path in tmp_path.iterdir()] == []
         with pytest.raises(ConnectionRefusedError):
             server.look()
+
+
+def test_a_server_that_was_started_to_outlive_its_terminal_does(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with server_of(tmp_path) as server:
+            server.wait_ready()
+            server.process.send_signal(signal.SIGHUP)
+            assert list(server.generate("a", SHORT))[-1]["finished"]
+            server.process.send_signal(signal.SIGTERM)
+            assert server.wait() == 0
+            assert not server.heard("SIGHUP")
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_request_while_the_server_drains_is_refused(tmp_path: Path) -> None:

@@ -118,6 +118,7 @@ def test_what_is_wrong_on_two_ranks_fails_there_alone(computed: Any) -> None:
     assert computed.code == 6
 
 
+@pytest.mark.long
 def test_the_sound_twin_passes(tmp_path: Path, install: Callable[..., None], validate: Callable) -> None:
     install(tmp_path, "sound", "FAMILY = family({'world_size': (1, 2)})")
     ran = validate(tmp_path, "--plugin", "sound")

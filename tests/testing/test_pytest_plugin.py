@@ -77,6 +77,7 @@ def test_a_plugin_that_is_not_there_is_a_usage_error(run: Run) -> None:
         assert "INTERNALERROR" not in said
 
 
+@pytest.mark.long
 def test_tests_are_chosen_by_name_and_shared_among_processes(run: Run) -> None:
     arguments = ("--npu-zoo-plugin", "sound", "--npu-zoo-plugin", "faulty", "--npu-zoo-level", "spec")
     chosen = run(*arguments, "-k", "row and 1 and not evidence", "-q", "--collect-only")
