@@ -127,10 +127,10 @@ def _walk(data: Any, kinds: tuple[type, ...]) -> Iterator[tuple[Sequence[str | i
     if isinstance(data, kinds):
         yield (), data
     path: list[str | int] = [""]
-    pending, seen = [_members(data)], (*kinds, dict, list)
+    pending, seen = [_members(data)], {*kinds, dict, list}
     while pending:
         for key, entry in pending[-1]:
-            if not isinstance(entry, seen):
+            if type(entry) not in seen:
                 continue
             path[-1] = key
             if isinstance(entry, kinds):
