@@ -357,9 +357,9 @@ BOMBS = {
     "long regex": text(
         "structured_outputs.regex", "70000 bytes; at most 65536", structured_outputs={"regex": "a" * 70_000}
     ),
-    "choices": maybe(text("", structured_outputs={"choice": [str(n) for n in range(10_000)]})),
+    "choices": maybe(text("", structured_outputs={"choice": [str(n) for n in range(8000)]})),
     "more choices": text(
-        "structured_outputs.choice", "at most 65536", structured_outputs={"choice": [str(n) for n in range(100_000)]}
+        "structured_outputs.choice", "at most 8192", structured_outputs={"choice": [str(n) for n in range(100_000)]}
     ),
     "nested grammar": formed(grammar="start: " + "(" * 10_000 + '"a"' + ")" * 10_000),
     "long way of rules": maybe(formed(grammar=chain(4000, '"a"'))),
