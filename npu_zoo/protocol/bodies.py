@@ -32,7 +32,7 @@ def parse_request(model: type[Model], body: bytes) -> Model:
     Raises:
         ApiError: 400 that names what is wrong: the place in the JSON, or the field.
     """
-    return validate_request(model, parse_json(body))
+    return validate_request(model, parse_object(body))
 
 
 def validate_request(model: type[Model], data: Any) -> Model:
@@ -41,35 +41,42 @@ def validate_request(model: type[Model], data: Any) -> Model:
     Raises:
         ApiError: 400 that names the field.
     """
-    if not isinstance(data, dict):
-        raise ApiError(400, f"the body is a JSON object, not {_kind(data)}")
-    check_text(data)
+    check_text(_require_object(data, "the body"))
     try:
         return model.model_validate(data)
     except ValidationError as error:
         raise api_error(error) from None
 
 
-def parse_json(body: bytes) -> Any:
-    """What a body says.
+def parse_object(body: bytes, what: str = "the body") -> dict[str, Any]:
+    """The JSON object of a body.
+
+    Args:
+        what: the body's name in messages.
 
     Raises:
-        ApiError: 400; it is no UTF-8 or no JSON, or holds NaN, Infinity, a number beyond all bounds, or more than
-            :data:`MAX_PARTS`.
+        ApiError: 400; it is no UTF-8 or no object in JSON, or holds NaN, Infinity, a number beyond all bounds, or more
+            than :data:`MAX_PARTS`.
     """
-    _check_parts(body)
+    _check_parts(body, what)
     try:
         text = body.decode("utf-8-sig")
-        return json.loads(text, parse_constant=_refuse_constant)
+        return _require_object(json.loads(text, parse_constant=_refuse_constant), what)
     except UnicodeDecodeError as error:
-        raise ApiError(400, f"the body is not UTF-8: byte {error.start} ({error.reason})") from None
+        raise ApiError(400, f"{what} is not UTF-8: byte {error.start} ({error.reason})") from None
     except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise ApiError(400, f"the body is not JSON: {error.msg} at {where}") from None
+        line = f"line {error.lineno}, " if "\n" in text else ""
+        raise ApiError(400, f"{what} is not JSON: {error.msg} at {line}column {error.colno}") from None
     except RecursionError:
-        raise ApiError(400, f"the body nests deeper than {MAX_DEPTH} levels") from None
+        raise ApiError(400, f"{what} nests deeper than {MAX_DEPTH} levels") from None
     except ValueError:  # of a number
-        raise _number_error(text) from None
+        raise _number_error(text, what) from None
+
+
+def _require_object(data: Any, what: str) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise ApiError(400, f"{what} is a JSON object, not {_kind(data)}")
+    return data
 
 
 def check_text(data: Any) -> None:
@@ -99,10 +106,10 @@ def _check_string(path: Sequence[str | int], text: str) -> None:
         raise ApiError(400, f"{field} {fault}", param=field) from None
 
 
-def _check_parts(body: bytes) -> None:
+def _check_parts(body: bytes, what: str) -> None:
     """Raise for a body that is short and would be large once parsed."""
     if _count_parts(body) > MAX_PARTS and _count_parts(_without_strings(body)) > MAX_PARTS:
-        raise ApiError(400, f"the body has more than {MAX_PARTS} lists, objects and names; send less at a time")
+        raise ApiError(400, f"{what} has more than {MAX_PARTS} lists, objects and names; send less at a time")
 
 
 def _count_parts(body: bytes) -> int:
@@ -120,10 +127,10 @@ def _walk(data: Any, kinds: tuple[type, ...]) -> Iterator[tuple[Sequence[str | i
     if isinstance(data, kinds):
         yield (), data
     path: list[str | int] = [""]
-    pending, seen = [_members(data)], (*kinds, dict, list)
+    pending, seen = [_members(data)], {*kinds, dict, list}
     while pending:
         for key, entry in pending[-1]:
-            if not isinstance(entry, seen):
+            if type(entry) not in seen:
                 continue
             path[-1] = key
             if isinstance(entry, kinds):
@@ -153,15 +160,15 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(name)
 
 
-def _number_error(text: str) -> ApiError:
+def _number_error(text: str, what: str) -> ApiError:
     """The error of JSON with a number that no field takes: the field's, where the rest can be read."""
     try:
         data = json.loads(text, parse_constant=_constant, parse_int=_integer)
     except (ValueError, RecursionError):
-        return ApiError(400, "the body holds NaN, Infinity or an integer of thousands of digits")
+        return ApiError(400, f"{what} holds NaN, Infinity or an integer of thousands of digits")
     path, found = next(_walk(data, (_NoNumber,)))
     field = dotted(path)
-    return ApiError(400, f"{field or 'the body'} {found.fault}", param=field or None)
+    return ApiError(400, f"{field or what} {found.fault}", param=field or None)
 
 
 @functools.cache

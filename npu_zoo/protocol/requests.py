@@ -121,8 +121,15 @@ class StructuredOutputsField(RequestModel):
         return self.json_ is not None if name == "json" else bool(getattr(self, name))
 
 
-class SamplingFields(RequestModel):
-    """How tokens are chosen: OpenAI's fields, then vLLM's, then ours. Null is unset."""
+class SchedulingFields(RequestModel):
+    """When a request runs, and how long; of our own, but for vLLM's priority."""
+
+    priority: int | None = Field(None, ge=-(2**31), le=2**31 - 1, description="Lower ones are admitted first.")
+    max_time: float | None = Field(None, gt=0, le=86400, description="Seconds after which the answer ends as it is.")
+
+
+class SamplingFields(SchedulingFields):
+    """How tokens are chosen: OpenAI's fields, then vLLM's. Null is unset."""
 
     instead: ClassVar[Mapping[str, str]] = _INSTEAD
 
@@ -162,8 +169,6 @@ class SamplingFields(RequestModel):
         None, ge=0, le=2**15, description="Most likely tokens at the prompt's positions."
     )
     structured_outputs: StructuredOutputsField | None = Field(None, description="What an output has to look like.")
-    priority: int | None = Field(None, ge=-(2**31), le=2**31 - 1, description="Lower ones are admitted first.")
-    max_time: float | None = Field(None, gt=0, le=86400, description="Seconds after which the answer ends as it is.")
 
     @model_validator(mode="after")
     def _consistent(self) -> SamplingFields:

@@ -26,6 +26,8 @@ from npu_zoo.server.service import Service
 _SECONDS_BETWEEN_LOOKS = 0.05
 _SECONDS_TO_CLOSE = 2
 _SECONDS_FOR_ENGINE = 1.0
+_MOST_OF_A_HEAD = 65536
+"""Bytes of a request's line and headers that are there while the rest is not."""
 _MOST_OPEN_FILES = 65536
 
 
@@ -125,6 +127,7 @@ def uvicorn_config(application: ASGIApp, options: ServeOptions) -> uvicorn.Confi
         timeout_keep_alive=max(1, round(options.keep_alive)),
         timeout_graceful_shutdown=_SECONDS_TO_CLOSE,
         backlog=2048,
+        h11_max_incomplete_event_size=_MOST_OF_A_HEAD,
         ssl_certfile=options.ssl_certfile,
         ssl_keyfile=options.ssl_keyfile,
         ssl_ca_certs=str(options.ssl_ca_certs) if options.ssl_ca_certs else None,

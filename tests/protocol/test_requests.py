@@ -121,7 +121,8 @@ def test_prompts_of_every_form(prompt: Any) -> None:
 
 BODIES: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "not JSON"),
-    "cut off": (b'{"model": ', "line 1, column 11"),
+    "cut off": (b'{"model": ', "Expecting value at column 11"),
+    "cut off in a further line": (b'{"model":\n', "line 2, column 1"),
     "no object": (b"[1]", "a JSON object, not a list"),
     "null": (b"null", "a JSON object, not null"),
     "no UTF-8": (b'{"model": "\xff"}', "not UTF-8: byte 11"),

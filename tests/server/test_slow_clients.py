@@ -156,3 +156,11 @@ def test_connections_cut_anywhere_leave_nothing(server: RunningServer) -> None:
                 connection.reset()
     assert "Traceback" not in server.log
     assert ask(server.url, "GET", "/health/ready").status == 200
+
+
+def test_a_head_may_be_long_but_not_endless(server: RunningServer) -> None:
+    with Connection(server.url) as connection:
+        connection.ask("GET", "/version", headers={"X-Token": "a" * 60_000})
+        assert connection.answer("GET").status == 200
+        connection.ask("GET", "/version", headers={"X-Token": "a" * 2_000_000})
+        assert connection.answer("GET").status == 431
