@@ -123,12 +123,16 @@ async def _disconnected(receive: Receive) -> None:
 
 
 async def events(
-    answering: Answering, states: AsyncIterator[State | None], on_error: Callable[[Exception], dict[str, Any]]
+    answering: Answering,
+    states: AsyncIterator[State | None],
+    on_error: Callable[[Exception], dict[str, Any]],
+    on_end: Callable[[], None],
 ) -> AsyncIterator[bytes]:
     """An answer as server-sent events.
 
     Args:
         on_error: the body of an error that comes when the answer has begun.
+        on_end: called before the last event, at which a client may send its next request.
     """
     try:
         async for state in states:
@@ -140,9 +144,11 @@ async def events(
         for chunk in answering.last_chunks():
             yield event(chunk)
     except Exception as error:
-        yield event(on_error(error))
-        return
-    yield DONE
+        last = event(on_error(error))
+    else:
+        last = DONE
+    on_end()
+    yield last
 
 
 async def chained(first: State | None, states: AsyncIterator[State | None]) -> AsyncIterator[State | None]:

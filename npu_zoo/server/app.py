@@ -164,7 +164,8 @@ class Routes:
         async with contextlib.AsyncExitStack() as stack:
             client = self._client(request)
             service.require_ready()
-            stack.enter_context(service.limits.request(client))
+            counted = stack.enter_context(contextlib.ExitStack())
+            counted.enter_context(service.limits.request(client))
             stack.enter_context(service.generating())
             with service.queue.prepare():
                 answering = await self._prepared(request, model, make)
@@ -175,7 +176,8 @@ class Routes:
                 return answer_json(answering.response(outputs))
             # An error that comes before the first output still has a status of its own.
             first = await unless_gone(request, anext(states))
-            parts = events(answering, chained(first, states), lambda error: self._told_late(request, error))
+            told_late = partial(self._told_late, request)
+            parts = events(answering, chained(first, states), told_late, counted.close)
             return EventStream(parts, stack.pop_all())
 
     async def _prepared(

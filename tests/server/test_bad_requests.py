@@ -357,7 +357,7 @@ BOMBS = {
     "long regex": text(
         "structured_outputs.regex", "70000 bytes; at most 65536", structured_outputs={"regex": "a" * 70_000}
     ),
-    "choices": maybe(text("", structured_outputs={"choice": [str(n) for n in range(10_000)]})),
+    "choices": maybe(text("", structured_outputs={"choice": [str(n) for n in range(8000)]})),
     "more choices": text(
         "structured_outputs.choice", "at most 8192", structured_outputs={"choice": [str(n) for n in range(100_000)]}
     ),

@@ -29,11 +29,11 @@ def requests(seed: int) -> list[tuple[str, dict[str, Any]]]:
     draw = random.Random(seed)
     found = []
     for number in range(AT_ONCE):
-        prompt = " ".join(draw.choice(WORDS) for _ in range(draw.choice((1, 5, 40, 150))))
-        body: dict[str, Any] = {"model": MODEL, "max_tokens": draw.choice((1, 4, 16, 48))}
+        prompt = " ".join(draw.choice(WORDS) for _ in range(draw.choice((1, 5, 30, 100))))
+        body: dict[str, Any] = {"model": MODEL, "max_tokens": draw.choice((1, 4, 12, 32))}
         body |= {"temperature": 0} if number % 2 else {"seed": number, "n": draw.choice((1, 2, 3))}
         if number % 5 == 0:
-            body |= {"structured_outputs": draw.choice(FORMS), "max_tokens": 60}
+            body |= {"structured_outputs": draw.choice(FORMS), "max_tokens": 40}
         if number % 3 == 0:
             found.append(("/v1/chat/completions", {**body, "messages": [{"role": "user", "content": prompt}]}))
             found[-1][1].update({"logprobs": True, "top_logprobs": 2} if number % 4 == 0 else {})
@@ -103,7 +103,7 @@ async def compare(url: str) -> None:
 
 def test_outputs_do_not_depend_on_what_runs_beside_them() -> None:
     options = ("--dtype", "float32", "--threads", "1", "--log-level", "error", "--max-num-seqs", "48")
-    with RunningServer(("--model", MODEL, "--kv-cache-memory", "9MiB", *options)) as server:
+    with RunningServer(("--model", MODEL, "--kv-cache-memory", "6MiB", *options)) as server:
         asyncio.run(compare(server.url))
         preemptions = re.search(r"^vllm:num_preemptions_total\S* (\S+)$", server.get("/metrics")[1], re.MULTILINE)
     assert preemptions is not None

@@ -430,8 +430,9 @@ def reasoner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer
     (info / "entry_points.txt").write_text("[npu_zoo]\nreasoner = reasoner_plugin\n")
     path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
     environ = {"PYTHONPATH": path, "NPU_ZOO_API_KEY": "secret"}
+    names = ("--served-model-name", "reasoner", "--served-model-name", "org/reasoner")
     options = ("--dtype", "float32", "--threads", "1", "--log-level", "error", "--concurrency-limit", "1")
-    with RunningServer(("--model", "reasoner", *options), environ) as server:
+    with RunningServer(("--model", "reasoner", *names, *options), environ) as server:
         yield server
 
 
@@ -471,6 +472,13 @@ def test_a_form_begins_after_the_reasoning(thinker: OpenAI) -> None:
     assert message.reasoning_content  # type: ignore[attr-defined]
 
 
+def test_a_name_of_several_parts(thinker: OpenAI) -> None:
+    assert [model.id for model in thinker.models.list()] == ["reasoner", "org/reasoner"]
+    assert thinker.models.retrieve("org/reasoner").id == "org/reasoner"
+    answer = thinker.completions.create(model="org/reasoner", prompt=PROMPT, max_tokens=1)
+    assert answer.model == "org/reasoner"
+
+
 def test_a_key_is_asked_for(reasoner: RunningServer) -> None:
     with OpenAI(base_url=f"{reasoner.url}/v1", api_key="guess", max_retries=0) as client:
         with pytest.raises(AuthenticationError, match="the API key is not accepted") as caught:
@@ -488,6 +496,12 @@ def test_a_request_too_many_is_told_when_to_come_again(thinker: OpenAI) -> None:
             thinker.chat.completions.create(**body)
         assert caught.value.code == "concurrency_limit_exceeded"
         assert int(caught.value.response.headers["retry-after"]) >= 1
+
+
+def test_a_request_does_not_count_beyond_its_last_event(thinker: OpenAI) -> None:
+    for _ in range(20):
+        stream = thinker.chat.completions.create(model="reasoner", messages=CHAT, max_tokens=1, stream=True)
+        assert list(stream)[-1].choices[0].finish_reason
 
 
 def test_the_middle_is_filled_in(llm: LLM) -> None:

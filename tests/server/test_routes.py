@@ -48,8 +48,8 @@ def test_a_single_prompt_is_answered_as_a_conversation(http: httpx.Client, oracl
     assert found["usage"]["prompt_tokens"] == len(expected.prompt_token_ids)
 
 
-def test_a_prompt_alone_is_enough(http: httpx.Client) -> None:
-    found = http.post("/chat", json={"prompt": PROMPT}).json()
+def test_an_answer_may_be_as_long_as_the_model_has_room_for(http: httpx.Client) -> None:
+    found = http.post("/chat", json={"prompt": PROMPT, "temperature": 0}).json()
     assert found["choices"][0]["message"]["content"]
     assert found["choices"][0]["finish_reason"] in ("stop", "length")
 
