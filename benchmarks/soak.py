@@ -80,8 +80,9 @@ class Tally:
     retries: int = 0
 
     def fault(self, what: str) -> None:
-        """Note something that must not be."""
+        """Note something that must not be, and say so at once."""
         self.faults.append(what)
+        print(f"fault: {what}", file=sys.stderr, flush=True)
 
 
 class Soak:

@@ -10,14 +10,14 @@ from typing import Any
 
 from npu_zoo.cli.output import note
 from npu_zoo.cli.prompt_file import Line
-from npu_zoo.cli.prompt_formats import LineFormat, LineWork, Place, parse_object
+from npu_zoo.cli.prompt_formats import LineFormat, LineWork, Place, line_object
 from npu_zoo.cli.run_key import RunKey
 from npu_zoo.core.engine import GenerationRequest, RequestOutput
 from npu_zoo.core.errors import UsageError
 from npu_zoo.engine.prompting import PromptEncoder
 from npu_zoo.protocol.answering import Answering
 from npu_zoo.protocol.bodies import validate_request
-from npu_zoo.protocol.errors import ApiError, api_error
+from npu_zoo.protocol.errors import ApiError, api_error, describe
 from npu_zoo.protocol.openai import OpenAIProtocol
 from npu_zoo.protocol.requests import ChatCompletionRequest, CompletionRequest
 from npu_zoo.protocol.sampling import check_defaults
@@ -56,7 +56,7 @@ class BatchLines(LineFormat):
 
     def check(self, line: Line) -> None:
         """See :meth:`LineFormat.check`."""
-        custom_id = parse_object(line.text).get("custom_id")
+        custom_id = line_object(line).get("custom_id")
         if not isinstance(custom_id, str) or not custom_id:
             raise UsageError("custom_id is missing or no text; it is what tells the answers apart")
         if custom_id in self._seen:
@@ -83,7 +83,7 @@ class BatchLines(LineFormat):
         if self._protocol is None:
             raise RuntimeError("work is asked for before the start")
         if data.get("method", "POST") != "POST":
-            raise ApiError(405, f"method is {data['method']!r}; only POST has a meaning here", param="method")
+            raise ApiError(405, f"method is {describe(data['method'])}; only POST has a meaning here", param="method")
         body = data.get("body")
         if isinstance(body, dict) and body.get("stream"):
             raise ApiError(400, "stream is true, and a batch's answers are whole; leave it out", param="stream")
@@ -91,7 +91,9 @@ class BatchLines(LineFormat):
             return self._protocol.chat_completion(validate_request(ChatCompletionRequest, body), request_id)
         if data.get("url") == COMPLETION_URL:
             return self._protocol.completion(validate_request(CompletionRequest, body), request_id)
-        raise ApiError(404, f"url is {data.get('url')!r}; there are {CHAT_URL} and {COMPLETION_URL}", param="url")
+        raise ApiError(
+            404, f"url is {describe(data.get('url'))}; there are {CHAT_URL} and {COMPLETION_URL}", param="url"
+        )
 
 
 class BatchWork(LineWork):
@@ -99,7 +101,7 @@ class BatchWork(LineWork):
 
     def __init__(self, line: Line, request_id: str, answer: Answer) -> None:
         super().__init__(line)
-        self._data = parse_object(line.text)
+        self._data = line_object(line)
         self._request_id, self._answer = request_id, answer
         self._answering: Answering | None = None
 

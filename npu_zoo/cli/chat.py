@@ -54,7 +54,10 @@ def chat(
         rich_help_panel="Server",
     ),
 ) -> None:
-    """Talk with a model, here or behind a server; /help lists the commands of the conversation."""
+    """Talk with a model, here or behind a server; /help lists the commands of the conversation.
+
+    Where standard input is no terminal, it ends with 1 if an answer failed.
+    """
     if server is not None:
         _require_server_options(settings)
         from npu_zoo.cli.server_answers import OpenAIServer, ServerAnswerer
@@ -82,7 +85,10 @@ def chat(
 def _talk(answerer: Answerer, system: str | None) -> None:
     if sys.stdin.isatty():
         print(f"{answerer.title}; /help lists commands, Ctrl-D ends")
-    Conversation(answerer, system).loop(_reader())
+    conversation = Conversation(answerer, system)
+    conversation.loop(_reader())
+    if conversation.failed and not sys.stdin.isatty():
+        raise typer.Exit(1)
 
 
 def _require_server_options(settings: Settings) -> None:
@@ -102,12 +108,17 @@ def _api_key(variable: str | None) -> str | None:
 
 
 class Conversation:
-    """Turns of a conversation, and the loop that takes and answers them."""
+    """Turns of a conversation, and the loop that takes and answers them.
+
+    Attributes:
+        failed: whether an answer ended in an error.
+    """
 
     def __init__(self, answerer: Answerer, system: str | None = None) -> None:
         self.answerer = answerer
         self.system = system
         self.messages: list[dict[str, str]] = []
+        self.failed = False
         self._over = False
 
     def loop(self, read_line: Callable[[], str]) -> None:
@@ -159,6 +170,7 @@ class Conversation:
             self._shorten()
             return self._show_what_fits()
         except NpuZooError as error:
+            self.failed = True
             print(f"error: {error}", file=sys.stderr)
             return None
 
@@ -190,6 +202,7 @@ class Conversation:
             print("\n" if shown else "", end="", flush=True)
             if not answer:
                 raise
+            self.failed = True
             print(f"error: {error}; what came of the answer is kept", file=sys.stderr)
         else:
             print("\n(stopped)" if interrupted() else "", flush=True)

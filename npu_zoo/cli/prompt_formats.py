@@ -6,26 +6,31 @@ A format checks lines before a model is loaded, then makes a :class:`LineWork` o
 from __future__ import annotations
 
 import dataclasses
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from npu_zoo.cli.prompt_file import Line
 from npu_zoo.cli.prompts import Prompt
 from npu_zoo.cli.results import prompt_data, result_data
 from npu_zoo.cli.run_key import RunKey, sampling_data
 from npu_zoo.core.engine import GenerationRequest, RequestOutput
-from npu_zoo.core.errors import NpuZooError, UsageError
+from npu_zoo.core.errors import NpuZooError, PromptError, UsageError
 from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.engine.prompting import PromptEncoder
 from npu_zoo.engine.tokenizer import checked_messages
+from npu_zoo.protocol.bodies import check_text, parse_object, validate_request
+from npu_zoo.protocol.errors import ApiError, shorten
+from npu_zoo.protocol.requests import SchedulingFields
 from npu_zoo.settings import nearest_known, request_sampling
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages", "fim_prefix", "fim_suffix")
 SAMPLING_KEYS = tuple(field.name for field in dataclasses.fields(SamplingParams))
+SCHEDULING_KEYS = tuple(SchedulingFields.model_fields)
+_BATCH_KEYS = ("tools", "tool_choice", "parallel_tool_calls", "response_format", "chat_template_kwargs")
 _JSON_SUFFIXES = (".jsonl", ".ndjson")
 
 
@@ -55,6 +60,22 @@ class Place:
     key: RunKey
     index: int
     failed: bool
+
+
+@dataclass(frozen=True)
+class PromptRequest:
+    """What a line asks for.
+
+    Attributes:
+        max_time: in seconds.
+        data: the line's object.
+    """
+
+    prompt: Prompt
+    sampling_params: SamplingParams
+    priority: int = 0
+    max_time: float | None = None
+    data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class LineFormat(ABC):
@@ -108,8 +129,8 @@ class _PromptLines(LineFormat):
         return {"format": self.name, "chat": self.chat, "sampling": sampling_data(self.sampling_params)}
 
     @abstractmethod
-    def parse(self, line: Line) -> tuple[Prompt, SamplingParams]:
-        """A line's prompt and how its tokens are chosen; raises as :meth:`check`."""
+    def parse(self, line: Line) -> PromptRequest:
+        """What a line asks for; raises as :meth:`check`."""
 
     def check(self, line: Line) -> None:
         """See :meth:`LineFormat.check`."""
@@ -123,8 +144,7 @@ class _PromptLines(LineFormat):
         """See :meth:`LineFormat.work`."""
         if self._encoder is None:
             raise RuntimeError("work is asked for before the start")
-        prompt, params = self.parse(line)
-        return PromptWork(line, prompt, params, self._key, self._encoder, chat=self.chat)
+        return PromptWork(line, self.parse(line), self._key, self._encoder, chat=self.chat)
 
     def place(self, result: Mapping[str, Any]) -> Place:
         """See :meth:`LineFormat.place`."""
@@ -134,16 +154,26 @@ class _PromptLines(LineFormat):
 class PromptWork(LineWork):
     """A prompt with its sampling parameters."""
 
-    def __init__(
-        self, line: Line, prompt: Prompt, params: SamplingParams, key: RunKey, encoder: PromptEncoder, *, chat: bool
-    ) -> None:
+    def __init__(self, line: Line, request: PromptRequest, key: RunKey, encoder: PromptEncoder, *, chat: bool) -> None:
         super().__init__(line)
-        self.prompt, self.params, self.chat = prompt, params, chat
+        self.request, self.prompt, self.chat = request, request.prompt, chat
         self._key, self._encoder = key, encoder
 
     def prepare(self) -> list[GenerationRequest]:
         """See :meth:`LineWork.prepare`."""
-        return [GenerationRequest(str(self.line.index), self._token_ids(), self.params, self.prompt.text)]
+        asked = self.request
+        with _told_as(PromptError):
+            check_text(asked.data)
+        return [
+            GenerationRequest(
+                str(self.line.index),
+                self._token_ids(),
+                asked.sampling_params,
+                self.prompt.text,
+                priority=asked.priority,
+                max_time=asked.max_time,
+            )
+        ]
 
     def result(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """See :meth:`LineWork.result`."""
@@ -170,49 +200,52 @@ class TextLines(_PromptLines):
 
     name = "txt"
 
-    def parse(self, line: Line) -> tuple[Prompt, SamplingParams]:
-        """A line's prompt and sampling parameters."""
-        return Prompt(text=line.text, line=line.number), self.sampling_params
+    def parse(self, line: Line) -> PromptRequest:
+        """A line's prompt, with the command line's sampling parameters."""
+        return PromptRequest(Prompt(text=line.text, line=line.number), self.sampling_params)
 
 
 class JsonLines(_PromptLines):
-    """An object a line: a prompt of any kind, an id, and sampling parameters that go over the command line's."""
+    """An object a line: a prompt of any kind, an id, and parameters, of which sampling's go over the command line's."""
 
     name = "jsonl"
 
-    def parse(self, line: Line) -> tuple[Prompt, SamplingParams]:
-        """A line's prompt and sampling parameters."""
-        data = parse_object(line.text)
-        known = (*PROMPT_KEYS, "id", *SAMPLING_KEYS)
-        for key in data:
-            if key not in known:
-                raise UsageError(f"unknown key '{key}'{nearest_known(key, known)}")
+    def parse(self, line: Line) -> PromptRequest:
+        """A line's prompt, and what it says of its answer."""
+        data = line_object(line)
+        _check_keys(data)
         given = request_sampling({key: value for key, value in data.items() if key in SAMPLING_KEYS})
         params = dataclasses.replace(self.sampling_params, **given) if given else self.sampling_params
-        return _prompt(data, line.number), params
+        with _told_as(UsageError):
+            scheduling = validate_request(SchedulingFields, {key: data[key] for key in SCHEDULING_KEYS if key in data})
+        return PromptRequest(_prompt(data, line.number), params, scheduling.priority or 0, scheduling.max_time, data)
 
 
-def parse_object(text: str) -> dict[str, Any]:
+def line_object(line: Line) -> dict[str, Any]:
     """A line's JSON object.
 
     Raises:
-        UsageError: it is none, or holds NaN or an infinity, which JSON has not.
+        UsageError: it is none.
     """
+    with _told_as(UsageError):
+        return parse_object(line.text.encode(), "the line")
+
+
+@contextmanager
+def _told_as(kind: type[NpuZooError]) -> Iterator[None]:
     try:
-        data = json.loads(text, parse_constant=_refuse_constant)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"no JSON: {error.msg} at character {error.pos + 1}") from None
-    except RecursionError:
-        raise UsageError("no JSON that can be read: it is nested too deeply") from None
-    except ValueError as error:
-        raise UsageError(f"no JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise UsageError(f"a JSON object is due, such as {json.dumps({'prompt': 'TEXT'})}, not {type(data).__name__}")
-    return data
+        yield
+    except ApiError as error:
+        raise kind(error.message) from None
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no value of JSON")
+def _check_keys(data: Mapping[str, Any]) -> None:
+    known = (*PROMPT_KEYS, "id", *SAMPLING_KEYS, *SCHEDULING_KEYS)
+    for key in data:
+        if key in _BATCH_KEYS:
+            raise UsageError(f"'{key}' is taken in the batch form alone: there it is a part of body")
+        if key not in known:
+            raise UsageError(f"unknown key '{shorten(key)}'{nearest_known(shorten(key), known)}")
 
 
 def _prompt(data: Mapping[str, Any], number: int) -> Prompt:
@@ -261,7 +294,7 @@ def looks_like(path: Path, first: Line | None) -> str:
     if path.suffix.lower() == ".txt" or first is None:
         return "txt"
     try:
-        data = parse_object(first.text)
+        data = line_object(first)
     except UsageError:
         data = {}
     if "custom_id" in data or ("url" in data and "body" in data):

@@ -15,6 +15,7 @@ from npu_zoo.core.sampling import SamplingParams
 
 _DIGITS = 12
 _TEXT = re.compile(rf"([0-9a-f]{{{_DIGITS}}})" * 3)
+_READ = (".json", ".jinja", ".model", ".tiktoken", ".txt")  # settings, chat templates, tokenizers
 _CHANGED = {
     "input": "the input file has changed",
     "model": "the model, its weights, dtype or longest length are others",
@@ -70,10 +71,13 @@ def sampling_data(params: SamplingParams) -> dict[str, Any]:
 
 def _model_data(config: EngineConfig) -> dict[str, Any]:
     names = ("model", "dtype", "quantization", "kv_cache_dtype", "seed", "max_model_len", "skip_tokenizer_init")
-    folder = Path(config.weights)
-    files = sorted((path.name, path.stat().st_size) for path in folder.iterdir() if path.is_file())
-    settings = (folder / "config.json").read_text(encoding="utf-8", errors="replace")
-    return {**{name: getattr(config, name) for name in names}, "files": files, "config": settings}
+    files = {path.name: _file_data(path) for path in Path(config.weights).iterdir() if path.is_file()}
+    return {**{name: getattr(config, name) for name in names}, "files": files}
+
+
+def _file_data(path: Path) -> str | int:
+    """What a checkpoint's file counts by: its contents, or its size where it may hold tensors, which are long."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.suffix in _READ else path.stat().st_size
 
 
 def _digest(data: Mapping[str, Any]) -> str:

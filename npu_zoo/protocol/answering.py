@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from npu_zoo.core.engine import CompletionOutput, GenerationRequest, RequestOutput
 from npu_zoo.engine.prompting import PromptEncoder
+from npu_zoo.protocol.errors import ApiError
 from npu_zoo.protocol.requests import StreamOptions
 from npu_zoo.protocol.usage import UsageCounter
 
@@ -72,12 +73,22 @@ class Answering(ABC):
 
         Args:
             outputs: the finished states, in the order of ``requests``.
+
+        Raises:
+            ApiError: 400; an output could not keep its form.
         """
+        for output in outputs:
+            _require_whole(output)
         choices = [self._choice(i, answer, output) for i, output in enumerate(outputs) for answer in output.outputs]
         return {**self._envelope(self.whole, choices), "usage": self._count(outputs)}
 
     def chunks(self, index: int, output: RequestOutput) -> list[dict[str, Any]]:
-        """What is new since the last call for ``requests[index]``; any number of tokens may have come."""
+        """What is new since the last call for ``requests[index]``; any number of tokens may have come.
+
+        Raises:
+            ApiError: 400; an output could not go on in its form. What came of it before was given.
+        """
+        _require_whole(output)
         self._latest[index] = output
         found = [choice for answer in output.outputs for choice in self._new_choices(index, answer, output)]
         return [self._chunk(choice) for choice in found]
@@ -120,7 +131,13 @@ class Answering(ABC):
 
 
 def ending(answer: CompletionOutput) -> dict[str, Any]:
-    """Why an answer ended. OpenAI's API has no word for one that was called off or could not go on: it was cut."""
-    if answer.finish_reason in ("abort", "error"):
+    """Why an answer ended. OpenAI's API has no word for one that was called off: it was cut."""
+    if answer.finish_reason == "abort":
         return {"finish_reason": "length", "stop_reason": answer.stop_reason or answer.finish_reason}
     return {"finish_reason": answer.finish_reason, "stop_reason": answer.stop_reason}
+
+
+def _require_whole(output: RequestOutput) -> None:
+    for answer in output.outputs:
+        if answer.finish_reason == "error":
+            raise ApiError(400, str(answer.stop_reason), code="output_failed")

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from npu_zoo.protocol.errors import ApiError, api_error
+from npu_zoo.protocol.errors import ApiError, api_error, dotted
 
 Model = TypeVar("Model", bound=BaseModel)
 
 MAX_DEPTH = 64
 """Lists and objects within each other; deeper ones are of no use and cost recursion."""
+
+MAX_PARTS = 2**18
+"""Lists, objects and names in objects; in a body of a few MiB more would take hundreds."""
+
+_STRING = re.compile(rb'"[^"]*"')
+_PARTS = (b"[", b"{", b":")
+_NEITHER = bytes(set(range(256)) - set(b'"[{:'))
 
 
 def parse_request(model: type[Model], body: bytes) -> Model:
@@ -23,7 +32,7 @@ def parse_request(model: type[Model], body: bytes) -> Model:
     Raises:
         ApiError: 400 that names what is wrong: the place in the JSON, or the field.
     """
-    return validate_request(model, parse_json(body))
+    return validate_request(model, parse_object(body))
 
 
 def validate_request(model: type[Model], data: Any) -> Model:
@@ -32,33 +41,42 @@ def validate_request(model: type[Model], data: Any) -> Model:
     Raises:
         ApiError: 400 that names the field.
     """
-    if not isinstance(data, dict):
-        raise ApiError(400, f"the body is a JSON object, not {_kind(data)}")
-    check_text(data)
+    check_text(_require_object(data, "the body"))
     try:
         return model.model_validate(data)
     except ValidationError as error:
         raise api_error(error) from None
 
 
-def parse_json(body: bytes) -> Any:
-    """What a body says.
+def parse_object(body: bytes, what: str = "the body") -> dict[str, Any]:
+    """The JSON object of a body.
+
+    Args:
+        what: the body's name in messages.
 
     Raises:
-        ApiError: 400; it is no UTF-8 or no JSON, or holds NaN, Infinity or a number beyond all bounds.
+        ApiError: 400; it is no UTF-8 or no object in JSON, or holds NaN, Infinity, a number beyond all bounds, or more
+            than :data:`MAX_PARTS`.
     """
+    _check_parts(body, what)
     try:
         text = body.decode("utf-8-sig")
-        return json.loads(text, parse_constant=_refuse_constant)
+        return _require_object(json.loads(text, parse_constant=_refuse_constant), what)
     except UnicodeDecodeError as error:
-        raise ApiError(400, f"the body is not UTF-8: byte {error.start} ({error.reason})") from None
+        raise ApiError(400, f"{what} is not UTF-8: byte {error.start} ({error.reason})") from None
     except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise ApiError(400, f"the body is not JSON: {error.msg} at {where}") from None
+        line = f"line {error.lineno}, " if "\n" in text else ""
+        raise ApiError(400, f"{what} is not JSON: {error.msg} at {line}column {error.colno}") from None
     except RecursionError:
-        raise ApiError(400, f"the body nests deeper than {MAX_DEPTH} levels") from None
+        raise ApiError(400, f"{what} nests deeper than {MAX_DEPTH} levels") from None
     except ValueError:  # of a number
-        raise _number_error(text) from None
+        raise _number_error(text, what) from None
+
+
+def _require_object(data: Any, what: str) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise ApiError(400, f"{what} is a JSON object, not {_kind(data)}")
+    return data
 
 
 def check_text(data: Any) -> None:
@@ -67,33 +85,68 @@ def check_text(data: Any) -> None:
     Raises:
         ApiError: 400 that names the field of text with half a surrogate pair, or of nesting beyond :data:`MAX_DEPTH`.
     """
-    pending: list[tuple[tuple[str | int, ...], Any]] = [((), data)]
-    while pending:
-        path, value = pending.pop()
+    for path, entry in _walk(data, (str, dict, list)):
         if len(path) > MAX_DEPTH:
-            raise ApiError(400, f"{_dotted(path[:3])} nests deeper than {MAX_DEPTH} levels", param=_dotted(path[:3]))
-        if isinstance(value, str):
-            _check_string(path, value)
-        elif isinstance(value, dict):
-            for key in value:
-                _check_string((*path, key), key)
-            pending.extend(
-                ((*path, key), entry) for key, entry in value.items() if isinstance(entry, (str, dict, list))
-            )
-        elif isinstance(value, list):
-            pending.extend(((*path, i), entry) for i, entry in enumerate(value) if isinstance(entry, (str, dict, list)))
+            field = dotted(path[:3])
+            raise ApiError(400, f"{field} nests deeper than {MAX_DEPTH} levels", param=field)
+        if isinstance(entry, str) and not entry.isascii():
+            _check_string(path, entry)
+        elif isinstance(entry, dict):
+            for key in entry:
+                if not key.isascii():
+                    _check_string((*path, key), key)
 
 
-def _check_string(path: tuple[str | int, ...], text: str) -> None:
+def _check_string(path: Sequence[str | int], text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
         fault = f"holds {text[error.start]!a} at {error.start}, half a surrogate pair, which is no character"
-        raise ApiError(400, f"{_dotted(path)} {fault}", param=_dotted(path)) from None
+        field = dotted(path)
+        raise ApiError(400, f"{field} {fault}", param=field) from None
 
 
-def _dotted(path: tuple[str | int, ...]) -> str:
-    return ".".join(map(str, path))
+def _check_parts(body: bytes, what: str) -> None:
+    """Raise for a body that is short and would be large once parsed."""
+    if _count_parts(body) > MAX_PARTS and _count_parts(_without_strings(body)) > MAX_PARTS:
+        raise ApiError(400, f"{what} has more than {MAX_PARTS} lists, objects and names; send less at a time")
+
+
+def _count_parts(body: bytes) -> int:
+    return sum(map(body.count, _PARTS))
+
+
+def _without_strings(body: bytes) -> bytes:
+    """What a body has of quotes and parts outside of strings."""
+    unescaped = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    return _STRING.sub(b"", unescaped.translate(None, _NEITHER))
+
+
+def _walk(data: Any, kinds: tuple[type, ...]) -> Iterator[tuple[Sequence[str | int], Any]]:
+    """Every entry of these kinds in parsed JSON, in order, with its path, which is good until the next one."""
+    if isinstance(data, kinds):
+        yield (), data
+    path: list[str | int] = [""]
+    pending, seen = [_members(data)], {*kinds, dict, list}
+    while pending:
+        for key, entry in pending[-1]:
+            if type(entry) not in seen:
+                continue
+            path[-1] = key
+            if isinstance(entry, kinds):
+                yield path, entry
+            if isinstance(entry, (dict, list)):
+                path.append("")
+                pending.append(_members(entry))
+                break
+        else:
+            pending.pop()
+            path.pop()
+
+
+def _members(data: Any) -> Iterator[tuple[str | int, Any]]:
+    members: Iterable[tuple[str | int, Any]] = enumerate(data) if isinstance(data, list) else ()
+    return iter(data.items() if isinstance(data, dict) else members)
 
 
 @dataclass(frozen=True)
@@ -107,17 +160,18 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(name)
 
 
-def _number_error(text: str) -> ApiError:
+def _number_error(text: str, what: str) -> ApiError:
     """The error of JSON with a number that no field takes: the field's, where the rest can be read."""
     try:
         data = json.loads(text, parse_constant=_constant, parse_int=_integer)
     except (ValueError, RecursionError):
-        return ApiError(400, "the body holds NaN, Infinity or an integer of thousands of digits")
-    path, found = next(_no_numbers(data))
-    field = _dotted(path)
-    return ApiError(400, f"{field or 'the body'} {found.fault}", param=field or None)
+        return ApiError(400, f"{what} holds NaN, Infinity or an integer of thousands of digits")
+    path, found = next(_walk(data, (_NoNumber,)))
+    field = dotted(path)
+    return ApiError(400, f"{field or what} {found.fault}", param=field or None)
 
 
+@functools.cache
 def _constant(name: str) -> _NoNumber:
     return _NoNumber(f"is {name}, which is no number in JSON")
 
@@ -127,18 +181,6 @@ def _integer(digits: str) -> int | _NoNumber:
         return int(digits)
     except ValueError:
         return _NoNumber(f"is an integer of {len(digits)} digits")
-
-
-def _no_numbers(data: Any) -> Iterator[tuple[tuple[str | int, ...], _NoNumber]]:
-    pending: list[tuple[tuple[str | int, ...], Any]] = [((), data)]
-    while pending:
-        path, value = pending.pop()
-        if isinstance(value, _NoNumber):
-            yield path, value
-        elif isinstance(value, dict):
-            pending.extend(((*path, key), entry) for key, entry in value.items())
-        elif isinstance(value, list):
-            pending.extend(((*path, i), entry) for i, entry in enumerate(value))
 
 
 def _kind(data: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -13,7 +13,7 @@ from npu_zoo.core.errors import PromptLengthError, UnsupportedError, UsageError,
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-_SHOWN = 80  # characters of a given value that a message quotes
+_SHOWN = 80  # characters of a given value, or of a field's path, that a message quotes
 _MOST_FAULTS = 5
 _SAID = {
     "missing": "is required",
@@ -88,6 +88,16 @@ def api_error(exception: BaseException) -> ApiError:
     return ApiError(500, "the server failed on this request; its log says why", type="server_error")
 
 
+def shorten(text: str) -> str:
+    """What a client has written, as far as a message quotes it."""
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def dotted(path: Iterable[str | int]) -> str:
+    """A field's place in a request, as messages and ``param`` have it."""
+    return shorten(".".join(map(str, path)))
+
+
 def describe(value: Any) -> str:
     """A given value as part of a sentence."""
     if isinstance(value, Mapping):
@@ -98,7 +108,7 @@ def describe(value: Any) -> str:
         shown = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError):  # an integer of thousands of digits among them
         return f"this {type(value).__name__}"
-    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}… ({len(shown)} characters)"
+    return shown if len(shown) <= _SHOWN else f"{shorten(shown)} ({len(shown)} characters)"
 
 
 def _of_validation(error: ValidationError) -> ApiError:
@@ -110,8 +120,9 @@ def _of_validation(error: ValidationError) -> ApiError:
 
 def _path(fault: ErrorDetails) -> str:
     """The field's dotted path; names in angle brackets are those of alternatives, which no client knows of."""
-    steps = [str(step) for step in fault["loc"] if not (str(step).startswith("<") and str(step).endswith(">"))]
-    return ".".join([*steps, *fault.get("ctx", {}).get("field", "").split()])
+    steps = [step for step in fault["loc"] if not (str(step).startswith("<") and str(step).endswith(">"))]
+    field = fault.get("ctx", {}).get("field")
+    return dotted([*steps, field] if field else steps)
 
 
 def _sentence(fault: ErrorDetails) -> str:

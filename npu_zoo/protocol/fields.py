@@ -4,12 +4,42 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from npu_zoo.protocol.errors import shorten
+
+MAX_ITEMS = 8192
+"""Most entries that are read of a list; what a request may have of each thing is less, and ProtocolLimits says it."""
+
+MAX_TOKEN_IDS = 2**20
+"""Most token ids that are read of a list."""
+
+MAX_NAMES = 1024
+"""Most entries that are read of an object whose names are free and whose values are checked."""
+
+Item = TypeVar("Item")
+Value = TypeVar("Value")
+
+
+def _few_names(data: Any) -> Any:
+    if isinstance(data, Mapping) and len(data) > MAX_NAMES:
+        raise fault(f"must have at most {MAX_NAMES} entries, not {len(data)}")
+    return data
+
+
+class _FirstFault(FailFast):
+    """Ends a list's reading at its first fault: a body can hold a million, and each costs a kilobyte."""
+
+    __hash__ = object.__hash__  # alternatives of a union must have one
+
+
+Items = Annotated[list[Item], _FirstFault(), Field(max_length=MAX_ITEMS)]
+Names = Annotated[dict[str, Value], BeforeValidator(_few_names)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+TokenIds = Annotated[list[TokenId], _FirstFault(), Field(max_length=MAX_TOKEN_IDS)]
 
 
 class RequestModel(BaseModel):
@@ -36,7 +66,7 @@ class RequestModel(BaseModel):
     def _nearest(cls, name: str, names: set[str]) -> str:
         if name in cls.instead:
             return cls.instead[name]
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(shorten(name), names, n=1, cutoff=0.5)
         return f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(names))}"
 
 

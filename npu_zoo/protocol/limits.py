@@ -15,6 +15,7 @@ class ProtocolLimits:
 
     Attributes:
         max_n: answers to each prompt.
+        max_completion_tokens: tokens of an answer; None for what the model has room for.
         max_prompts: prompts of one completion request.
         max_sequences: prompts times answers to each.
         max_stop: stop strings, and stop token ids likewise.
@@ -24,6 +25,7 @@ class ProtocolLimits:
     """
 
     max_n: int = 128
+    max_completion_tokens: int | None = None
     max_prompts: int = 256
     max_sequences: int = 1024
     max_stop: int = 16
@@ -51,6 +53,18 @@ class ProtocolLimits:
         _refuse_beyond("logit_bias", "tokens", len(request.logit_bias or ()), self.max_logit_bias)
         _refuse_beyond("prompt_logprobs", "tokens a position", request.prompt_logprobs or 0, self.max_logprobs)
         _refuse_beyond("n", "answers to a prompt", request.n or 1, self.max_n)
+
+    def completion_tokens(self, asked: int | None, field: str, fallback: int | None) -> int | None:
+        """The most tokens of an answer: what was asked for, else the fallback within the limit, else the limit.
+
+        Raises:
+            ApiError: 400; more was asked for than is given.
+        """
+        limit = self.max_completion_tokens
+        if asked is not None and limit is not None:
+            _refuse_beyond(field, "tokens of an answer", asked, limit)
+        found = [count for count in (fallback, limit) if count is not None]
+        return min(found, default=None) if asked is None else asked
 
     def check_chat(self, request: ChatCompletionRequest) -> None:
         """Refuse what a conversation may have too much of; raises as :meth:`check_sampling`."""

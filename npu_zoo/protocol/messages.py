@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from npu_zoo.protocol.errors import describe
-from npu_zoo.protocol.fields import RequestModel, fault, form_of
+from npu_zoo.protocol.fields import Items, RequestModel, fault, form_of
 
 _FUNCTION_NAME = r"^[a-zA-Z0-9_.-]{1,64}$"
 
@@ -29,7 +29,7 @@ class TextPart(RequestModel):
 
 
 Content = Annotated[
-    Annotated[str, Tag("<text>")] | Annotated[list[TextPart], Tag("<items>")],
+    Annotated[str, Tag("<text>")] | Annotated[Items[TextPart], Tag("<items>")],
     Discriminator(
         form_of, custom_error_type="content", custom_error_message="must be a string or a list of parts of type text"
     ),
@@ -74,11 +74,11 @@ class AssistantMessage(RequestModel):
     role: Literal["assistant"]
     content: Content | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Items[ToolCall] | None = None
     reasoning_content: str | None = Field(None, description="Taken and left out of the prompt.")
     reasoning: str | None = Field(None, description="Taken and left out of the prompt.")
     refusal: str | None = Field(None, description="Taken and left out of the prompt.")
-    annotations: list[Any] | None = Field(None, description="No effect.")
+    annotations: Items[Any] | None = Field(None, description="No effect.")
     audio: None = Field(None, description="Must be null: this server takes text only.")
     function_call: None = Field(None, description="Must be null: use tool_calls.")
 
@@ -194,14 +194,15 @@ class ResponseFormat(RequestModel):
 
 def check_tool_messages(messages: Sequence[ChatMessage]) -> None:
     """Raise a validator's fault for what a call came to where there was no such call before it."""
-    calls: list[ToolCall] = []
+    called: dict[str | None, None] = {}
     for place, message in enumerate(messages):
         if not isinstance(message, ToolMessage):
-            calls = (isinstance(message, AssistantMessage) and message.tool_calls) or []
-        elif not calls:
+            calls = (isinstance(message, AssistantMessage) and message.tool_calls) or ()
+            called = dict.fromkeys(call.id for call in calls)
+        elif not called:
             raise fault("is of role tool, and no message with tool_calls is before it", f"messages.{place}")
-        elif message.tool_call_id is not None and all(call.id not in (None, message.tool_call_id) for call in calls):
-            known = ", ".join(str(call.id) for call in calls)
+        elif None not in called and message.tool_call_id is not None and message.tool_call_id not in called:
+            known = ", ".join(map(str, called))
             sentence = f"is {describe(message.tool_call_id)}, and the calls before it are {describe(known)}"
             raise fault(sentence, f"messages.{place}.tool_call_id")
 

@@ -208,7 +208,7 @@ class OpenAIProtocol:
         prompt_logprobs: int | None = None,
         form: StructuredOutputs | None = None,
     ) -> SamplingParams:
-        fallback = self.defaults.get("max_tokens", fallback)
+        fallback = self.limits.completion_tokens(asked, field, self.defaults.get("max_tokens", fallback))
         room = output_room(asked, field, fallback, num_prompt_tokens, self.encoder.max_model_len)
         wanted = [count for count in (prompt_logprobs, request.prompt_logprobs) if count is not None]
         return sampling_params(

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from npu_zoo.protocol.fields import RequestModel, TokenId, fault, form_of
+from npu_zoo.protocol.fields import Items, Names, RequestModel, TokenIds, fault, form_of
 from npu_zoo.protocol.messages import ChatMessage, ResponseFormat, Tool, ToolChoice, check_tool_messages
 
 NO_EFFECT = "Taken for compatibility; no effect."
@@ -20,11 +20,21 @@ _INSTEAD: Mapping[str, str] = {
     "web_search_options": "this server does not search",
     "use_beam_search": "this server samples; beam search is not offered",
     "length_penalty": "it belongs to beam search, which is not offered",
-    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), _STRUCTURED),
+    "guided_json": f"{_STRUCTURED}.json",
+    "guided_regex": f"{_STRUCTURED}.regex",
+    "guided_choice": f"{_STRUCTURED}.choice",
+    "guided_grammar": f"{_STRUCTURED}.grammar",
+    "guided_decoding_backend": f"{_STRUCTURED}; there is one backend, llguidance",
+    "guided_whitespace_pattern": f"{_STRUCTURED}.grammar",
+    "bad_words": "use logit_bias with -100 for their tokens; words of several tokens cannot be kept out",
+    "allowed_token_ids": f"{_STRUCTURED}, or logit_bias",
+    "truncate_prompt_tokens": "prompts are not cut here; send a shorter one, which /tokenize can count",
+    "spaces_between_special_tokens": "special tokens are written without spaces between them",
+    "continue_final_message": "an answer is not continued in a chat; use /v1/completions with the prompt's text",
 }
 
 Stop = Annotated[
-    Annotated[str, Tag("<text>")] | Annotated[list[str], Tag("<items>")],
+    Annotated[str, Tag("<text>")] | Annotated[Items[str], Tag("<items>")],
     Discriminator(form_of, custom_error_type="stop", custom_error_message="must be a string or a list of strings"),
 ]
 
@@ -39,9 +49,9 @@ def _prompt_form(value: Any) -> str | None:
 
 Prompt = Annotated[
     Annotated[str, Tag("<text>")]
-    | Annotated[list[str], Tag("<texts>"), Field(min_length=1)]
-    | Annotated[list[TokenId], Tag("<ids>"), Field(min_length=1)]
-    | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Tag("<lists>"), Field(min_length=1)],
+    | Annotated[Items[str], Tag("<texts>"), Field(min_length=1)]
+    | Annotated[TokenIds, Tag("<ids>"), Field(min_length=1)]
+    | Annotated[Items[Annotated[TokenIds, Field(min_length=1)]], Tag("<lists>"), Field(min_length=1)],
     Discriminator(
         _prompt_form,
         custom_error_type="prompt",
@@ -77,7 +87,7 @@ Scalar = Annotated[
         _scalar_form, custom_error_type="scalar", custom_error_message="must be text, a number, true, false or null"
     ),
 ]
-TemplateKwargs = dict[str, Scalar]
+TemplateKwargs = Names[Scalar]
 
 
 class StreamOptions(RequestModel):
@@ -93,7 +103,7 @@ class StructuredOutputsField(RequestModel):
     json_: Schema | None = Field(None, alias="json", description="A JSON schema, or its text.")
     json_object: bool | None = Field(None, description="Any JSON object.")
     regex: str | None = Field(None, min_length=1, description="A regular expression that the whole output matches.")
-    choice: list[Annotated[str, Field(min_length=1)]] | None = Field(
+    choice: Items[Annotated[str, Field(min_length=1)]] | None = Field(
         None, min_length=1, description="The output is one of these."
     )
     grammar: str | None = Field(None, min_length=1, description="A context-free grammar in llguidance's Lark.")
@@ -111,8 +121,15 @@ class StructuredOutputsField(RequestModel):
         return self.json_ is not None if name == "json" else bool(getattr(self, name))
 
 
-class SamplingFields(RequestModel):
-    """How tokens are chosen: OpenAI's fields, then vLLM's, then ours. Null is unset."""
+class SchedulingFields(RequestModel):
+    """When a request runs, and how long; of our own, but for vLLM's priority."""
+
+    priority: int | None = Field(None, ge=-(2**31), le=2**31 - 1, description="Lower ones are admitted first.")
+    max_time: float | None = Field(None, gt=0, le=86400, description="Seconds after which the answer ends as it is.")
+
+
+class SamplingFields(SchedulingFields):
+    """How tokens are chosen: OpenAI's fields, then vLLM's. Null is unset."""
 
     instead: ClassVar[Mapping[str, str]] = _INSTEAD
 
@@ -124,7 +141,7 @@ class SamplingFields(RequestModel):
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="Makes an answer come again.")
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+    logit_bias: Names[Annotated[float, Field(ge=-100, le=100)]] | None = Field(
         None, description="What is added to the logits of tokens, by id."
     )
     stream: bool | None = Field(None, description="Answer in server-sent events.")
@@ -143,7 +160,7 @@ class SamplingFields(RequestModel):
         None, ge=0, le=1, description="Keeps tokens of this share of the best one's probability."
     )
     repetition_penalty: float | None = Field(None, gt=0, le=100, description="Over prompt and output tokens.")
-    stop_token_ids: list[TokenId] | None = Field(None, description="Tokens that end the text.")
+    stop_token_ids: TokenIds | None = Field(None, description="Tokens that end the text.")
     min_tokens: int | None = Field(None, ge=0, le=2**31 - 1, description="No end before this many tokens.")
     ignore_eos: bool | None = Field(None, description="Go on after the token that ends a text.")
     skip_special_tokens: bool | None = Field(None, description="Leave special tokens out of the text; true when unset.")
@@ -152,8 +169,6 @@ class SamplingFields(RequestModel):
         None, ge=0, le=2**15, description="Most likely tokens at the prompt's positions."
     )
     structured_outputs: StructuredOutputsField | None = Field(None, description="What an output has to look like.")
-    priority: int | None = Field(None, ge=-(2**31), le=2**31 - 1, description="Lower ones are admitted first.")
-    max_time: float | None = Field(None, gt=0, le=86400, description="Seconds after which the answer ends as it is.")
 
     @model_validator(mode="after")
     def _consistent(self) -> SamplingFields:
@@ -170,19 +185,19 @@ class ChatCompletionRequest(SamplingFields):
     """POST /v1/chat/completions."""
 
     model: str
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Items[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(
         None, ge=1, le=2**31 - 1, description="OpenAI's newer name of max_tokens."
     )
     logprobs: bool | None = Field(None, description="Log-probabilities of the answer's tokens.")
     top_logprobs: int | None = Field(None, ge=0, le=2**15, description="So many of the most likely tokens beside them.")
-    tools: list[Tool] | None = None
+    tools: Items[Tool] | None = None
     tool_choice: ToolChoice | None = Field(None, description="auto when unset.")
     parallel_tool_calls: bool | None = Field(None, description="Whether an answer may hold several calls.")
     response_format: ResponseFormat | None = None
     reasoning_effort: str | None = Field(None, description=NO_EFFECT)
     verbosity: str | None = Field(None, description=NO_EFFECT)
-    modalities: list[Literal["text"]] | None = Field(None, description="Text is all there is.")
+    modalities: Items[Literal["text"]] | None = Field(None, description="Text is all there is.")
     add_generation_prompt: bool | None = Field(
         None, description="Open the answer's turn in the prompt; true when unset."
     )
@@ -232,8 +247,8 @@ class TokenizeRequest(RequestModel):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = Field(None, min_length=1)
-    tools: list[Tool] | None = None
+    messages: Items[ChatMessage] | None = Field(None, min_length=1)
+    tools: Items[Tool] | None = None
     add_special_tokens: bool | None = Field(None, description="Begin as the checkpoint asks for; true when unset.")
     add_generation_prompt: bool | None = Field(None, description="Open the answer's turn; true when unset.")
     chat_template_kwargs: TemplateKwargs | None = Field(None, description="Variables of the chat template's own.")
@@ -253,4 +268,4 @@ class DetokenizeRequest(RequestModel):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: TokenIds

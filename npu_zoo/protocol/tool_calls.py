@@ -80,8 +80,8 @@ class ToolCallReader:
         return self._taken()
 
     def finish(self) -> tuple[str, list[CallPiece]]:
-        """What was held back when the text ended."""
-        if not self._gives_early:
+        """What was held back when the text ended; a part of a call that was enforced is no content."""
+        if not (self._eager and (self._state != "text" or self.num_calls == 0)):
             self._content += self._text
         self._text = ""
         return self._taken()

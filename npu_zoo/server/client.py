@@ -27,6 +27,7 @@ from npu_zoo.server.messages import (
 
 _SECONDS_BETWEEN_TRIES = 0.2
 _LOST = "the engine was lost while the request ran; it is being started again"
+_CLOSED = "the server ended before the request had finished"
 
 OnStats = Callable[[EngineStats], None]
 
@@ -122,9 +123,11 @@ class EngineClient:
             await asyncio.gather(self._connecting, return_exceptions=True)
         if self._channel is not None:
             self._channel.close()
-        self._lose(ClientClosed, "the server ended while the request ran")
+        self._lose(ClientClosed, _CLOSED)
 
     def _submit(self, request: GenerationRequest) -> _Stream:
+        if self._closed:
+            raise ClientClosed(_CLOSED)
         if not self.ready:
             raise EngineDied("the engine is not ready; it is being started")
         if request.request_id in self._by_id:

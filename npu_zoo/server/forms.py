@@ -25,6 +25,7 @@ _MOST_CHECKS = 32  # that run or wait; they come one after the other
 _RETRY_S = 5.0
 _SECONDS_TO_START = 60.0
 _SECONDS_TO_ANSWER = 30.0  # of the clock; CPU time has a limit of its own
+_SECONDS_TO_END = 1.0
 _TRIES = 2
 _BEYOND_LIMITS = {-signal.SIGXCPU, -signal.SIGABRT, -signal.SIGSEGV}  # of time, memory and the stack
 
@@ -152,9 +153,13 @@ class FormChecker:
         process, self._process = self._process, None
         if process is None:
             return 0
-        with contextlib.suppress(ProcessLookupError):
+        assert process.stdin is not None
+        process.stdin.close()
+        try:
+            return await asyncio.wait_for(process.wait(), _SECONDS_TO_END)
+        except asyncio.TimeoutError:
             process.kill()
-        return await process.wait()
+            return await process.wait()
 
 
 class FrontEndEncoder(PromptEncoder):

@@ -50,6 +50,13 @@ class ServeOptions(BaseModel):
         256, ge=0, description="Completions that may wait beside those that run; more are refused with status 429."
     )
     max_body_size: int = Field(4 * 2**20, ge=1024, description="Largest request body in bytes; above it: status 413.")
+    max_n: int = Field(128, ge=1, le=1024, description="Most answers to a prompt (n); more are refused.")
+    max_completion_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Most tokens of an answer; more are refused, and a chat that does not say gets this many. "
+        "Default: what the model has room for.",
+    )
     rate_limit: int | None = Field(None, ge=1, description="Requests a minute and API key (or address, without keys).")
     concurrency_limit: int | None = Field(None, ge=1, description="Requests at once per API key (or address).")
     min_priority: int = Field(

@@ -11,6 +11,7 @@ from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.engine import GenerationRequest, RequestOutput
 from npu_zoo.protocol.answering import Answering
 from npu_zoo.protocol.errors import ApiError, api_error
+from npu_zoo.protocol.limits import ProtocolLimits
 from npu_zoo.protocol.openai import OpenAIProtocol
 from npu_zoo.server.admission import AdmissionQueue, BodyRoom, ClientLimits
 from npu_zoo.server.client import ClientClosed, EngineClient, EngineDied
@@ -62,7 +63,8 @@ class Service:
         self.limits = ClientLimits(options.rate_limit, options.concurrency_limit)
         self.forms = FormChecker(config)
         self.encoder = FrontEndEncoder(config, self.forms)
-        self.protocol = OpenAIProtocol(self.encoder, self.model_names, defaults=defaults or {})
+        limits = ProtocolLimits(max_n=options.max_n, max_completion_tokens=options.max_completion_tokens)
+        self.protocol = OpenAIProtocol(self.encoder, self.model_names, limits, defaults or {})
         self.metrics = ServerMetrics(self.model_names[0], config.max_model_len)
         self.tracing = start_tracing(options.otlp_endpoint)
 

@@ -362,6 +362,17 @@ def test_the_command_talks_with_the_server(cli: Callable, server: StandIn, monke
     assert server.bodies[-1]["model"] == "second"
 
 
+@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("fault", ["refused", "broken off"])
+def test_input_that_no_terminal_gives_ends_with_the_failure_of_an_answer(
+    cli: Callable, server: StandIn, fault: str, at: int
+) -> None:
+    failed = sends(500, {"error": "broken"}) if fault == "refused" else streams(event({"content": "Hel"}))
+    server.answers = [failed, says("fine")] if at == 0 else [says("fine"), failed]
+    ran = cli("chat", "--server", server.url, stdin="hi\non\n")
+    assert (ran.code, "fine" in ran.out, "error: " in ran.err) == (1, True, True)
+
+
 def test_the_key_comes_from_the_variable_that_is_named(
     cli: Callable, server: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import typer
 
 from npu_zoo.cli.answers import GrowingAnswer, LocalAnswerer
-from npu_zoo.cli.chat import Conversation
+from npu_zoo.cli.chat import Conversation, _talk
 from npu_zoo.core.engine import CompletionOutput, RequestMetrics, RequestOutput
 from npu_zoo.core.errors import EngineError, PromptError
 from npu_zoo.core.model_config import ReasoningFormat
@@ -71,6 +72,25 @@ def talk(llm: ParrotLLM, *lines: str | type[BaseException], system: str | None =
 
 def contents(messages: Sequence[dict[str, Any]]) -> list[str]:
     return [message["content"] for message in messages]
+
+
+def test_at_a_terminal_a_failed_answer_fails_no_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = iter(["too long " * LIMIT])
+
+    def read_line() -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("npu_zoo.cli.chat._reader", lambda: read_line)
+    answerer = LocalAnswerer(ParrotLLM(), SamplingParams(max_tokens=4))  # type: ignore[arg-type]
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    _talk(answerer, None)
+    lines = iter(["too long " * LIMIT])
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: False))
+    with pytest.raises(typer.Exit):
+        _talk(answerer, None)
 
 
 def test_turns_pile_up_until_the_end_of_input(capsys: pytest.CaptureFixture[str]) -> None:

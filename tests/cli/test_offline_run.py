@@ -5,23 +5,27 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from npu_zoo.cli.prompt_file import PromptFile
-from npu_zoo.core.config import EngineConfig
+from npu_zoo.cli.run_key import RunKey
+from npu_zoo.core.config import EngineArgs, EngineConfig
 from npu_zoo.core.engine import CompletionOutput, Engine, EngineStats, RequestMetrics, RequestOutput
 from npu_zoo.core.errors import EngineError, PromptError
 from npu_zoo.core.sampling import SamplingParams, StructuredOutputs
+from npu_zoo.dispatch import resolve
 from npu_zoo.engine.llm import LLM
 from npu_zoo.engine.prompting import PromptEncoder
 from npu_zoo.protocol.answering import Answering
+from npu_zoo.testing import unchecked_config
 
 MODEL = ("--model", "deepseek_coder:demo", "--hardware", "cpu")
 
@@ -31,9 +35,12 @@ TOO_LONG = 200
 class EchoEngine(Engine):
     """Finishes one request a step, the one that came last; ``before_step`` is called with the step's number."""
 
+    end: ClassVar[dict[str, Any]] = {"finish_reason": "stop"}
+
     def __init__(self, config: EngineConfig, before_step: Callable[[int], None] = lambda step: None) -> None:
         self.config = config
         self.asked: list[tuple[list[int], SamplingParams]] = []
+        self.options: list[dict[str, Any]] = []
         self._waiting: dict[str, tuple[list[int], SamplingParams]] = {}
         self._before_step = before_step
         self._steps = 0
@@ -41,6 +48,7 @@ class EchoEngine(Engine):
     def add_request(self, request_id: str, prompt: Any, sampling_params: SamplingParams, **options: Any) -> None:
         if len(prompt) > TOO_LONG:
             raise PromptError(f"the prompt has {len(prompt)} tokens")
+        self.options.append(options)
         self.asked.append((list(prompt), sampling_params))
         self._waiting[request_id] = self.asked[-1]
 
@@ -49,7 +57,7 @@ class EchoEngine(Engine):
         self._before_step(self._steps)
         request_id, (prompt, params) = self._waiting.popitem()
         text = " ".join(map(str, prompt))
-        outputs = [CompletionOutput(i, text, list(prompt), finish_reason="stop") for i in range(params.n)]
+        outputs = [CompletionOutput(i, text, list(prompt), **self.end) for i in range(params.n)]
         return [RequestOutput(request_id, None, prompt, outputs, True, RequestMetrics(1.0, 1.5, 3.0))]
 
     def abort_request(self, request_id: str) -> RequestOutput | None:
@@ -166,6 +174,13 @@ def test_json_lines_have_prompts_of_every_kind(
     assert started[-1].asked[0][0] == encode(user("one"))
 
 
+def test_a_line_s_priority_and_time_reach_the_engine(cli: Callable, started: Started, tmp_path: Path) -> None:
+    lines = {"prompt": "a", "priority": -2, "max_time": 1.5}, {"prompt": "b", "priority": None}
+    assert cli("run", *MODEL, "--prompts-file", write_lines(tmp_path / "p.jsonl", *lines)).code == 0
+    found = sorted((options["priority"], options["max_time"]) for options in started[0].options)
+    assert found == [(-2, 1.5), (0, None)]
+
+
 def test_a_line_s_sampling_parameters_go_over_the_command_line_s(
     cli: Callable, started: Started, tmp_path: Path
 ) -> None:
@@ -192,10 +207,10 @@ def test_a_line_s_sampling_parameters_go_over_the_command_line_s(
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"prompt": "a"', ["no JSON", "character"]),
+        ('{"prompt": "a"', ["the line is not JSON", "column 15"]),
         ("[1]", ["JSON object", "list"]),
         ('{"prompt": "a", "temperature": NaN}', ["NaN"]),
-        ("[" * 100_000, ["nested"]),
+        ("[" * 100_000, ["nests deeper"]),
         ({"prompt": "a", "temprature": 1}, ["unknown key 'temprature'", "did you mean temperature?"]),
         ({"promt": "a"}, ["unknown key 'promt'", "did you mean prompt?"]),
         ({"id": "a"}, ["one of prompt", "none"]),
@@ -214,6 +229,9 @@ def test_a_line_s_sampling_parameters_go_over_the_command_line_s(
         ({"prompt": "a", "logit_bias": {"x": 1}}, ["logit_bias"]),
         ({"prompt": "a", "structured_outputs": {"regx": "a"}}, ["unknown key 'regx'", "did you mean regex?"]),
         ({"prompt": "a", "structured_outputs": {"regex": "a", "grammar": "b"}}, ["regex and grammar"]),
+        ({"prompt": "a", "max_time": 0}, ["max_time must be above 0, not 0"]),
+        ({"prompt": "a", "priority": "high"}, ["priority must be an integer"]),
+        ({"messages": user("a"), "tools": []}, ["'tools'", "batch form"]),
         ({"prompt": "a", "structured_outputs": "json"}, ["structured_outputs='json' is no object"]),
     ],
 )
@@ -296,6 +314,7 @@ def test_a_prompt_that_cannot_run_fails_alone(cli: Callable, started: Started, t
     assert found[1]["id"] == "long"
     assert found[2]["prompt"] == "half of \ud800"
     assert found[2]["error"]["type"] == "PromptError"
+    assert found[2]["error"]["message"].startswith("prompt holds")
 
 
 def test_a_failed_line_runs_again_once_its_result_is_deleted(cli: Callable, started: Started, tmp_path: Path) -> None:
@@ -388,6 +407,17 @@ def test_a_fault_of_ours_fails_its_line_and_tells_no_details(
     assert "ZeroDivisionError" in ran.err
 
 
+def test_an_output_that_lost_its_form_fails_its_line(
+    cli: Callable, started: Started, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(EchoEngine, "end", {"finish_reason": "error", "stop_reason": "no token keeps the form"})
+    ran = cli("run", *MODEL, "--prompts-file", write_lines(tmp_path / "b.jsonl", chat("a")))
+    assert ran.code == 1
+    response = results(ran.out)[0]["response"]
+    assert (response["status_code"], response["body"]["error"]["code"]) == (400, "output_failed")
+    assert response["body"]["error"]["message"] == "no token keeps the form"
+
+
 def test_an_answer_that_cannot_be_made_fails_its_line(
     cli: Callable, started: Started, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -408,7 +438,7 @@ def test_an_answer_that_cannot_be_made_fails_its_line(
         (chat("a"), ["'a'", "line 1 too"]),
         ({**chat("b"), "custom_id": None}, ["custom_id"]),
         ({"method": "POST", "url": "/v1/chat/completions", "body": {}}, ["custom_id"]),
-        ('{"custom_id": "b", ', ["no JSON"]),
+        ('{"custom_id": "b", ', ["not JSON"]),
     ],
 )
 def test_a_batch_whose_answers_could_not_be_told_apart_is_refused(
@@ -504,6 +534,20 @@ def test_results_of_another_run_stay(
     assert (ran.code, out.read_bytes(), len(started)) == (2, before, 1)
     assert "holds results of another run" in ran.err
     assert words in ran.err
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json", "config.json", "chat_template.jinja"])
+def test_a_checkpoint_s_settings_count_by_their_contents(tmp_path: Path, name: str) -> None:
+    config = resolve(EngineArgs(model="deepseek_coder"))
+    weights = Path(shutil.copytree(config.weights, tmp_path / "weights"))
+    (weights / "chat_template.jinja").write_text("{{ messages }}")
+    config = unchecked_config(config, weights=str(weights))
+    before = RunKey.of("0" * 64, config, {})
+    text = (weights / name).read_bytes()
+    (weights / name).write_bytes(text[:-1] + b" ")
+    assert before.changes(RunKey.of("0" * 64, config, {})).startswith("the model")
+    (weights / name).write_bytes(text)
+    assert before == RunKey.of("0" * 64, config, {})
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import json
 import re
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,9 @@ FAULTS = {
         ),
         "json",
     ),
+    "schema that is false": (StructuredOutputs(json="false"), "json"),
+    "repetitions of what may be empty": (StructuredOutputs(regex="a*" * 30_000), "regex"),
+    "longer than any": (StructuredOutputs(grammar="start: " + "a" * 600_000), "grammar"),
     "unknown rule": (StructuredOutputs(grammar="start: nothing"), "grammar"),
     "nested grammar": (StructuredOutputs(grammar="start: " + "(" * 20000 + '"a"' + ")" * 20000), "grammar"),
 }
@@ -170,6 +174,34 @@ def test_forms_that_cannot_be_kept_are_refused(llm: LLM, form: StructuredOutputs
     assert len(str(caught.value)) < 500
     assert not llm.engine.has_unfinished_requests()
     assert complete(llm, FORMS["regex"], temperature=0)[0].finish_reason == "stop"
+
+
+def test_a_schema_may_be_true(llm: LLM) -> None:
+    for seed in range(4):
+        output = complete(llm, StructuredOutputs(json="true"), seed=seed, max_tokens=60)[0]
+        assert output.text
+        assert output.finish_reason == "length" or json.dumps(json.loads(output.text))
+
+
+def chain(length: int) -> StructuredOutputs:
+    """Rules that each lead to the next one; more of them than a thread's usual stack has room for."""
+    names = ["".join(letters) for letters in itertools.product("abcdefghijklmnopqrstuvwxyz", repeat=3)][:length]
+    rules = [f'{name}: "a" {following} | "b"' for name, following in itertools.pairwise(names)]
+    return StructuredOutputs(grammar="\n".join([f"start: {names[0]}", *rules, f'{names[-1]}: "c"']))
+
+
+def test_rules_may_lead_far(llm: LLM) -> None:
+    output = complete(llm, chain(4000), temperature=0, max_tokens=20)[0]
+    assert re.fullmatch("a*b?", output.text)
+
+
+def test_threads_share_a_guide_maker(llm: LLM) -> None:
+    guides = llm.engine.prompts.guides  # type: ignore[attr-defined]
+    forms = [StructuredOutputs(regex=f"[a-f]{{{number}}}") for number in range(1, 60)] * 3
+    with ThreadPoolExecutor(8) as threads:
+        masks = list(threads.map(lambda form: guides.make(form).mask(), forms))
+    assert masks[: len(masks) // 3] * 3 == masks
+    assert all(any(mask) for mask in masks)
 
 
 def test_exactly_one_form_is_given() -> None:

@@ -240,12 +240,43 @@ def test_a_whole_answer(coder: OpenAIProtocol, fake: ModuleType) -> None:
     assert len(response["prompt_logprobs"]) == used
 
 
-@pytest.mark.parametrize("finish", ["stop", "length", "abort", "error"])
+@pytest.mark.parametrize("finish", ["stop", "length", "abort"])
 def test_every_end_has_a_word_of_openai_s(coder: OpenAIProtocol, fake: ModuleType, finish: str) -> None:
     answering = coder.chat_completion(chat(), "r")
     choice = answering.response(fake.Generated(coder, answering, [["a"]], finish=finish).final())["choices"][0]
     assert choice["finish_reason"] == ("stop" if finish == "stop" else "length")
-    assert choice["stop_reason"] == (finish if finish in ("abort", "error") else None)
+    assert choice["stop_reason"] == ("abort" if finish == "abort" else None)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_output_that_lost_its_form_is_no_answer(coder: OpenAIProtocol, fake: ModuleType, stream: bool) -> None:
+    answering = coder.chat_completion(chat(stream=stream), "r")
+    (state,) = fake.Generated(coder, answering, [["{"]], finish="error").final()
+    state.outputs[0].stop_reason = "no token keeps the form"
+    with pytest.raises(ApiError, match="no token keeps the form") as caught:
+        answering.chunks(0, state) if stream else answering.response([state])
+    assert (caught.value.status, caught.value.code) == (400, "output_failed")
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_a_limit_of_an_answer_s_tokens(coder: OpenAIProtocol, field: str) -> None:
+    limited = OpenAIProtocol(coder.encoder, ["served"], ProtocolLimits(max_completion_tokens=8))
+    with pytest.raises(ApiError, match="asks for 9 tokens of an answer; at most 8 are taken") as caught:
+        limited.chat_completion(chat(**{field: 9}), "r")
+    assert caught.value.param == field
+    assert given_tokens(limited, **{field: 8}) == 8
+    assert given_tokens(limited, **{field: 2}) == 2
+
+
+def test_a_limit_of_an_answer_s_tokens_is_what_a_chat_gets(coder: OpenAIProtocol) -> None:
+    limits = ProtocolLimits(max_completion_tokens=8)
+    assert given_tokens(OpenAIProtocol(coder.encoder, ["served"], limits)) == 8
+    assert given_tokens(OpenAIProtocol(coder.encoder, ["served"], limits, {"max_tokens": 5})) == 5
+    assert given_tokens(OpenAIProtocol(coder.encoder, ["served"], limits, {"max_tokens": 50})) == 8
+
+
+def given_tokens(protocol: OpenAIProtocol, **fields: Any) -> int | None:
+    return protocol.chat_completion(chat(**fields), "r").requests[0].sampling_params.max_tokens
 
 
 def test_a_logprob_of_minus_infinity_can_be_written(coder: OpenAIProtocol, fake: ModuleType) -> None:

@@ -1,4 +1,4 @@
-"""Engines in threads of this process and in processes of their own, and clients to them."""
+"""Engines in threads of this process and in processes of their own, clients to them, and whole servers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DEMO = "deepseek_coder:demo"
 
 def demo_config(**options: object) -> EngineConfig:
     defaults = {"hardware": "cpu", "dtype": "float32", "threads": 1, "kv_cache_memory": "8MiB", "max_num_seqs": 16}
-    return resolve(EngineArgs(model=DEMO, **{**defaults, **options}))
+    return resolve(EngineArgs(**{"model": DEMO, **defaults, **options}))
 
 
 @pytest.fixture(scope="session")
@@ -67,3 +67,21 @@ def small_server() -> Iterator[RunningServer]:
     arguments = ("--max-queue", "12", "--head-timeout", "5", "--body-timeout", "1", "--send-timeout", "2")
     with start(*arguments, sequences=2) as server:
         yield server
+
+
+SERVED = "deepseek_v3:demo"
+PLAIN = ("--dtype", "float32", "--threads", "1", "--log-level", "error")
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[RunningServer]:
+    """A server of a model that calls tools, for tests that leave it as they found it."""
+    with RunningServer(("--model", SERVED, *PLAIN)) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def oracle() -> Iterator[LLM]:
+    """The same model in this process."""
+    with LLM.from_config(demo_config(model=SERVED, kv_cache_memory="32MiB", max_num_seqs=64)) as llm:
+        yield llm

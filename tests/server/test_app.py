@@ -16,6 +16,7 @@ import uvicorn
 from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.engine import FinishReason, GenerationRequest, RequestOutput
 from npu_zoo.server.app import create_app
+from npu_zoo.server.client import ClientClosed
 from npu_zoo.server.front_end import uvicorn_config
 from npu_zoo.server.messages import initial_output
 from npu_zoo.server.options import ServeOptions
@@ -39,10 +40,13 @@ class StandInClient:
         self.go = asyncio.Event()
         self.go.set()
         self.reason: FinishReason = "stop"
+        self.error: Exception | None = None
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[RequestOutput, None]:
         self.requests.append(request)
         await self.go.wait()
+        if self.error is not None:
+            raise self.error
         output = initial_output(request)
         output.finished = True
         for completion in output.outputs:
@@ -187,6 +191,18 @@ def test_an_output_that_could_not_keep_its_form_has_failed(config: EngineConfig)
             assert app.count("request_success_total") == app.count("npu_zoo_requests_in_flight") == 0
             assert app.count("npu_zoo_requests_failed_total", reason="form") == 1
             assert app.count("vllm:request_success_total", finished_reason="error") == 1
+
+    asyncio.run(run())
+
+
+def test_a_request_that_the_server_s_end_cuts_is_called_off(config: EngineConfig) -> None:
+    async def run() -> None:
+        async with serving(config) as app:
+            app.engine.error = ClientClosed("the server ended")
+            cut = await app.post()
+            assert (cut.status_code, cut.json()["error"]["code"]) == (503, "draining")
+            assert app.count("npu_zoo_requests_aborted_total", reason="shutdown") == 1
+            assert app.count("npu_zoo_requests_failed_total") == 0
 
     asyncio.run(run())
 

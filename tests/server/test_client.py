@@ -18,7 +18,7 @@ from npu_zoo import LLM, SamplingParams
 from npu_zoo.core.engine import EngineStats, GenerationRequest, RequestOutput
 from npu_zoo.core.errors import PromptError, UsageError
 from npu_zoo.server.channel import frame, read_frame
-from npu_zoo.server.client import EngineClient, EngineDied
+from npu_zoo.server.client import ClientClosed, EngineClient, EngineDied
 from npu_zoo.server.messages import Progress, Ready, Submit, apply_delta, initial_output
 
 from .conftest import serving
@@ -233,8 +233,10 @@ def test_close_ends_what_runs_and_frees_it(llm: LLM, engine_path: Path) -> None:
         running = asyncio.create_task(last(client.generate(GenerationRequest("runs", [5], LONG))))
         await until(lambda: client.stats.num_running == 1)
         await client.close()
-        with pytest.raises(EngineDied, match="ended"):
+        with pytest.raises(ClientClosed, match="ended"):
             await running
+        with pytest.raises(ClientClosed, match="ended"):
+            await last(client.generate(GenerationRequest("late", [5], LONG)))
         await client.close()
 
     run(engine_path, act)

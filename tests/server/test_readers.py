@@ -57,18 +57,25 @@ def test_threads_whose_callers_have_left_still_count() -> None:
     asyncio.run(run())
 
 
-def test_no_more_wait_than_may() -> None:
+@pytest.mark.parametrize("left", [0, 4])
+def test_no_more_wait_than_may(left: int) -> None:
+    """Threads whose callers have left are no room for others."""
+
     async def run() -> None:
         readers, work = Readers(2), Work()
-        tasks = [asyncio.create_task(readers.run(work)) for _ in range(6)]
+        begun = [asyncio.create_task(readers.run(work)) for _ in range(4)]
         await until_running(work, 4)
+        for task in begun[:left]:
+            task.cancel()
+        tasks = begun[left:] + [asyncio.create_task(readers.run(work)) for _ in range(2)]
+        await asyncio.sleep(0.05)
         with pytest.raises(ApiError, match="2 requests wait") as refused:
             await readers.run(work)
         assert (refused.value.status, refused.value.code) == (429, "queue_full")
         with pytest.raises(ApiError):
             readers.check()
         work.go.set()
-        assert await asyncio.gather(*tasks) == [7] * 6
+        assert await asyncio.gather(*tasks) == [7] * (6 - left)
         readers.check()
         readers.close()
 
