@@ -83,7 +83,7 @@ def nested(depth: int) -> dict[str, Any]:
 
 BODIES = {
     "empty": raw(b"", said="not JSON"),
-    "cut off": raw(b'{"model": ', said="at column 11"),
+    "cut off": raw(b'{"model": ', said="column 11"),
     "no JSON": raw(b"prompt=a", said="not JSON"),
     "a list": raw(b"[]", said="a JSON object, not a list"),
     "null": raw(b"null", said="not null"),
