@@ -31,7 +31,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from npu_zoo.testing.serving import RunningServer
 
 MODEL = "deepseek_coder"
-# A cache with room for all: what is recomputed after preemption is rounded otherwise, which can turn a near tie.
 SERVER = (
     "--model", MODEL, "--dtype", "float32", "--threads", "1", "--max-num-seqs", "16", "--max-queue", "8",
     "--kv-cache-memory", "16MiB", "--max-model-len", "512", "--log-level", "error", "--head-timeout", "5",
@@ -39,6 +38,12 @@ SERVER = (
 )  # fmt: skip
 LENGTHS = (1, 3, 17, 60)
 """Tokens of an answer."""
+LEAST_MARGIN = 1e-3
+"""Between the two most likely tokens of a greedy answer; sums of a batch are rounded by some 1e-5."""
+
+MOST_SEEDED_OTHERWISE = 1e-3
+"""The share of seeded answers that may differ: a draw within rounding of the border between two tokens."""
+
 SCHEMA = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
 SECONDS_BETWEEN_SAMPLES = 1.0
 SECONDS_TO_BE_IDLE = 30.0
@@ -65,10 +70,15 @@ WRONG: tuple[tuple[str, bytes, int], ...] = (
 
 @dataclass
 class Expected:
-    """A request and what the server answers to it alone."""
+    """A request and what the server answers to it alone.
+
+    Attributes:
+        seeded: whether its tokens are drawn; the others are the most likely ones by a margin.
+    """
 
     body: dict[str, Any]
     texts: list[str]
+    seeded: bool
 
 
 @dataclass
@@ -79,6 +89,8 @@ class Tally:
     faults: list[str] = field(default_factory=list)
     tokens: int = 0
     retries: int = 0
+    seeded: int = 0
+    seeded_otherwise: int = 0
 
     def fault(self, what: str) -> None:
         """Note something that must not be, and say so at once."""
@@ -115,12 +127,16 @@ class Soak:
         for number in range(10):
             prompt = " ".join(self._random.choice(("def", "f(x):", "return", "é", "数")) for _ in range(1 + number * 9))
             for length in LENGTHS:
-                greedy = {"model": MODEL, "prompt": prompt, "max_tokens": length, "temperature": 0, "ignore_eos": True}
-                seeded = {"model": MODEL, "prompt": prompt, "max_tokens": length, "seed": number, "n": 2}
-                for body in (greedy, seeded):
-                    answer = await self._http.post("/v1/completions", json=body)
-                    answer.raise_for_status()
-                    self._expected.append(Expected(body, [choice["text"] for choice in answer.json()["choices"]]))
+                body = {"model": MODEL, "prompt": prompt, "max_tokens": length}
+                await self._learn({**body, "temperature": 0, "ignore_eos": True}, seeded=False)
+                await self._learn({**body, "seed": number, "n": 2}, seeded=True)
+
+    async def _learn(self, body: dict[str, Any], *, seeded: bool) -> None:
+        answer = await self._http.post("/v1/completions", json=body if seeded else {**body, "logprobs": 2})
+        answer.raise_for_status()
+        choices = answer.json()["choices"]
+        if seeded or margin(choices[0]["logprobs"]["top_logprobs"]) > LEAST_MARGIN:
+            self._expected.append(Expected(body, [choice["text"] for choice in choices], seeded))
 
     async def client(self, until: float) -> None:
         """One client's requests, one after the other."""
@@ -234,8 +250,16 @@ class Soak:
             await asyncio.sleep(0.2)
 
     def _compare(self, expected: Expected, texts: list[str]) -> None:
-        if texts != expected.texts:
+        self.tally.seeded += expected.seeded
+        if texts != expected.texts and expected.seeded:
+            self.tally.seeded_otherwise += 1
+        elif texts != expected.texts:
             self.tally.fault(f"{expected.body} gave {texts!r} and not {expected.texts!r}")
+
+
+def margin(positions: list[dict[str, float]]) -> float:
+    """The least distance between the two most likely tokens of a position, in natural-log probability."""
+    return min(abs(first - second) for first, second in (sorted(top.values())[-2:] for top in positions))
 
 
 def metrics_of(text: str) -> dict[str, float]:
@@ -297,7 +321,7 @@ async def load(server: RunningServer, minutes: float, clients: int, seed: int) -
         left = await idle_metrics(http)
     await soak.close()
     growth = memory.growth()
-    faults = [*soak.tally.faults, *what_is_left(left), *what_grew(growth)]
+    faults = [*soak.tally.faults, *what_is_left(left), *what_grew(growth), *what_differed(soak.tally)]
     return {
         "minutes": round(seconds / 60, 2),
         "clients": clients,
@@ -305,6 +329,8 @@ async def load(server: RunningServer, minutes: float, clients: int, seed: int) -
         "requests": dict(sorted(soak.tally.outcomes.items())),
         "requests_per_s": round(sum(soak.tally.outcomes.values()) / seconds, 1),
         "tokens_of_whole_answers": soak.tally.tokens,
+        "seeded_answers": soak.tally.seeded,
+        "seeded_answers_otherwise": soak.tally.seeded_otherwise,
         "turned_away_and_sent_again": soak.tally.retries,
         "preemptions": left["vllm:num_preemptions_total"],
         "engine_restarts": left["npu_zoo_engine_restarts_total"],
@@ -333,6 +359,13 @@ def what_is_left(metrics: dict[str, float]) -> list[str]:
     if metrics["request_received_total"] != ended:
         found.append(f"{metrics['request_received_total']:g} requests were received, and {ended:g} ended")
     return found
+
+
+def what_differed(tally: Tally) -> list[str]:
+    """More seeded answers that differ than draws fall on borders."""
+    if tally.seeded_otherwise <= MOST_SEEDED_OTHERWISE * tally.seeded:
+        return []
+    return [f"{tally.seeded_otherwise} of {tally.seeded} seeded answers are not what they were alone"]
 
 
 def what_grew(growth: dict[str, tuple[float, float]]) -> list[str]:

@@ -14,14 +14,16 @@ _INTRODUCTION = """\
 What is said here was measured with the scripts of benchmarks/ on a CPU; `make test` runs the first for two minutes
 and `make verify` for thirty, and both fail where anything is lost, answered wrongly or kept.
 
-## Thirty minutes and two
+## Under mixed load
 
 `benchmarks/soak.py` starts a server of the demo checkpoint and {clients} clients that send completions and chats of
 random lengths, whole and streamed, greedy and seeded, some of a given form, with priorities; beside them requests
 that are called off amid their stream, connections that vanish, bodies that are cut, and wrong requests. Every
-greedy and seeded answer is compared with what the same request gave alone. At the end nothing may run, wait or hold
-a block, the server must have counted as many ends as requests, no engine may have been restarted, and no process
-may have grown by more than {growth:.0f} MiB after the first third of the time.
+greedy and seeded answer is compared with what the same request gave alone. Sums are rounded otherwise in another
+batch, so greedy requests are those whose answer leads by more than 0.001 in log-probability everywhere, and of a
+thousand seeded answers one may differ, where a draw falls on the border between two tokens. At the end nothing may
+run, wait or hold a block, the server must have counted as many ends as requests, no engine may have been restarted,
+and no process may have grown by more than {growth:.0f} MiB after the first third of the time.
 
 | | |
 |---|---|
@@ -29,6 +31,7 @@ may have grown by more than {growth:.0f} MiB after the first third of the time.
 | requests | {total:,} ({rate:.0f} a second) |
 | {kinds} | {counts} |
 | tokens of answers that were read | {tokens:,} |
+| seeded answers, and those that a rounded draw made another | {seeded:,}, {otherwise} |
 | turned away (429) and sent again | {retries:,} |
 | sequences that lost their room and were recomputed | {preemptions:.0f} |
 | memory of the engine, MiB | {engine[0]:.0f} after the first third, {engine[1]:.0f} at the end |
@@ -75,6 +78,8 @@ def _of_soak(record: dict[str, Any]) -> str:
         kinds=", ".join(requests),
         counts=", ".join(f"{count:,}" for count in requests.values()),
         tokens=record["tokens_of_whole_answers"],
+        seeded=record["seeded_answers"],
+        otherwise=record["seeded_answers_otherwise"],
         retries=record["turned_away_and_sent_again"],
         preemptions=record["preemptions"],
         engine=memory["engine"],
