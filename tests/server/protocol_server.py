@@ -17,7 +17,10 @@ from npu_zoo.server.http_protocol import protocol_with
 from .raw_http import wait_until
 
 LARGE = 4_000_000
-"""More than the system's buffers of both sides take."""
+"""More than the system's buffers of both sides take, sent in parts."""
+
+HUGE = 12_000_000
+"""Several times as much, sent at once."""
 
 
 class Application:
@@ -43,12 +46,13 @@ class Application:
             gone = (await receive())["type"] == "http.disconnect"
         if gone:
             self.left.add(path)
-        answer = b"x" * LARGE if path == "/large" else body or b"ok"
+        answer = {"/large": b"x" * LARGE, "/huge": b"x" * HUGE}.get(path, body or b"ok")
+        size = HUGE if path == "/huge" else 100_000
         headers = [(b"content-type", b"text/plain"), (b"content-length", str(len(answer)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        for start in range(0, len(answer), 100_000):
-            more = start + 100_000 < len(answer)
-            await send({"type": "http.response.body", "body": answer[start : start + 100_000], "more_body": more})
+        for start in range(0, len(answer), size):
+            more = start + size < len(answer)
+            await send({"type": "http.response.body", "body": answer[start : start + size], "more_body": more})
 
 
 @contextmanager
