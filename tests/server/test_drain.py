@@ -102,9 +102,11 @@ def test_a_second_interrupt_ends_all_at_once() -> None:
 
 def test_requests_that_wait_for_their_turn_finish_too() -> None:
     with start(sequences=1) as server:
-        clients = [Client(server.url, {**SOME, "max_tokens": 60}) for _ in range(6)]
-        wait_until(lambda: metric(server, "vllm:num_requests_waiting") == 5)
-        server.send_signal(signal.SIGTERM)
+        with paused(server.children["engine"]):
+            clients = [Client(server.url, {**SOME, "max_tokens": 60}) for _ in range(6)]
+            wait_until(lambda: metric(server, "npu_zoo_requests_in_flight") == 6)
+            server.send_signal(signal.SIGTERM)
+            server.await_status("/health/ready", 503)
         answers = [client.ended().answer for client in clients]
         assert [answer and answer.status for answer in answers] == [200] * 6
         assert server.wait() == 0
