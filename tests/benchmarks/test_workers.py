@@ -103,6 +103,7 @@ def test_errors_of_a_worker_reach_the_parent() -> None:
             worker.call("peak_memory")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_static_batches_do_not_change_what_transformers_says(checkpoint: Path) -> None:
     case = Case("x", "x", "total", 6, (3, 40), (1, 9))

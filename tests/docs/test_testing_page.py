@@ -93,6 +93,7 @@ def environment() -> dict[str, str]:
 # pytest
 
 
+@pytest.mark.long
 def test_the_suite_s_options_and_ids_are_as_shown(pytester_run: Callable[..., str]) -> None:
     printed = pytester_run("--npu-zoo-plugin", "wizardcoder", "--npu-zoo-level", "spec", "--collect-only", "-q")
     (shown,) = re.findall(r"`(npu-zoo:my_family::[^`]+)`", PAGE)

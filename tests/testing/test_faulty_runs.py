@@ -152,6 +152,7 @@ FAMILY = family(variants=(variant(architecture="OrchidForCausalLM"),), architect
 """
 
 
+@pytest.mark.long
 def test_what_ends_its_process_fails_alone(tmp_path: Path, install: Callable[..., None], validate: Callable) -> None:
     for name, (ending, _) in ENDINGS.items():
         install(tmp_path, name, NOT_OF_TRANSFORMERS, model=ENDING.replace("{ending}", ending))

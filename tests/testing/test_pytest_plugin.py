@@ -93,6 +93,7 @@ def _counts(text: str) -> dict[str, int]:
     return {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped)", text.splitlines()[-1])}
 
 
+@pytest.mark.long
 def test_files_that_are_named_run_beside_the_suite(run: Run) -> None:
     ran = run("--npu-zoo-plugin", "sound", "--npu-zoo-level", "spec", "tests/test_other.py")
     assert "9 passed" in ran.stdout
@@ -155,6 +156,7 @@ def test_a_plugin_that_does_not_load():
 """
 
 
+@pytest.mark.long
 def test_registries_of_single_plugins(site: Path, run: Run) -> None:
     file = site / "project" / "test_registry.py"
     file.write_text(REGISTRY_TEST)
