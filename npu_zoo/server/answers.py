@@ -61,11 +61,7 @@ class Generation:
             Exception: what generating one of them raised.
         """
         while True:
-            try:
-                await asyncio.wait_for(self._changed.wait(), PING_S)
-            except asyncio.TimeoutError:
-                yield None
-                continue
+            late = await self._changed_or_late(PING_S)
             self._changed.clear()
             newest, self._newest = self._newest, {}
             for state in newest.items():
@@ -74,6 +70,8 @@ class Generation:
                 raise self._error
             if not self._newest and all(task.done() for task in self._tasks):
                 return
+            if late and not newest:
+                yield None
 
     async def outputs(self) -> list[RequestOutput]:
         """Every request's last state.
@@ -83,6 +81,25 @@ class Generation:
         """
         last = {state[0]: state[1] async for state in self.states() if state is not None}
         return [last[index] for index in range(len(self._requests))]
+
+    async def _changed_or_late(self, seconds: float) -> bool:
+        """Wait for a change; whether so many seconds passed without one.
+
+        Up to Python 3.11, a wait_for takes no notice of a cancellation that comes together with the change.
+        """
+        late = False
+
+        def wake() -> None:
+            nonlocal late
+            late = True
+            self._changed.set()
+
+        timer = asyncio.get_running_loop().call_later(seconds, wake)
+        try:
+            await self._changed.wait()
+        finally:
+            timer.cancel()
+        return late
 
     async def _run(self, generate: Generate, index: int) -> None:
         try:
