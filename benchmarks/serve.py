@@ -32,7 +32,7 @@ from npu_zoo.testing.serving import RunningServer
 FOLDER = Path(__file__).parent
 PROMPT_TOKENS = 128
 OUTPUT_TOKENS = 64
-LEAST_REQUESTS = 16
+LEAST_REQUESTS = 6
 ROUNDS = 3
 """Requests of each client, where that makes more than the least number."""
 
@@ -82,10 +82,10 @@ async def ask(http: httpx.AsyncClient, model: str, prompt: list[int]) -> Times:
     return Times(arrived, arrived[-1])
 
 
-async def level(url: str, shape: Shape, clients: int, seed: int) -> dict[str, Any]:
+async def level(url: str, shape: Shape, clients: int, seed: int, least: int = LEAST_REQUESTS) -> dict[str, Any]:
     """What so many clients see."""
     source = random.Random(seed)
-    count = max(LEAST_REQUESTS, clients * ROUNDS)
+    count = max(least, clients * ROUNDS)
     prompts = [[source.randrange(shape.num_tokens) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
     times: list[Times] = []
     limits = httpx.Limits(max_connections=None)
@@ -131,7 +131,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     arguments += ["--threads", str(options.threads), "--max-model-len", "1024", "--kv-cache-memory", "3GiB"]
     levels = []
     with RunningServer([*arguments, "--log-level", "error"], timeout=600) as server:
-        asyncio.run(level(server.url, shape, 1, -1))
+        asyncio.run(level(server.url, shape, 1, -1, least=1))
         for clients in options.clients:
             found = asyncio.run(level(server.url, shape, clients, clients))
             allowed = floor_tokens_per_s(shape, clients, measured)

@@ -16,6 +16,7 @@ from typing import Any
 import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from serving_pages import reliability_page
 
 from npu_zoo.cli.app import PROGRAM, build_app
 from npu_zoo.cli.help import json_keys, panels
@@ -535,6 +536,7 @@ def pages() -> dict[str, str]:
         "simulator-operators.md": simulator_page(),
         "quantization.md": quantization_page(),
         "parallel-measured.md": parallel_page(),
+        "reliability.md": GENERATED + reliability_page(),
         "serving-metrics.md": GENERATED + metrics_page(),
     }
 
