@@ -12,7 +12,7 @@
 #   ARGS         further arguments of pytest in `make test`, which then leaves out the simulated NPUs
 #   NPU_ARGS     those of `make test-npu`
 #   SOAK_MINUTES of load in `make soak`
-#   JOBS         tests that run at once, on one thread each; as many as cores, three at most, since some measure time
+#   JOBS         tests that run at once, on one thread each; as many as cores, four at most, since some measure time
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -24,7 +24,7 @@ NPU_RANGE ?= 2.9.0 2.14.0
 PRODUCTS ?= atlas_800i_a2 atlas_300i_duo
 ALL_PRODUCTS := atlas_800i_a2 atlas_800t_a2 atlas_300i_duo
 SOAK_MINUTES ?= 2
-JOBS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores < 3 ? cores : 3)))
+JOBS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores < 4 ? cores : 4)))
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
@@ -53,7 +53,9 @@ demo: $(STAMP)-run
 ## make test     all tests but the long ones, every claim of every plugin, and the example plugin as its users have it
 test: $(STAMP)-dev $(NPU_STAMP)
 	$(PYTEST) $(ARGS)
-	@test -n "$(ARGS)" || $(MAKE) --no-print-directory test-npu validate test-example soak
+	@test -n "$(ARGS)" || $(MAKE) --no-print-directory test-npu
+	@test -n "$(ARGS)" || $(MAKE) --no-print-directory -j 2 --output-sync=target validate soak
+	@test -n "$(ARGS)" || $(MAKE) --no-print-directory test-example
 
 ## make test-npu the real torch_npu on a simulated Ascend runtime, one process per product
 test-npu: $(NPU_STAMP)

@@ -499,14 +499,3 @@ def test_what_is_wrong_is_told(http: httpx.Client, case: Case) -> None:
 def test_a_stream_that_cannot_begin_has_a_status(http: httpx.Client) -> None:
     response = http.post(CHAT, json={"model": MODEL, "messages": [], "stream": True})
     assert (response.status_code, response.headers["content-type"]) == (400, "application/json")
-
-
-def test_a_form_that_cannot_be_gone_on_with_is_told(http: httpx.Client) -> None:
-    body = {"model": MODEL, "prompt": "a", "structured_outputs": {"regex": "(a*)*" * 1000}, "max_tokens": 9}
-    whole = http.post(TEXT, json=body)
-    assert whole.status_code == 400
-    assert whole.json()["error"]["code"] == "output_failed"
-    assert "structured_outputs cannot be kept" in whole.json()["error"]["message"]
-    events = http.post(TEXT, json={**body, "stream": True}).text
-    assert "structured_outputs cannot be kept" in events
-    assert "[DONE]" not in events
