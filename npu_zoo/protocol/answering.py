@@ -78,7 +78,7 @@ class Answering(ABC):
             ApiError: 400; an output could not keep its form.
         """
         for output in outputs:
-            _require_whole(output)
+            require_whole(output)
         choices = [self._choice(i, answer, output) for i, output in enumerate(outputs) for answer in output.outputs]
         return {**self._envelope(self.whole, choices), "usage": self._count(outputs)}
 
@@ -88,7 +88,7 @@ class Answering(ABC):
         Raises:
             ApiError: 400; an output could not go on in its form. What came of it before was given.
         """
-        _require_whole(output)
+        require_whole(output)
         self._latest[index] = output
         found = [choice for answer in output.outputs for choice in self._new_choices(index, answer, output)]
         return [self._chunk(choice) for choice in found]
@@ -137,7 +137,12 @@ def ending(answer: CompletionOutput) -> dict[str, Any]:
     return {"finish_reason": answer.finish_reason, "stop_reason": answer.stop_reason}
 
 
-def _require_whole(output: RequestOutput) -> None:
+class OutputFailed(ApiError):
+    """An output could not go on: what has come of it does not have the form that was asked for."""
+
+
+def require_whole(output: RequestOutput) -> None:
+    """Raise OutputFailed where one of a prompt's outputs could not go on."""
     for answer in output.outputs:
         if answer.finish_reason == "error":
-            raise ApiError(400, str(answer.stop_reason), code="output_failed")
+            raise OutputFailed(400, str(answer.stop_reason), code="output_failed")

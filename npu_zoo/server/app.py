@@ -49,8 +49,7 @@ def create_app(service: Service) -> FastAPI:
         app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
     for path, (endpoint, model) in routes.generations().items():
         app.add_api_route(path, endpoint, methods=["POST"], response_model=None, openapi_extra=body_of(model))
-    for kind in (ApiError, ValueError, HTTPException, ClientGone):
-        app.add_exception_handler(kind, answer_error)
+    app.add_exception_handler(HTTPException, answer_error)  # Starlette has an answer of its own for these
     app.openapi = partial(describe, app, keys=bool(service.keys))  # type: ignore[method-assign]
     _add_middleware(app, service)
     return app
@@ -240,7 +239,7 @@ class Routes:
 
 
 class ErrorMiddleware:
-    """Answers what no handler is there for. Starlette's own would raise it again, and log it a second time."""
+    """Answers what the routes raise. Starlette's own would raise what it does not know again, and log it twice."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -9,8 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import replace
 
 from npu_zoo.core.engine import GenerationRequest, RequestOutput
-from npu_zoo.protocol.answering import Answering
-from npu_zoo.protocol.errors import ApiError
+from npu_zoo.protocol.answering import Answering, OutputFailed, require_whole
 from npu_zoo.server.client import ClientClosed, EngineDied
 from npu_zoo.server.metrics import ServerMetrics
 
@@ -70,7 +69,7 @@ class Exchange:
             async with contextlib.aclosing(self._generate(request)) as states:
                 async for output in states:
                     self.outputs[place] = output
-                    _require_whole(output)
+                    require_whole(output)
                     (observed.finished if output.finished else observed.progressed)(output)
                     yield output
         except (asyncio.CancelledError, GeneratorExit):
@@ -85,16 +84,6 @@ class Exchange:
         except Exception as error:
             observed.failed("engine_died" if isinstance(error, EngineDied) else "engine_error")
             raise
-
-
-class OutputFailed(ApiError):
-    """An output could not go on: what has come of it does not have the form that was asked for."""
-
-
-def _require_whole(output: RequestOutput) -> None:
-    for completion in output.outputs:
-        if completion.finish_reason == "error":
-            raise OutputFailed(400, str(completion.stop_reason), code="output_failed")
 
 
 def _within(request: GenerationRequest, max_time: float | None) -> GenerationRequest:
