@@ -34,7 +34,7 @@ PINS := $(VENV)/constraints.txt
 REQUIREMENTS := pyproject.toml constraints.txt
 DEMO_PROMPT := def add(a, b):
 WHEELS := $(VENV_NPU)/wheels
-PYTEST = NPU_ZOO_TORCH_NPU_WHEELS="$$(test ! -d $(WHEELS) || echo $(WHEELS))" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+PYTEST = TORCH_NPU_WHEELS="$$(test ! -d $(WHEELS) || echo $(WHEELS))" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

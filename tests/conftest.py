@@ -21,11 +21,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-@pytest.fixture(autouse=True)
-def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(os.environ):
-        if name.startswith("NPU_ZOO_") and name != TEST_DATA_VARIABLE:
-            monkeypatch.delenv(name)
+@pytest.fixture(scope="session", autouse=True)
+def _clean_environment() -> Iterator[None]:
+    """For the session, since fixtures of the session start servers."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if name.startswith("NPU_ZOO_") and name != TEST_DATA_VARIABLE:
+                patch.delenv(name)
+        yield
 
 
 @pytest.fixture

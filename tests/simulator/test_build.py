@@ -12,7 +12,7 @@ from npu_zoo.simulator.build import Needs, needs_of
 from npu_zoo.simulator.elf import read_library
 from npu_zoo.simulator.errors import SimulatorError, Unavailable
 
-WHEELS_VARIABLE = "NPU_ZOO_TORCH_NPU_WHEELS"
+WHEELS_VARIABLE = "TORCH_NPU_WHEELS"
 NEEDS = Needs(
     libraries=frozenset({"libascendcl.so", "libhccl.so", "libge_runner.so"}),
     symbols=frozenset({"aclrtMalloc", "aclNeverHeardOf", "HcclCommInitAll"}),
