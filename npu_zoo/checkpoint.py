@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from npu_zoo.core.specs import QuantizationSpec, WeightFormatSpec
 from npu_zoo.registry import load_code
 
 MAX_CONFIG_BYTES = 8 * 1024 * 1024
+_READ = (".json", ".jinja", ".model", ".tiktoken", ".txt")  # settings, chat templates, tokenizers
 _RANK = "rank_"
 """How directories begin that hold the files of one rank each."""
 
@@ -166,3 +168,18 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds a JSON {type(content).__name__}, an object is due")
     return content
+
+
+def fingerprints(directory: Path) -> dict[str, str | int]:
+    """What tells a checkpoint from another without reading its tensors, by file name.
+
+    Settings, templates and tokenizers count by the SHA-256 of their contents, all other files by their size in bytes.
+
+    Raises:
+        OSError: the directory or a file cannot be read.
+    """
+    return {path.name: _fingerprint(path) for path in sorted(directory.iterdir()) if path.is_file()}
+
+
+def _fingerprint(path: Path) -> str | int:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.suffix in _READ else path.stat().st_size

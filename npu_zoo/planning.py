@@ -56,7 +56,7 @@ class RankPlan:
 
 
 @dataclass(frozen=True)
-class _Matrix:
+class Matrix:
     """``count`` weights of [rows, columns]; ``kind`` says how they are stored."""
 
     rows: int
@@ -64,8 +64,19 @@ class _Matrix:
     kind: str = "linear"  # linear: may be quantized; plain: the compute dtype; float32
     count: int = 1
 
+    @property
+    def values(self) -> int:
+        """Of all of them."""
+        return self.rows * self.columns * self.count
+
     def stored(self, itemsize: int, bits: int | None, group_size: int | None) -> int:
-        values = self.rows * self.columns * self.count
+        """Bytes that they take.
+
+        Args:
+            bits: of a code where linear layers are quantized; None where they are plain.
+            group_size: inputs that share a scale; None where there is one per output channel.
+        """
+        values = self.values
         if self.kind == "float32":
             return values * _FLOAT32
         if bits is None or self.kind != "linear":
@@ -109,56 +120,59 @@ def plan_rank(
     )
 
 
-def _stage_matrices(config: ModelConfig, stages: list[range], number: int, split: Split) -> Iterator[_Matrix]:
+def _stage_matrices(config: ModelConfig, stages: list[range], number: int, split: Split) -> Iterator[Matrix]:
     hidden, share = config.hidden_size, _vocab_share(config, split.tp)
     last = number == len(stages) - 1
     if number == 0 or (last and config.tie_word_embeddings):
-        yield _Matrix(share, hidden, "plain")
+        yield Matrix(share, hidden, "plain")
     if last:
-        yield _Matrix(1, hidden, "plain")
+        yield Matrix(1, hidden, "plain")
         if not config.tie_word_embeddings:
-            yield _Matrix(share, hidden, "plain")
+            yield Matrix(share, hidden, "plain")
     for layer in stages[number]:
-        yield _Matrix(2, hidden, "plain")  # its norms
-        yield from _attention_matrices(config, split.tp)
+        yield Matrix(2, hidden, "plain")  # its norms
+        yield from attention_matrices(config, split.tp)
         moe = config.moe
         if moe is not None and moe.has_experts(layer):
-            yield from _moe_matrices(hidden, moe, split)
+            yield from moe_matrices(hidden, moe, split)
         else:
-            yield from _mlp_matrices(hidden, _ceil(config.intermediate_size, split.tp))
+            yield from mlp_matrices(hidden, _ceil(config.intermediate_size, split.tp))
 
 
-def _attention_matrices(config: ModelConfig, tp: int) -> Iterator[_Matrix]:
+def attention_matrices(config: ModelConfig, tp: int) -> Iterator[Matrix]:
+    """A rank's share of one layer's attention."""
     hidden, heads, mla = config.hidden_size, _ceil(config.num_attention_heads, tp), config.mla
     if mla is None:
         key_value = 2 * _kv_heads(config, tp) * config.head_dim
-        yield _Matrix(heads * config.head_dim + key_value, hidden)
-        yield _Matrix(hidden, heads * config.head_dim)
+        yield Matrix(heads * config.head_dim + key_value, hidden)
+        yield Matrix(hidden, heads * config.head_dim)
         return
     if mla.q_lora_rank:
-        yield _Matrix(mla.q_lora_rank, hidden)
-        yield _Matrix(1, mla.q_lora_rank, "plain")
-    yield _Matrix(heads * mla.qk_head_dim, mla.q_lora_rank or hidden)
-    yield _Matrix(mla.cache_dim, hidden)
-    yield _Matrix(1, mla.kv_lora_rank, "plain")
+        yield Matrix(mla.q_lora_rank, hidden)
+        yield Matrix(1, mla.q_lora_rank, "plain")
+    yield Matrix(heads * mla.qk_head_dim, mla.q_lora_rank or hidden)
+    yield Matrix(mla.cache_dim, hidden)
+    yield Matrix(1, mla.kv_lora_rank, "plain")
     # Kept as two stacks of matrices by head, in the compute dtype whatever the rest is stored as.
-    yield _Matrix(heads * (mla.qk_nope_head_dim + mla.v_head_dim), mla.kv_lora_rank, "plain")
-    yield _Matrix(hidden, heads * mla.v_head_dim)
+    yield Matrix(heads * (mla.qk_nope_head_dim + mla.v_head_dim), mla.kv_lora_rank, "plain")
+    yield Matrix(hidden, heads * mla.v_head_dim)
 
 
-def _moe_matrices(hidden: int, moe: MoEConfig, split: Split) -> Iterator[_Matrix]:
+def moe_matrices(hidden: int, moe: MoEConfig, split: Split) -> Iterator[Matrix]:
+    """A rank's share of a layer's router, routed experts (with their ``count``) and shared experts, in this order."""
     experts = _ceil(moe.n_routed_experts, split.ep)
     width = _ceil(moe.moe_intermediate_size, split.moe_tp)
-    yield _Matrix(moe.n_routed_experts, hidden + (moe.topk_method == "noaux_tc"), "float32")
-    yield _Matrix(2 * width, hidden, count=experts)
-    yield _Matrix(hidden, width, count=experts)
+    yield Matrix(moe.n_routed_experts, hidden + (moe.topk_method == "noaux_tc"), "float32")
+    yield Matrix(2 * width, hidden, count=experts)
+    yield Matrix(hidden, width, count=experts)
     if moe.n_shared_experts:
-        yield from _mlp_matrices(hidden, _ceil(moe.n_shared_experts * moe.moe_intermediate_size, split.tp))
+        yield from mlp_matrices(hidden, _ceil(moe.n_shared_experts * moe.moe_intermediate_size, split.tp))
 
 
-def _mlp_matrices(hidden: int, width: int) -> Iterator[_Matrix]:
-    yield _Matrix(2 * width, hidden)
-    yield _Matrix(hidden, width)
+def mlp_matrices(hidden: int, width: int) -> Iterator[Matrix]:
+    """A dense feed-forward of a width."""
+    yield Matrix(2 * width, hidden)
+    yield Matrix(hidden, width)
 
 
 def _activations(config: ModelConfig, itemsize: int, split: Split, workload: Workload, restored: int) -> int:

@@ -49,7 +49,7 @@ ALIASES: dict[str, str] = {
 """Short spellings of keys, in a file and in the environment."""
 
 SAMPLING_TABLE = "sampling"
-_OF_ONE_REQUEST = ("logit_bias", "structured_outputs")
+_OF_ONE_REQUEST = ("logit_bias", "structured_outputs", "prompt_logprobs_start", "prompt_logits")
 SAMPLING_FIELDS: tuple[str, ...] = tuple(
     f.name for f in dataclasses.fields(SamplingParams) if f.name not in _OF_ONE_REQUEST
 )

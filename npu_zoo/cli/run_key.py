@@ -10,12 +10,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from npu_zoo.checkpoint import fingerprints
 from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.sampling import SamplingParams
 
 _DIGITS = 12
 _TEXT = re.compile(rf"([0-9a-f]{{{_DIGITS}}})" * 3)
-_READ = (".json", ".jinja", ".model", ".tiktoken", ".txt")  # settings, chat templates, tokenizers
 _CHANGED = {
     "input": "the input file has changed",
     "model": "the model, its weights, dtype or longest length are others",
@@ -71,13 +71,7 @@ def sampling_data(params: SamplingParams) -> dict[str, Any]:
 
 def _model_data(config: EngineConfig) -> dict[str, Any]:
     names = ("model", "dtype", "quantization", "kv_cache_dtype", "seed", "max_model_len", "skip_tokenizer_init")
-    files = {path.name: _file_data(path) for path in Path(config.weights).iterdir() if path.is_file()}
-    return {**{name: getattr(config, name) for name in names}, "files": files}
-
-
-def _file_data(path: Path) -> str | int:
-    """What a checkpoint's file counts by: its contents, or its size where it may hold tensors, which are long."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.suffix in _READ else path.stat().st_size
+    return {**{name: getattr(config, name) for name in names}, "files": fingerprints(Path(config.weights))}
 
 
 def _digest(data: Mapping[str, Any]) -> str:

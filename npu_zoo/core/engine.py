@@ -71,6 +71,9 @@ class RequestOutput:
     Attributes:
         reasoning_open: whether the prompt ends inside the model's reasoning, so that the completions begin there; see
             :class:`~npu_zoo.core.model_config.ReasoningFormat`.
+        prompt_logits: with ``SamplingParams.prompt_logits``, once the request has finished: a float32 array of
+            [positions, vocab_size] for those from ``prompt_logprobs_start`` (1 at least) to the prompt's end, and one
+            more that predicts the first output token. They are not sent to clients of a server.
     """
 
     request_id: str
@@ -81,6 +84,7 @@ class RequestOutput:
     metrics: RequestMetrics
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     reasoning_open: bool = False
+    prompt_logits: Any = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

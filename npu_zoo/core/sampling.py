@@ -62,6 +62,10 @@ class SamplingParams:
         stop: strings that end the text and are not part of it, found across token borders too.
         logprobs: this many most likely tokens per position, the chosen one always among them.
         prompt_logprobs: the same for the prompt's tokens.
+        prompt_logprobs_start: the first position of the prompt that is told of. What stands before it may come from the
+            prefix cache, and is None in the output (as SGLang's ``logprob_start_len``).
+        prompt_logits: give the logits too that predict the prompt's tokens from there on (from the second token, which
+            is the first that is predicted) and the first output token.
         logit_bias: what is added to the logits of tokens, by id, from -100 to 100 (as in OpenAI's API).
         structured_outputs: what the output has to look like.
 
@@ -85,6 +89,8 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    prompt_logprobs_start: int = 0
+    prompt_logits: bool = False
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     logit_bias: Mapping[int, float] | None = None
@@ -140,6 +146,7 @@ def _sampling_faults(p: SamplingParams) -> list[str]:
         integer("min_tokens", 0),
         integer("logprobs", 0, optional=True),
         integer("prompt_logprobs", 0, optional=True),
+        integer("prompt_logprobs_start", 0),
         integer("seed", -(2**63), high=2**64 - 1, optional=True),
     ]
     if not all(isinstance(s, str) and s for s in p.stop):
@@ -148,6 +155,8 @@ def _sampling_faults(p: SamplingParams) -> list[str]:
         faults.append("stop_token_ids holds something that is no token id")
     if p.logit_bias is not None and not _is_bias(p.logit_bias):
         faults.append("logit_bias is no mapping from token ids to numbers from -100 to 100")
+    if p.prompt_logits and p.prompt_logprobs is None:
+        faults.append("prompt_logits come with prompt_logprobs, which is unset; 0 tells the prompt's own tokens alone")
     if not any(faults) and p.max_tokens is not None and p.min_tokens > p.max_tokens:
         faults.append(f"min_tokens={p.min_tokens} exceeds max_tokens={p.max_tokens}")
     return faults

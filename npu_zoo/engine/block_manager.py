@@ -111,9 +111,9 @@ class BlockManager(KVManager):
 
     def attach_prefix(self, sequence: Sequence) -> int:
         """See :class:`KVManager`."""
-        if not self._caching or sequence.wants_prompt_logprobs:
+        if not self._caching:
             return 0
-        for index in range((sequence.num_tokens - 1) // self.block_size):
+        for index in range(sequence.num_shareable_tokens // self.block_size):
             block = self._block_of.get(self._digest(sequence, index))
             if block is None:
                 break

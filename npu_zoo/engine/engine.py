@@ -26,10 +26,11 @@ from npu_zoo.engine.block_manager import BlockManager, KVManager, SlotManager
 from npu_zoo.engine.detokenizer import IncrementalDetokenizer
 from npu_zoo.engine.executor import create_runner
 from npu_zoo.engine.guidance import Guide
+from npu_zoo.engine.prompt_scores import PromptScores
 from npu_zoo.engine.prompting import PromptEncoder
 from npu_zoo.engine.replicas import ReplicatedKV
 from npu_zoo.engine.runner import ModelRunner
-from npu_zoo.engine.sampler import Sampler, TokenLogprobs, top_logprobs
+from npu_zoo.engine.sampler import Sampler, TokenLogprobs
 from npu_zoo.engine.scheduler import ScheduledRow, Scheduler
 from npu_zoo.engine.sequence import Request, Sequence
 from npu_zoo.engine.step import step_rows
@@ -37,8 +38,6 @@ from npu_zoo.engine.step import step_rows
 _STALE_DEADLINES = 64
 MAX_TIME = "max_time"
 """The stop reason of a completion that its request's time limit ended."""
-
-_PROMPT_LOGPROB_ROWS = 256  # positions at a time, so that long prompts do not hold [tokens, vocab_size] at once
 
 
 class NativeEngine(Engine):
@@ -122,7 +121,7 @@ class NativeEngine(Engine):
         step = step_rows(rows)
         logits, prompts = self.runner.execute(step)
         for row, hidden in zip((r for r, s in zip(rows, step, strict=True) if s.wants_prompt), prompts, strict=True):
-            self._add_prompt_logprobs(row, hidden)
+            self._score_prompt(row, hidden)
         self.kv.settle()
         sampling = [row.sequence for row in rows if row.samples]
         for row in rows:
@@ -223,7 +222,7 @@ class NativeEngine(Engine):
     def _sequence(self, index: int, token_ids: list[int], params: SamplingParams, priority: int) -> Sequence:
         room = self.max_model_len - len(token_ids)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        wants_logprobs = params.logprobs is not None
+        wants_logprobs, scored = params.logprobs is not None, params.prompt_logprobs is not None and index == 0
         output = CompletionOutput(
             index, logprobs=[] if wants_logprobs else None, cumulative_logprob=0.0 if wants_logprobs else None
         )
@@ -238,7 +237,7 @@ class NativeEngine(Engine):
             output=output,
             detokenizer=self._detokenizer(params),
             guide=self._guide(params),
-            prompt_logprobs=[] if params.prompt_logprobs is not None and index == 0 else None,
+            prompt_scores=PromptScores(params, len(token_ids)) if scored else None,
         )
 
     def _detokenizer(self, params: SamplingParams) -> IncrementalDetokenizer | None:
@@ -337,6 +336,7 @@ class NativeEngine(Engine):
             self._limited.pop(request.number, None)
 
     def _report(self, request: Request) -> RequestOutput:
+        scores = request.sequences[0].prompt_scores
         return RequestOutput(
             request_id=request.request_id,
             prompt=request.prompt,
@@ -344,9 +344,17 @@ class NativeEngine(Engine):
             outputs=[sequence.output for sequence in request.sequences],
             finished=request.finished,
             metrics=request.metrics,
-            prompt_logprobs=request.sequences[0].prompt_logprobs,
+            prompt_logprobs=scores.logprobs if scores else None,
             reasoning_open=request.reasoning_open,
+            prompt_logits=scores.logits() if scores and request.finished else None,
         )
+
+    def _score_prompt(self, row: ScheduledRow, hidden: Tensor) -> None:
+        """Tell what a row predicts of its prompt."""
+        sequence = row.sequence
+        if sequence.prompt_scores is not None:
+            compute = self.runner.compute_logits
+            sequence.prompt_scores.add(hidden, row.start, sequence.token_ids, compute, self._describe)
 
     def _describe(self, logprobs: TokenLogprobs) -> dict[int, Logprob]:
         token_id, logprob, rank = logprobs.chosen
@@ -357,23 +365,6 @@ class NativeEngine(Engine):
 
     def _token_text(self, token_id: int) -> str:
         return self.tokenizer.token_text(token_id) if self.tokenizer else ""
-
-    def _add_prompt_logprobs(self, row: ScheduledRow, hidden: Tensor) -> None:
-        """Append the log-probabilities of the prompt tokens that a row's positions predict."""
-        sequence = row.sequence
-        found = sequence.prompt_logprobs
-        if found is None:
-            return
-        if not found:
-            found.append(None)
-        # A row that is computed again, after preemption or an interrupted step, has given some of them already.
-        hidden = hidden[len(found) - 1 - row.start :]
-        targets = sequence.token_ids[len(found) : min(row.start + row.num_tokens + 1, sequence.num_prompt_tokens)]
-        wanted = sequence.params.prompt_logprobs or 0
-        for first in range(0, len(targets), _PROMPT_LOGPROB_ROWS):
-            chosen = targets[first : first + _PROMPT_LOGPROB_ROWS]
-            logits = self.runner.compute_logits(hidden[first : first + len(chosen)])
-            found.extend(self._describe(entry) for entry in top_logprobs(logits, chosen, [wanted] * len(chosen)))
 
 
 def create_kv_manager(config: EngineConfig, runner: ModelRunner) -> KVManager:

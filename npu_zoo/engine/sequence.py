@@ -6,12 +6,13 @@ import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from npu_zoo.core.engine import CompletionOutput, FinishReason, Logprob, RequestMetrics
+from npu_zoo.core.engine import CompletionOutput, FinishReason, RequestMetrics
 from npu_zoo.core.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from npu_zoo.engine.detokenizer import IncrementalDetokenizer
     from npu_zoo.engine.guidance import Guide
+    from npu_zoo.engine.prompt_scores import PromptScores
 
 _numbers = itertools.count()
 
@@ -31,6 +32,7 @@ class Sequence:
         output: what the user sees of it.
         guide: leads it along the form that its output has to have.
         form_start: tokens before that form, which are prompt and reasoning; None while the reasoning goes on.
+        prompt_scores: what was asked about the prompt; None where nothing was.
     """
 
     index: int
@@ -51,7 +53,7 @@ class Sequence:
     slots: list[int] = field(default_factory=list)
     replica: int = 0
     digests: list[bytes] = field(default_factory=list)
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    prompt_scores: PromptScores | None = None
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -84,9 +86,10 @@ class Sequence:
         return self.output.finish_reason is not None
 
     @property
-    def wants_prompt_logprobs(self) -> bool:
-        """Whether every prompt position must be computed rather than taken from the prefix cache."""
-        return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens
+    def num_shareable_tokens(self) -> int:
+        """Tokens whose keys and values may come from the prefix cache: the others' hidden states are needed."""
+        scores = self.prompt_scores
+        return self.num_tokens - 1 if scores is None or scores.complete else scores.next - 1
 
     def finish(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """End it."""

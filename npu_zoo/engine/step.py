@@ -50,13 +50,13 @@ def step_rows(rows: Sequence[ScheduledRow]) -> list[StepRow]:
 
 
 def _step_row(row: ScheduledRow) -> StepRow:
-    sequence = row.sequence
+    sequence, scores = row.sequence, row.sequence.prompt_scores
     return StepRow(
         token_ids=tuple(sequence.token_ids[row.start : row.start + row.num_tokens]),
         start=row.start,
         slots=tuple(sequence.slots),
         samples=row.samples,
-        wants_prompt=sequence.wants_prompt_logprobs and row.start < sequence.num_prompt_tokens,
+        wants_prompt=scores is not None and scores.wants(row.start, row.num_tokens),
         replica=sequence.replica,
     )
 

@@ -12,6 +12,7 @@ from npu_zoo.protocol.errors import ApiError
 from npu_zoo.protocol.requests import SamplingFields
 
 _ELSEWHERE = {"max_tokens", "logprobs", "prompt_logprobs", "logit_bias", "structured_outputs"}
+_ELSEWHERE |= {"prompt_logprobs_start", "prompt_logits"}  # no field of a request has them
 _NAMES = tuple(field.name for field in fields(SamplingParams) if field.name not in _ELSEWHERE)
 
 

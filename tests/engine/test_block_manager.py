@@ -13,6 +13,7 @@ from npu_zoo.core.engine import CompletionOutput
 from npu_zoo.core.errors import EngineError
 from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.engine.block_manager import BlockManager, SlotManager
+from npu_zoo.engine.prompt_scores import PromptScores
 from npu_zoo.engine.sequence import Sequence
 
 
@@ -147,10 +148,20 @@ def test_wanted_prompt_probabilities_pass_the_cache_by() -> None:
     kv = manager()
     computed(kv, 1, 2, 3, 4)
     sequence = sequence_of(1, 2, 3, 4, 5)
-    sequence.prompt_logprobs = []
+    sequence.prompt_scores = PromptScores(SamplingParams(prompt_logprobs=0), 5)
     assert kv.attach_prefix(sequence) == 0
-    sequence.prompt_logprobs = [None] * 5
+    sequence.prompt_scores.next = 5
     assert kv.attach_prefix(sequence) == 4
+
+
+@pytest.mark.parametrize(("start", "logits", "shared"), [(4, False, 2), (5, True, 4), (9, True, 4), (2, True, 0)])
+def test_what_stands_before_the_wanted_positions_comes_from_the_cache(start: int, logits: bool, shared: int) -> None:
+    kv = manager()
+    computed(kv, 1, 2, 3, 4)
+    sequence = sequence_of(1, 2, 3, 4, 5)
+    params = SamplingParams(prompt_logprobs=0, prompt_logprobs_start=start, prompt_logits=logits)
+    sequence.prompt_scores = PromptScores(params, 5)
+    assert kv.attach_prefix(sequence) == shared
 
 
 def test_what_was_not_computed_is_not_found() -> None:

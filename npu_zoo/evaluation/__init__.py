@@ -1,0 +1,1 @@
+"""Measures performance and accuracy: benchmarks, evaluations, and the records that come of them."""
