@@ -38,7 +38,7 @@ from npu_zoo.parallel.environment import LaunchEnvironment
 from npu_zoo.parallel.numa import apply, describe, plan_binding
 from npu_zoo.platforms.ascend import ascend_devices, visible_devices
 from npu_zoo.platforms.detection import total_memory
-from npu_zoo.platforms.environment import apply_presets, near_misses, presets
+from npu_zoo.platforms.environment import DETERMINISTIC, apply_presets, near_misses, presets
 from npu_zoo.registry import Registry, get_registry, load_code
 from npu_zoo.request import Request, bundled_directory, parse_dtype, read_request
 from npu_zoo.selection import is_importable, select_attention, select_kernels
@@ -421,7 +421,11 @@ def _hardware_fields(args: EngineArgs, request: Request, chosen: _Chosen) -> dic
         "strict_kernels": bool(args.strict_kernels),
         "enforce_eager": bool(args.enforce_eager),
         "threads": args.threads,
-        "environment": presets(presets_of_family, chosen.attention.reads),
+        "deterministic": bool(args.deterministic),
+        "environment": {
+            **presets(presets_of_family, chosen.attention.reads),
+            **(DETERMINISTIC if args.deterministic and chip.device == "npu" else {}),
+        },
     }
 
 
@@ -500,10 +504,21 @@ def _notes(args: EngineArgs, request: Request, row: FeatureRow, kernels: tuple[K
         notes += [
             f"the environment has {name}, which nothing reads; {meant}?" for name, meant in near_misses(os.environ)
         ]
+        notes += _contradictions(args)
     fallbacks = [choice.operation for choice in kernels if choice.fallback]
     if fallbacks:
         notes.append(f"reference kernels, not tuned for this chip: {', '.join(fallbacks)} (`npu-zoo explain` says why)")
     return notes
+
+
+def _contradictions(args: EngineArgs) -> list[str]:
+    """What the user has set against a deterministic run, which stays as it is."""
+    due = DETERMINISTIC if args.deterministic else {}
+    return [
+        f"{name}={os.environ[name]} is set and stays; a deterministic run needs {name}={value}"
+        for name, value in due.items()
+        if os.environ.get(name, value) != value
+    ]
 
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}

@@ -49,6 +49,7 @@ DEFAULTS: dict[str, str] = {
     "bind": "none",
     "enforce_eager": "false; only NPUs have graphs",
     "strict_kernels": "false",
+    "deterministic": "false",
     "skip_tokenizer_init": "false",
     "trust_remote_code": "false",
 }

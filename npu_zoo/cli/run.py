@@ -29,6 +29,7 @@ from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.dispatch import resolve
 from npu_zoo.parallel.environment import LaunchEnvironment
 from npu_zoo.parallel.processes import exit_on_sigterm
+from npu_zoo.platforms.detection import is_simulated
 from npu_zoo.platforms.ports import MASTER_PORT
 from npu_zoo.settings import Settings
 
@@ -132,7 +133,7 @@ def _run_lines(
         try:
             if results.remaining or _is_launched():
                 with _started(config) as llm:
-                    lines.execute(llm.engine, results, timed=not _simulated(config))
+                    lines.execute(llm.engine, results, timed=not is_simulated(config.device))
         finally:
             tell_end(results, output)
     if results.failed:
@@ -159,7 +160,7 @@ def _run_prompts(
         prompts, as_json, echo, stream=alone and terminal, hold=terminal and not alone and sys.stderr.isatty()
     )
     with _started(config) as llm:
-        generate(llm, prompts, sampling_params, writer, chat=use_chat, timed=not _simulated(config))
+        generate(llm, prompts, sampling_params, writer, chat=use_chat, timed=not is_simulated(config.device))
 
 
 @contextlib.contextmanager
@@ -210,10 +211,6 @@ def _tell_memory(explained: dict[str, Any], config: EngineConfig) -> None:
         f"memory of {config.hardware}: weights {weights}, {activations} kept for activations (measured), "
         f"keys and values {cache} for {explained['kv_cache_tokens']:,} tokens"
     )
-
-
-def _simulated(config: EngineConfig) -> bool:
-    return config.device == "npu" and bool(os.environ.get("NPU_ZOO_SIMULATE"))
 
 
 def _example(config: EngineConfig) -> Prompt:

@@ -77,6 +77,9 @@ class EngineArgs(BaseModel):
         None, description="Launch every operator of a decode step by itself instead of a captured graph."
     )
     strict_kernels: bool | None = Field(None, description="Refuse to fall back to a reference kernel.")
+    deterministic: bool | None = Field(
+        None, description="Sum in the same order in every run, which takes longer; for comparisons of accuracy."
+    )
     skip_tokenizer_init: bool | None = Field(None, description="Take and give token ids only; no tokenizer is read.")
     trust_remote_code: bool | None = Field(None, description="Allow the checkpoint's own Python code; off by default.")
 
@@ -135,6 +138,7 @@ class EngineConfig:
         quantization_config: how the checkpoint's linear layers are quantized; None where they are plain.
         quantization_method: the code reference of what reads them then.
         expert_dispatch: how tokens reach experts of other ranks in steps that are not captured.
+        deterministic: whether operators are asked to sum in the same order in every run.
         collective_timeout: seconds that a rank waits for the others in one operation.
         notes: what the user should know, such as that the demo checkpoint runs.
     """
@@ -190,6 +194,7 @@ class EngineConfig:
     environment: Mapping[str, str] = field(default_factory=dict)
     data_parallel_size: int = 1
     expert_dispatch: ExpertDispatch = "all_gather"
+    deterministic: bool = False
     collective_timeout: float = DEFAULT_COLLECTIVE_TIMEOUT_S
     notes: tuple[str, ...] = ()
     seal: object = field(default=None, repr=False, compare=False)

@@ -232,6 +232,11 @@ class ModelRunner:
         comparison.require(directory)
         self.parameter_bytes = sum(t.nbytes for name, t in due.items() if name not in comparison.absent)
         self._check_memory(self.parameter_bytes)
+        if config.deterministic:
+            # Operators that have no such form say so once; torch_npu hands the setting on to its own.
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            # The cache is to stay untouched until it is used.
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         if self.device.type == "cpu":
             threads = config.threads or default_threads(self.parameter_bytes * self._sharing) // self._sharing
             torch.set_num_threads(max(1, threads))

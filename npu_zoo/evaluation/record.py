@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.errors import UsageError, validation_lines
 from npu_zoo.core.evidence import row_digest
 from npu_zoo.core.features import layout_names
+from npu_zoo.platforms.detection import is_simulated
 from npu_zoo.registry import get_registry
 from npu_zoo.testing.evidence import current_code
 from npu_zoo.testing.files import write_whole
@@ -25,7 +25,6 @@ from npu_zoo.testing.simulation import installed_version
 
 Kind = Literal["bench offline", "bench serve", "bench compare", "eval", "eval compare"]
 _PACKAGES = ("torch", "torch_npu", "transformers")
-_SIMULATED = "NPU_ZOO_SIMULATE"
 _DIGITS = 16
 
 
@@ -111,7 +110,7 @@ class ModelUnderTest(_Part):
             serving=config.serving,
             row=row_digest(config.row),
             code=current_code(family, registry.plugins[registry.owner(config.family)]),
-            simulated=is_simulated(config),
+            simulated=is_simulated(config.device),
         )
 
 
@@ -148,11 +147,6 @@ def installed_versions(more: Iterable[str] = ()) -> dict[str, str]:
     """
     found = {name: installed_version(name) for name in (*_PACKAGES, *more)}
     return {"npu_zoo": npu_zoo.__version__, **{name: version for name, version in found.items() if version}}
-
-
-def is_simulated(config: EngineConfig) -> bool:
-    """Whether a request runs on a simulated product, whose times say nothing."""
-    return config.device == "npu" and bool(os.environ.get(_SIMULATED))
 
 
 def write_record(record: ResultRecord, path: Path) -> None:

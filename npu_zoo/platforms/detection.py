@@ -19,6 +19,11 @@ def detect_products(dev: Path = Path("/dev"), npu_smi: Callable[[], str] = run_n
     return detect_ascend(dev, npu_smi) or ("cpu",)
 
 
+def is_simulated(device: str) -> bool:
+    """Whether a device of this type is simulated in this process, so that times on it say nothing."""
+    return device == "npu" and bool(os.environ.get("NPU_ZOO_SIMULATE"))
+
+
 def available_memory() -> int:
     """Bytes of memory that a new process could take, within the control group's limit where there is one."""
     free = _meminfo_available()

@@ -33,6 +33,13 @@ KNOWN: dict[str, str] = {
 }  # fmt: skip
 """Variables of the Ascend software by name, with the document that names them. It is not complete."""
 
+DETERMINISTIC: dict[str, str] = {
+    "LCCL_DETERMINISTIC": "1",
+    "HCCL_DETERMINISTIC": "true",
+    "ATB_MATMUL_SHUFFLE_K_ENABLE": "0",
+}
+"""What MindIE's accuracy tests set, so that ranks and matrix products sum in the same order in every run."""
+
 _PREFIXES = ("ASCEND_", "HCCL_", "ATB_", "LCCL_", "TASK_QUEUE_", "INF_NAN_", "PYTORCH_NPU_")
 _CLOSE = 0.87
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
 from npu_zoo import LLM, SamplingParams
@@ -287,3 +288,14 @@ def test_without_a_tokenizer_ids_go_in_and_come_out(launch: Launch, checkpoint: 
     with pytest.raises(UsageError, match="stop strings need the tokenizer"):
         bare.generate([[40]], SamplingParams(stop="a"))
     assert not bare.engine.has_unfinished_requests()
+
+
+def test_a_deterministic_engine_asks_torch_for_it(launch: Launch, checkpoint: Path) -> None:
+    assert not torch.are_deterministic_algorithms_enabled()
+    try:
+        with launch(checkpoint, deterministic=True) as other:
+            assert torch.are_deterministic_algorithms_enabled()
+            assert other.generate(["def f("], GREEDY)[0].outputs[0].token_ids
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]

@@ -45,3 +45,21 @@ def test_a_backends_presets_reach_the_run(hardware: str, has_atb: bool, monkeypa
     assert config.environment["TASK_QUEUE_ENABLE"] == "1"
     assert any(name.startswith("ATB_") for name in config.environment) == has_atb
     assert any("TASK_QUEUE_ENABLED, which nothing reads; TASK_QUEUE_ENABLE?" in note for note in config.notes)
+
+
+def test_a_deterministic_run_sets_what_mindie_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("npu_zoo.dispatch.is_importable", lambda module: True)
+    monkeypatch.setattr("npu_zoo.selection.is_importable", lambda module: True)
+    monkeypatch.setenv("HCCL_DETERMINISTIC", "false")
+    args = EngineArgs(model="deepseek_coder", hardware="atlas_800i_a2", dtype="float16", deterministic=True)
+    config = resolve(args)
+    wanted = {"LCCL_DETERMINISTIC": "1", "HCCL_DETERMINISTIC": "true", "ATB_MATMUL_SHUFFLE_K_ENABLE": "0"}
+    assert wanted.items() <= config.environment.items()
+    environ = {"HCCL_DETERMINISTIC": "false"}
+    assert "HCCL_DETERMINISTIC" not in apply_presets(config.environment, environ)
+    said = "HCCL_DETERMINISTIC=false is set and stays; a deterministic run needs HCCL_DETERMINISTIC=true"
+    assert said in config.notes
+    assert not wanted.keys() & resolve(args.model_copy(update={"deterministic": None})).environment.keys()
+    on_cpu = resolve(args.model_copy(update={"hardware": "cpu", "dtype": "float32"}))
+    assert on_cpu.deterministic
+    assert not wanted.keys() & on_cpu.environment.keys()
