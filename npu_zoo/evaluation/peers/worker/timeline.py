@@ -11,7 +11,7 @@ Event = tuple[float, Hashable, int]
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a case on one system; times in seconds on the machine's monotonic clock.
+    """One run of a case on one engine; times in seconds on the machine's monotonic clock.
 
     Attributes:
         first_token: when the first token of any request arrived.

@@ -1,0 +1,206 @@
+"""Runs cases on all engines in turn, so that a drift of the machine favours none of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+from npu_zoo.evaluation.peers.cases import Case
+from npu_zoo.evaluation.peers.engines import InstalledEngine
+from npu_zoo.evaluation.peers.process import PeerError, PeerProcess
+from npu_zoo.evaluation.peers.result import Agreement, CaseResult
+from npu_zoo.evaluation.peers.worker.driver import LoadOptions, Request
+from npu_zoo.evaluation.peers.worker.timeline import Run
+
+KV_SLACK_TOKENS = 128
+"""Room for each sequence's last, partly filled block, whatever the block size."""
+
+
+class Step(NamedTuple):
+    """What was just done, how many runs are over, and how many there are."""
+
+    text: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What holds for all engines.
+
+    Attributes:
+        rounds: of every case; each engine runs once a round.
+        num_tokens: prompts hold ids below it.
+        threads, cores: see :class:`~npu_zoo.evaluation.peers.process.PeerProcess`.
+        cache_per_token: bytes of a token's keys and values, which a process whose memory is measured gets room by.
+    """
+
+    rounds: int
+    num_tokens: int
+    threads: int | None = None
+    cores: tuple[int, ...] = ()
+    cache_per_token: int = 0
+
+
+class Comparison:
+    """The engines of one run, a loaded process each.
+
+    Args:
+        engines: the first is the one that the others are compared with.
+        options: how each is started, by name.
+        on_step: hears of every run.
+    """
+
+    def __init__(
+        self,
+        engines: Sequence[InstalledEngine],
+        options: Mapping[str, LoadOptions],
+        conditions: Conditions,
+        on_step: Callable[[Step], None] = lambda step: None,
+    ) -> None:
+        self.engines = {engine.name: engine for engine in engines}
+        self.options = options
+        self.conditions = conditions
+        self._on_step = on_step
+        self._loaded: dict[str, PeerProcess] = {}
+        self._unloadable: dict[str, str] = {}
+        self._done = self._total = 0
+
+    def run(self, cases: Sequence[Case]) -> Iterator[CaseResult]:
+        """Each case's result once it is over; those in fresh processes come first, while nothing else is loaded."""
+        ordered = sorted(cases, key=lambda case: not case.fresh)
+        self._done, self._total = 0, sum(map(self._runs, ordered))
+        with ExitStack() as stack:
+            stack.callback(self._close)
+            for case in ordered:
+                yield self._fresh_case(case) if case.fresh else self._loaded_case(case)
+
+    def _runs(self, case: Case) -> int:
+        warm_up = case.metric == "start" or not case.fresh
+        return len(self.engines) * (1 if case.metric == "cache" else self.conditions.rounds + warm_up)
+
+    def _close(self) -> None:
+        while self._loaded:
+            self._loaded.popitem()[1].close(gently=False)
+
+    def _order(self, number: int) -> list[str]:
+        """Who runs first changes from round to round."""
+        names = list(self.engines)
+        first = number % len(names)
+        return names[first:] + names[:first]
+
+    def _loaded_case(self, case: Case) -> CaseResult:
+        result = CaseResult.of(case)
+        first_outputs: dict[str, list[int]] = {}
+        warm_up = case.warm_up(self.conditions.num_tokens)
+        for name in self.engines:
+            self._guarded(result, name, "warm-up", partial(self._warm_up, name, warm_up, case))
+        for number in range(self.conditions.rounds):
+            requests = case.requests(self.conditions.num_tokens, number)
+            result.rounds.append({})
+            result.runs.append({})
+            for name in self._order(number):
+                run = self._guarded(result, name, _round(number), partial(self._run, name, requests, case))
+                if run is not None:
+                    result.rounds[-1][name] = case.value(run, requests)
+                    result.runs[-1][name] = _kept(run)
+                    first_outputs.setdefault(name, run.token_ids[0])
+        result.agreement = self._agreement(first_outputs)
+        return result
+
+    def _guarded(self, result: CaseResult, name: str, part: str, work: Callable[[], Any]) -> Any:
+        """Do something with an engine; what it dies of is the case's, and the others go on."""
+        self._done += 1
+        if name in result.failures:
+            return None
+        try:
+            done = work()
+        except PeerError as error:
+            result.failures[name] = f"{part}: {error}"
+            self._drop(name)
+            done = None
+        told = " failed" if name in result.failures else ""
+        self._on_step(Step(f"{result.title}, {part}: {name}{told}", self._done, self._total))
+        return done
+
+    def _warm_up(self, name: str, requests: list[Request], case: Case) -> None:
+        if name in self._unloadable:
+            raise PeerError(self._unloadable[name])
+        if name not in self._loaded:
+            self._loaded[name] = self._start(name)
+            try:
+                self._loaded[name].load(self.options[name])
+            except PeerError as error:
+                self._unloadable[name] = str(error)
+                raise
+        self._loaded[name].run(requests, case.static_batch)
+
+    def _run(self, name: str, requests: list[Request], case: Case) -> Run:
+        run = self._loaded[name].run(requests, case.static_batch)
+        if run.cached_tokens and not case.shared_prefix:
+            raise PeerError(f"it took {run.cached_tokens} tokens of new prompts from its prefix cache")
+        return run
+
+    def _drop(self, name: str) -> None:
+        """What an engine is after an error is unknown; the next case starts it anew."""
+        if name in self._loaded:
+            self._loaded.pop(name).close(gently=False)
+
+    def _start(self, name: str) -> PeerProcess:
+        return PeerProcess(self.engines[name], self.conditions.threads, self.conditions.cores)
+
+    def _agreement(self, outputs: Mapping[str, list[int]]) -> dict[str, Agreement]:
+        subject, *others = self.engines
+        if subject not in outputs:
+            return {}
+        return {name: Agreement.of(outputs[name], outputs[subject]) for name in others if name in outputs}
+
+    def _fresh_case(self, case: Case) -> CaseResult:
+        result = CaseResult.of(case)
+        # The first start of each reads files and writes byte code that later ones find cached; memory is the same.
+        for name in self.engines if case.metric == "start" else ():
+            self._guarded(result, name, "warm-up", partial(self._fresh_value, name, case, -1))
+        for number in range(1 if case.metric == "cache" else self.conditions.rounds):
+            result.rounds.append({})
+            for name in self._order(number):
+                value = self._guarded(result, name, _round(number), partial(self._fresh_value, name, case, number))
+                if value is not None:
+                    result.rounds[-1][name] = value
+        return result
+
+    def _fresh_value(self, name: str, case: Case, number: int) -> float:
+        requests = case.requests(self.conditions.num_tokens, number)
+        options = self.options[name]
+        if case.metric == "memory":
+            options = dataclasses.replace(options, kv_cache_memory=self._room(requests))
+        with self._start(name) as process:
+            process.load(options)
+            if case.metric == "cache":
+                return process.cache_bytes(requests) / 2**10
+            run = process.run(requests, case.static_batch)
+            return process.peak_memory() / 2**30 if case.metric == "memory" else run.first_token - process.started
+
+    def _room(self, requests: list[Request]) -> int:
+        return cache_tokens(requests) * self.conditions.cache_per_token
+
+
+def cache_tokens(requests: Sequence[Request]) -> int:
+    """Tokens that a cache needs room for so that requests run all at once."""
+    return sum(len(request.prompt) + request.max_tokens + KV_SLACK_TOKENS for request in requests)
+
+
+def _round(number: int) -> str:
+    return f"round {number + 1}"
+
+
+def _kept(run: Run) -> dict[str, Any]:
+    """A run's times relative to its start; the random tokens are of no use later."""
+    kept = dataclasses.asdict(run)
+    del kept["token_ids"]
+    for name in ("first_token", "all_started", "end"):
+        kept[name] -= run.start
+    return {**kept, "start": 0.0}

@@ -1,0 +1,186 @@
+"""From a checked request and cases to how each engine is started, and what the machine allows at best."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from npu_zoo.core.config import EngineArgs, EngineConfig
+from npu_zoo.core.errors import ConfigError, UsageError
+from npu_zoo.core.parallel import Split
+from npu_zoo.evaluation.machine import floor_seconds, measure_machine
+from npu_zoo.evaluation.peers.cases import Case, work_of
+from npu_zoo.evaluation.peers.comparison import cache_tokens
+from npu_zoo.evaluation.peers.engines import SUBJECT, InstalledEngine
+from npu_zoo.evaluation.peers.result import CaseResult, NeededWork
+from npu_zoo.evaluation.peers.worker.driver import LoadOptions
+from npu_zoo.evaluation.record import Machine
+from npu_zoo.evaluation.work import ModelWork, Work
+from npu_zoo.planning import Workload, plan_rank
+
+KV_CACHE_LIMIT = 4 * 2**30
+"""Bytes of keys and values that engines get at most unless one sequence needs more, as vLLM's CPU build by default."""
+KV_CACHE_LEAST = 64 * 2**20
+
+_GGUF = b"GGUF"
+
+
+def usable_cores(threads: int) -> tuple[int, ...]:
+    """The cores that all engines are pinned to.
+
+    Raises:
+        UsageError: there are fewer than threads.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if threads > len(cores):
+        raise UsageError(f"--threads {threads}: only {len(cores)} cores may be used here")
+    return tuple(cores[:threads])
+
+
+def fitting_cases(cases: Sequence[Case], config: EngineConfig) -> tuple[list[Case], dict[str, str]]:
+    """The cases that the model is long enough for, and why others are not among them.
+
+    Raises:
+        UsageError: there is none.
+    """
+    limit = config.max_model_len
+    skipped = {c.name: f"needs {c.longest:,} tokens, and the model takes {limit:,}" for c in cases if c.longest > limit}
+    kept = [case for case in cases if case.name not in skipped]
+    if not kept:
+        reasons = "; ".join(f"{name} {reason}" for name, reason in skipped.items())
+        raise UsageError(f"no case fits: {reasons}; give shorter ones in --cases, or a longer --max-model-len")
+    return kept, skipped
+
+
+def ordinary_tokens(config: EngineConfig) -> int:
+    """Ids below it are no special tokens: those of tokenizer.json's vocabulary, or else all of the model's."""
+    size = config.model_config.vocab_size
+    try:
+        described = json.loads((Path(config.weights) / "tokenizer.json").read_bytes())
+        return min(size, len(described["model"]["vocab"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return size
+
+
+def load_options(
+    engines: Sequence[InstalledEngine],
+    args: EngineArgs,
+    config: EngineConfig,
+    cases: Sequence[Case],
+    *,
+    gguf: Path | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, LoadOptions]:
+    """How each engine is started: in the same dtype and sizes, as long as the longest case.
+
+    Args:
+        args: what was asked for; npu-zoo gets all of it.
+        gguf: what llama.cpp runs.
+        overrides: further fields of :class:`LoadOptions`, by engine.
+
+    Raises:
+        ConfigError: llama.cpp is among the engines, and ``gguf`` is no GGUF file.
+    """
+    longest = max(case.longest for case in cases)
+    common: dict[str, Any] = {
+        "weights": config.weights,
+        "dtype": config.dtype,
+        "max_model_len": config.max_model_len if config.max_model_len_asked else longest,
+        "device": config.device,
+        "threads": config.threads,
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "kv_cache_memory": config.kv_cache_memory or _cache_room(cases, config),
+    }
+    own: dict[str, dict[str, Any]] = {SUBJECT: {"settings": _own_settings(args, config)}}
+    if any(engine.name == "llama.cpp" for engine in engines):
+        own["llama.cpp"] = {"weights": str(_require_gguf(gguf))}
+    for name, fields in (overrides or {}).items():
+        own[name] = {**own.get(name, {}), **fields}
+    return {engine.name: LoadOptions(**{**common, **own.get(engine.name, {})}) for engine in engines}
+
+
+def _own_settings(args: EngineArgs, config: EngineConfig) -> dict[str, Any]:
+    asked = args.model_dump(exclude_none=True)
+    return {**asked, "weights": None if config.bundled else config.weights}
+
+
+def _require_gguf(file: Path | None) -> Path:
+    if file is None:
+        raise ConfigError("llama.cpp runs a GGUF file: give --gguf FILE (llama.cpp's convert_hf_to_gguf.py makes one)")
+    try:
+        with file.open("rb") as stream:
+            magic = stream.read(len(_GGUF))
+    except OSError as error:
+        raise ConfigError(f"--gguf {file} cannot be read: {error.strerror or error}") from None
+    if magic != _GGUF:
+        raise ConfigError(f"--gguf {file} is no GGUF file; llama.cpp's convert_hf_to_gguf.py makes one of a checkpoint")
+    return file
+
+
+def _cache_room(cases: Sequence[Case], config: EngineConfig) -> int:
+    """Bytes for the largest case's sequences all at once, within a limit."""
+    per_token = ModelWork.of(config).cache_per_token
+    wanted = max(cache_tokens(case.requests(1, 0)) for case in cases) * per_token
+    least = max(case.longest for case in cases) * per_token
+    return max(KV_CACHE_LEAST, 2 * least, min(wanted, KV_CACHE_LIMIT))
+
+
+def measure_apart(config: EngineConfig, cores: Sequence[int], *, divisor: int = 1) -> Machine:
+    """What the machine does on the cores that engines run on; measured in a process that is gone afterwards.
+
+    Args:
+        divisor: see :func:`npu_zoo.evaluation.machine.measure_machine`.
+    """
+    context = multiprocessing.get_context("spawn")
+    pin = (os.sched_setaffinity, (0, cores)) if cores else (None, ())
+    with ProcessPoolExecutor(1, mp_context=context, initializer=pin[0], initargs=pin[1]) as pool:
+        return pool.submit(measure_machine, config, divisor=divisor).result()
+
+
+def with_floor(result: CaseResult, case: Case, config: EngineConfig, machine: Machine) -> CaseResult:
+    """A result with the work that its case needs, and the best figure that the machine allows."""
+    work, tokens = _least_work(case, config)
+    found = NeededWork(bytes=work.bytes, operations=work.operations, tokens=tokens)
+    floor, limit = _floor(case, work, tokens, machine)
+    return result.model_copy(update={"work": found, "floor": floor, "limit": limit})
+
+
+def _least_work(case: Case, config: EngineConfig) -> tuple[Work, int]:
+    model, requests = ModelWork.of(config), case.requests(1, 0)
+    if case.metric == "cache":
+        return Work(model.cache_per_token, 0), 0
+    if case.metric == "start":
+        return Work(_weight_bytes(config), 0), 0
+    if case.metric == "memory":
+        held = sum(len(request.prompt) + request.max_tokens - 1 for request in requests)
+        return Work(_weight_bytes(config) + held * model.cache_per_token, 0), 0
+    return work_of(case, model, requests)
+
+
+def _floor(case: Case, work: Work, tokens: int, machine: Machine) -> tuple[float | None, str]:
+    """The best figure, in the case's unit, and what limits it."""
+    if case.metric in ("memory", "cache"):
+        return work.bytes / (2**30 if case.metric == "memory" else 2**10), "size"
+    if machine.bandwidth is None or machine.peak is None:
+        return None, ""
+    seconds, limit = floor_seconds(work, machine)
+    return (seconds if case.metric == "start" else tokens / seconds), limit
+
+
+def _weight_bytes(config: EngineConfig) -> int:
+    quantized = config.quantization_config
+    plan = plan_rank(
+        config.model_config,
+        config.dtype,
+        Split(),
+        Workload(1, 1, 1),
+        weight_bits=quantized.weight_bits if quantized else None,
+        group_size=quantized.group_size if quantized else None,
+    )
+    return plan.weights

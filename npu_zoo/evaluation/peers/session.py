@@ -1,0 +1,127 @@
+"""One comparison from its request to its record."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from npu_zoo.core.config import EngineArgs, EngineConfig
+from npu_zoo.core.errors import UsageError
+from npu_zoo.dispatch import resolve
+from npu_zoo.evaluation.peers.cases import Case
+from npu_zoo.evaluation.peers.comparison import Comparison, Conditions, Step
+from npu_zoo.evaluation.peers.engines import InstalledEngine
+from npu_zoo.evaluation.peers.preparation import (
+    fitting_cases,
+    load_options,
+    measure_apart,
+    ordinary_tokens,
+    usable_cores,
+    with_floor,
+)
+from npu_zoo.evaluation.peers.result import CaseResult, ComparisonBody, EngineEntry
+from npu_zoo.evaluation.peers.worker.driver import LoadOptions
+from npu_zoo.evaluation.record import Machine, ModelUnderTest, ResultRecord, is_simulated
+from npu_zoo.evaluation.work import ModelWork
+
+
+def checked_request(args: EngineArgs) -> tuple[EngineArgs, EngineConfig]:
+    """What was asked with the threads filled in, and as the matrix accepts it.
+
+    Raises:
+        NpuZooError: it does not.
+        UsageError: it is for a simulated device.
+    """
+    args = args.model_copy(update={"threads": args.threads or len(os.sched_getaffinity(0))})
+    config = resolve(args)
+    if is_simulated(config):
+        raise UsageError("a simulated device has no speed to compare; unset NPU_ZOO_SIMULATE, or give --hardware cpu")
+    return args, config
+
+
+@dataclass
+class Session:
+    """A comparison that can start.
+
+    Attributes:
+        machine: as it was measured before the first case; None before :meth:`run`.
+        body: grows with every case.
+    """
+
+    args: EngineArgs
+    config: EngineConfig
+    engines: list[InstalledEngine]
+    options: dict[str, LoadOptions]
+    cases: list[Case]
+    conditions: Conditions
+    body: ComparisonBody
+    machine: Machine | None = None
+
+    @classmethod
+    def prepare(
+        cls,
+        args: EngineArgs,
+        config: EngineConfig,
+        engines: Sequence[InstalledEngine],
+        cases: Sequence[Case],
+        *,
+        rounds: int = 3,
+        gguf: Path | None = None,
+        overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> Session:
+        """Choose what fits, and how each engine is started; nothing is loaded yet.
+
+        Args:
+            args, config: see :func:`checked_request`.
+            engines: the first is the one that the others are compared with.
+            gguf, overrides: see :func:`~npu_zoo.evaluation.peers.preparation.load_options`.
+
+        Raises:
+            UsageError: no case fits, or there are fewer cores than threads.
+        """
+        kept, skipped = fitting_cases(cases, config)
+        options = load_options(engines, args, config, kept, gguf=gguf, overrides=overrides)
+        conditions = Conditions(
+            rounds,
+            ordinary_tokens(config),
+            config.threads,
+            usable_cores(config.threads or 1) if config.device == "cpu" else (),
+            ModelWork.of(config).cache_per_token,
+        )
+        entries = [
+            EngineEntry(name=e.name, python=e.python, versions=e.versions, options=dataclasses.asdict(options[e.name]))
+            for e in engines
+        ]
+        body = ComparisonBody(engines=entries, rounds=rounds, skipped=skipped)
+        return cls(args, config, list(engines), options, kept, conditions, body)
+
+    def run(self, on_step: Callable[[Step], None] = lambda step: None, *, divisor: int = 1) -> Iterator[CaseResult]:
+        """Measure the machine, then yield each case when it is over and in the body.
+
+        Args:
+            divisor: makes the measurement of the machine smaller.
+        """
+        self.machine = measure_apart(self.config, self.conditions.cores, divisor=divisor)
+        cases = {case.name: case for case in self.cases}
+        comparison = Comparison(self.engines, self.options, self.conditions, on_step)
+        with contextlib.closing(comparison.run(self.cases)) as results:
+            for result in results:
+                self.body.cases.append(with_floor(result, cases[result.name], self.config, self.machine))
+                yield self.body.cases[-1]
+
+    def record(self, arguments: Mapping[str, Any]) -> ResultRecord:
+        """What is known so far."""
+        return ResultRecord(
+            kind="bench compare",
+            versions={k: v for engine in reversed(self.engines) for k, v in engine.versions.items()},
+            machine=self.machine,
+            model=ModelUnderTest.of(self.config),
+            arguments=dict(arguments),
+            body=self.body.model_dump(mode="json"),
+            figures=self.body.figures(),
+        )
