@@ -23,8 +23,8 @@ from npu_zoo.evaluation.record import require_record_place, write_record
 from npu_zoo.parallel.processes import exit_on_sigterm
 from npu_zoo.settings import Settings
 
-_ENGINES_HELP = "Engines, comma-separated; the first is compared with the others. Default: npu-zoo and what is installed."
-_ENGINE_HELP = "The interpreter of the environment that has an engine; repeatable. Default: this one."
+_ENGINES_HELP = "Engines, comma-separated; the first is compared with the others. Default: npu-zoo and all installed."
+_PYTHON_HELP = "The interpreter of the environment that has an engine; repeatable. Default: this one."
 _CASES_HELP = f"Cases, comma-separated: {', '.join(CATALOGUE)}. Default: {', '.join(DEFAULT_CASES)}."
 _GGUF_HELP = "The model as llama.cpp takes it; its convert_hf_to_gguf.py makes one of a checkpoint."
 _JSON_HELP = "Write the record, with all samples, after every case."
@@ -38,7 +38,7 @@ def _option(help_text: str, *flags: str, metavar: str | None = None) -> Any:
 def compare(
     settings: Settings,
     engines: Annotated[str | None, _option(_ENGINES_HELP, "--engines", metavar="NAME,…")] = None,
-    engine: Annotated[list[str] | None, _option(_ENGINE_HELP, "--engine", metavar="NAME=PYTHON")] = None,
+    engine_python: Annotated[list[str] | None, _option(_PYTHON_HELP, "--engine-python", metavar="NAME=PYTHON")] = None,
     cases: Annotated[str | None, _option(_CASES_HELP, "--cases", metavar="CASE,…")] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, metavar="N", rich_help_panel="Comparison")] = 3,
     gguf: Annotated[Path | None, _option(_GGUF_HELP, "--gguf", metavar="FILE")] = None,
@@ -53,10 +53,16 @@ def compare(
     if json_file:
         require_record_place(json_file, "bench compare")
     chosen = named_cases(cases or ",".join(DEFAULT_CASES))
-    found, missing = _find_engines(engines, engine or [], gguf)
+    found, missing = _find_engines(engines, engine_python or [], gguf)
     session = Session.prepare(args, config, found, chosen, rounds=rounds, gguf=gguf)
     session.body.missing = missing
-    asked = {"engines": engines, "engine": engine, "cases": cases, "rounds": rounds, "gguf": gguf and str(gguf)}
+    asked = {
+        "engines": engines,
+        "engine_python": engine_python,
+        "cases": cases,
+        "rounds": rounds,
+        "gguf": gguf and str(gguf),
+    }
     asked |= settings.args.model_dump(mode="json")
     for text in config.notes:
         note(text)
@@ -68,7 +74,9 @@ def compare(
         raise PeerError("no engine came through any case; the reasons stand above")
 
 
-def _find_engines(names: str | None, pythons: list[str], gguf: Path | None) -> tuple[list[InstalledEngine], dict[str, str]]:
+def _find_engines(
+    names: str | None, pythons: list[str], gguf: Path | None
+) -> tuple[list[InstalledEngine], dict[str, str]]:
     """Engines, and how to install others; llama.cpp takes part unasked only where there is a file for it."""
     found, missing = find_engines(parse_names(names) if names else None, parse_interpreters(pythons))
     if names or gguf:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -182,9 +182,10 @@ def named_cases(text: str) -> list[Case]:
     return [CATALOGUE[name] for name in dict.fromkeys(names)]
 
 
-def paired_cases(pairs: Sequence[tuple[int, int]], batches: Sequence[int]) -> list[Case]:
-    """Prefill and decode of lengths that somebody wants, each with every batch."""
-    return [case for prompt, output in pairs for batch in batches for case in _of_lengths(prompt, output, batch)]
+def cases_of_lengths(wanted: Iterable[tuple[int, int, int]]) -> list[Case]:
+    """Prefill and decode for each (prompt length, output length, batch); a prefill that several have comes once."""
+    cases = [case for prompt, output, batch in wanted for case in _of_lengths(prompt, output, batch)]
+    return list({case.name: case for case in cases}.values())
 
 
 def _of_lengths(prompt: int, output: int, batch: int) -> list[Case]:

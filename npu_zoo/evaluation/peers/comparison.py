@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -70,7 +70,7 @@ class Comparison:
         self._unloadable: dict[str, str] = {}
         self._done = self._total = 0
 
-    def run(self, cases: Sequence[Case]) -> Iterator[CaseResult]:
+    def run(self, cases: Sequence[Case]) -> Generator[CaseResult, None, None]:
         """Each case's result once it is over; those in fresh processes come first, while nothing else is loaded."""
         ordered = sorted(cases, key=lambda case: not case.fresh)
         self._done, self._total = 0, sum(map(self._runs, ordered))

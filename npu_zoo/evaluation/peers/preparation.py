@@ -138,8 +138,8 @@ def measure_apart(config: EngineConfig, cores: Sequence[int], *, divisor: int = 
         divisor: see :func:`npu_zoo.evaluation.machine.measure_machine`.
     """
     context = multiprocessing.get_context("spawn")
-    pin = (os.sched_setaffinity, (0, cores)) if cores else (None, ())
-    with ProcessPoolExecutor(1, mp_context=context, initializer=pin[0], initargs=pin[1]) as pool:
+    allowed = cores or os.sched_getaffinity(0)
+    with ProcessPoolExecutor(1, mp_context=context, initializer=os.sched_setaffinity, initargs=(0, allowed)) as pool:
         return pool.submit(measure_machine, config, divisor=divisor).result()
 
 

@@ -28,7 +28,9 @@ def _case_rows(case: CaseResult, body: ComparisonBody) -> Iterator[tuple[str, ..
 
 def figure_text(value: float) -> str:
     """A figure with about three digits."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
 def ratio_text(ratios: list[float]) -> str:
@@ -56,8 +58,8 @@ def _agreement_lines(body: ComparisonBody, engine: str) -> Iterator[str]:
     differing = {name: found for name, found in compared.items() if found.first_difference is not None}
     equal = len(compared) - len(differing)
     line = f"greedy tokens of {engine} are {body.subject}'s in {equal} of {len(compared)} cases' first requests"
-    told = ", ".join(f"{name} from token {_position(f.first_difference)} of {f.tokens}" for name, f in differing.items())
-    yield line + (f"; they differ in {told}" if told else "")
+    told = [f"{name} from token {_position(f.first_difference)} of {f.tokens}" for name, f in differing.items()]
+    yield line + (f"; they differ in {', '.join(told)}" if told else "")
 
 
 def _position(index: int | None) -> int:

@@ -70,7 +70,7 @@ class Driver(ABC):
             static_batch: rows of one batch where the driver cannot batch continuously; 0 takes all at once.
         """
 
-    def prepare(self, requests: list[Request], static_batch: int) -> None:
+    def prepare(self, requests: list[Request], static_batch: int) -> None:  # noqa: B027 (most need no room made)
         """Make room for requests; this is not timed."""
 
     def cache_bytes(self, requests: list[Request]) -> float:

@@ -61,9 +61,7 @@ class LlamaCppDriver(Driver):
             self._run_batch([(index, requests[index]) for index in members], token_ids, on_tokens)
         return Generated(token_ids)
 
-    def _run_batch(
-        self, members: list[tuple[int, Request]], token_ids: list[list[int]], on_tokens: OnTokens
-    ) -> None:
+    def _run_batch(self, members: list[tuple[int, Request]], token_ids: list[list[int]], on_tokens: OnTokens) -> None:
         """Prompts first, then a token of each sequence a step, until all have theirs."""
         prompts = [self._ids(request.prompt) for _, request in members]
         rows = [
@@ -83,7 +81,7 @@ class LlamaCppDriver(Driver):
             rows = following
 
     def _decode(self, rows: list[tuple[int, int, int, bool]]) -> list[tuple[int, int]]:
-        """Compute rows of (token, position, sequence, whether a token follows); the greedy tokens and their sequences."""
+        """Compute rows of (token, position, sequence, whether a token follows); tokens and their sequences."""
         size, found = self.options.max_num_batched_tokens, []
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
