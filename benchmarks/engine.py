@@ -1,4 +1,4 @@
-"""Compare npu-zoo with transformers' generate: the same work, alternating in one run.
+"""Compare npu-zoo with transformers' generate on random weights: ``npu-zoo bench compare``, and a page of it.
 
     python benchmarks/engine.py [--shape tiny] [--cases decode-1,mixed] [--json FILE] [--markdown FILE]
 
@@ -15,36 +15,40 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
+import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from harness import report
-from harness.cases import CASES, TARGET, Case, Request
-from harness.floors import work_of
-from harness.machine import describe
+from harness.checkpoint import REFERENCE, ensure_checkpoint
 from harness.shapes import SHAPES, Shape
-from harness.systems import LoadOptions
-from harness.timeline import Run
-from harness.worker import Worker, WorkerError
+
+from npu_zoo.core.config import EngineArgs
+from npu_zoo.core.errors import NpuZooError, UsageError
+from npu_zoo.evaluation.peers.cases import CATALOGUE, Case
+from npu_zoo.evaluation.peers.comparison import Step
+from npu_zoo.evaluation.peers.engines import find_engines
+from npu_zoo.evaluation.peers.process import PeerError, PeerProcess
+from npu_zoo.evaluation.peers.session import Session, checked_request
+from npu_zoo.evaluation.record import ResultRecord, write_record
 
 SYSTEM_NAMES = (report.SUBJECT, report.PEER)
-# Room for each sequence's last, partly filled block, whatever the block size.
-KV_SLACK_TOKENS = 128
 BUSY = 0.5
+CORRECTNESS = Case("correctness", "correctness", "total", 8, (3, 90), (32, 32))
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--shape", choices=SHAPES, default="1.3b", help="model shape; tiny checks the script itself")
-    parser.add_argument("--cases", type=_case_names, default=list(CASES), help=f"comma-separated: {', '.join(CASES)}")
+    parser.add_argument(
+        "--cases", type=_case_names, default=list(CATALOGUE), help=f"comma-separated: {', '.join(CATALOGUE)}"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="pairs of runs per case")
     parser.add_argument("--threads", type=int, default=2, help="threads, and cores that both systems are pinned to")
     parser.add_argument("--workdir", type=Path, default=Path("build/benchmarks"), help="cache of checkpoints")
@@ -68,175 +72,65 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def _case_names(value: str) -> list[str]:
     names = value.split(",")
-    unknown = [name for name in names if name not in CASES]
+    unknown = [name for name in names if name not in CATALOGUE]
     if unknown:
-        raise argparse.ArgumentTypeError(f"no case {', '.join(unknown)}; there are {', '.join(CASES)}")
+        raise argparse.ArgumentTypeError(f"no case {', '.join(unknown)}; there are {', '.join(CATALOGUE)}")
     return names
 
 
-class Comparison:
-    """One run of the benchmark; :attr:`record` grows with every case."""
-
-    def __init__(self, shape: Shape, options: argparse.Namespace, save: Callable[[report.Record], None]):
-        threads, rounds, workdir = options.threads, options.rounds, options.workdir
-        self.shape = shape
-        self.experts: str = options.experts
-        self.threads = threads
-        self.rounds = rounds
-        self.workdir = workdir.resolve()
-        self.save = save
-        self.record: report.Record = {
-            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-            "shape": dataclasses.asdict(shape),
-            "experts_implementation": self.experts if shape.experts else None,
-            "machine": describe(threads),
-            "measurements": [],
-            "cases": [],
-        }
-
-    def run(self, cases: list[Case]) -> None:
-        """Everything: the machine before and after, correctness, cases in fresh processes, cases in loaded ones."""
-        load = os.getloadavg()[0]
-        self.record["machine"]["load_average"] = load
-        if load > BUSY:
-            _say(f"warning: a load of {load:.1f} before the start; other work on this machine distorts all figures")
-        weights = self._checkpoint(self.shape)
-        self._measure()
-        self.record["correctness"] = self._correctness()
-        for case in cases:
-            if case.fresh:
-                measured = self._cache_sizes if case.metric == "cache" else self._fresh_rounds
-                self._add(case, measured(case, weights))
-        loaded = [case for case in cases if not case.fresh]
-        if loaded:
-            self._run_loaded(loaded, weights)
-            self._measure()
-        self.save(self.record)
-
-    def _run_loaded(self, cases: list[Case], weights: str) -> None:
-        with ExitStack() as stack:
-            workers = {name: stack.enter_context(Worker(name, self.threads)) for name in SYSTEM_NAMES}
-            for name, worker in workers.items():
-                _say(f"loading {name}")
-                worker.load(self._options(self.shape, weights))
-            for case in cases:
-                self._add(case, self._loaded_rounds(case, workers))
-
-    def _loaded_rounds(self, case: Case, workers: dict[str, Worker]) -> list[dict[str, Any]]:
-        for worker in workers.values():
-            worker.run(case.warm_up(self.shape.num_tokens), case.static_batch)
-        rounds: list[dict[str, Any]] = []
-        for number in range(self.rounds):
-            requests = case.requests(self.shape.num_tokens, number)
-            sample: dict[str, Any] = {"runs": {}}
-            for name in _order(number):
-                run = workers[name].run(requests, case.static_batch)
-                _refuse_cached(case, name, run)
-                sample[name] = case.value(run, requests)
-                sample["runs"][name] = _kept(run)
-                _say(f"{case.name} round {number + 1}: {name} {sample[name]:.2f} {case.unit}")
-            rounds.append(sample)
-        return rounds
-
-    def _fresh_rounds(self, case: Case, weights: str) -> list[dict[str, Any]]:
-        # The first start of each reads files and writes byte code that later ones find cached; memory is the same.
-        for name in SYSTEM_NAMES if case.metric == "start" else ():
-            self._fresh_value(case, name, weights, -1)
-        rounds = []
-        for number in range(self.rounds):
-            sample = {name: self._fresh_value(case, name, weights, number) for name in _order(number)}
-            _say(f"{case.name} round {number + 1}: {sample}")
-            rounds.append(sample)
-        return rounds
-
-    def _fresh_value(self, case: Case, system: str, weights: str, number: int) -> float:
-        requests = case.requests(self.shape.num_tokens, number)
-        memory = self._kv_bytes(requests) if case.metric == "memory" else None
-        with Worker(system, self.threads) as worker:
-            worker.load(self._options(self.shape, weights, memory))
-            run = worker.run(requests, case.static_batch)
-            if case.metric == "memory":
-                return float(worker.call("peak_memory")) / 2**30
-            return run.first_token - worker.started
-
-    def _cache_sizes(self, case: Case, weights: str) -> list[dict[str, Any]]:
-        """One round, for sizes do not vary; with latents, what all heads' keys and values would take instead."""
-        requests = case.requests(self.shape.num_tokens, 0)
-        asked = [dataclasses.asdict(request) for request in requests]
-        sample = {}
-        for name in SYSTEM_NAMES:
-            with Worker(name, self.threads) as worker:
-                worker.load(self._options(self.shape, weights))
-                sample[name] = worker.call("cache_bytes", requests=asked) / 2**10
-                if self.shape.latent and name == report.PEER:
-                    sample[report.FULL_HEADS] = worker.call("full_head_bytes", requests=asked) / 2**10
-        _say(f"{case.name}: {sample}")
-        return [sample]
-
-    def _correctness(self) -> dict[str, int]:
-        """Greedy tokens of a small float32 model: npu-zoo in one batch, transformers one request at a time."""
-        shape = dataclasses.replace(SHAPES[self.shape.small], dtype="float32")
-        weights = self._checkpoint(shape)
-        case = Case("correctness", "correctness", "total", 8, (3, 90), (32, 32))
-        requests = case.requests(shape.num_tokens, 0)
-        found = {}
-        for name, batch in zip(SYSTEM_NAMES, (0, 1), strict=True):
-            with Worker(name, self.threads) as worker:
-                worker.load(self._options(shape, weights))
-                found[name] = worker.run(requests, batch).token_ids
-        own, other = (found[name] for name in SYSTEM_NAMES)
-        equal = sum(left == right for left, right in zip(own, other, strict=True))
-        if equal < len(requests):
-            raise WorkerError(f"greedy tokens differ in {len(requests) - equal} of {len(requests)} requests: {found}")
-        return {"requests": len(requests), "equal": equal, "tokens": sum(map(len, own))}
-
-    def _checkpoint(self, shape: Shape) -> str:
-        with Worker("checkpoint", self.threads) as worker:
-            _say(f"checkpoint of shape {shape.name} in {shape.dtype}")
-            return str(worker.call("checkpoint", root=str(self.workdir), shape=dataclasses.asdict(shape)))
-
-    def _measure(self) -> None:
-        with Worker("machine", self.threads) as worker:
-            self.record["measurements"].append(worker.call("measure", divisor=self.shape.divisor))
-        _say(f"machine: {self.record['measurements'][-1]}")
-
-    def _options(self, shape: Shape, weights: str, kv_cache_memory: int | None = None) -> LoadOptions:
-        memory = kv_cache_memory or shape.kv_cache_memory
-        return LoadOptions(shape.model, weights, shape.dtype, shape.max_model_len, memory, self.threads, self.experts)
-
-    def _kv_bytes(self, requests: list[Request]) -> int:
-        tokens = sum(len(request.prompt) + request.max_tokens + KV_SLACK_TOKENS for request in requests)
-        return tokens * self.shape.kv_bytes_per_token
-
-    def _add(self, case: Case, rounds: list[dict[str, Any]]) -> None:
-        described = dataclasses.asdict(case)
-        work = work_of(case, self.shape, case.requests(self.shape.num_tokens, 0))
-        described |= {"unit": case.unit, "higher_is_better": case.higher_is_better, "work": dataclasses.asdict(work)}
-        self.record["cases"].append({**described, "rounds": rounds})
-        self.save(self.record)
+def session_of(shape: Shape, options: argparse.Namespace, cases: list[Case]) -> Session:
+    """The comparison on a shape's checkpoint, which is written where it does not exist."""
+    weights = _checkpoint(shape, options.workdir.resolve())
+    asked = EngineArgs(
+        model=shape.model,
+        weights=str(weights),
+        hardware="cpu",
+        dtype=shape.dtype,
+        max_model_len=shape.max_model_len,
+        kv_cache_memory=shape.kv_cache_memory,
+        threads=options.threads,
+    )
+    beside = weights / REFERENCE
+    peer = {
+        "weights": str(beside if beside.is_dir() else weights),
+        "settings": {"experts_implementation": options.experts} if shape.experts else {},
+    }
+    args, config = checked_request(asked)
+    engines, _ = find_engines(SYSTEM_NAMES)
+    return Session.prepare(args, config, engines, cases, rounds=options.rounds, overrides={report.PEER: peer})
 
 
-def _order(number: int) -> tuple[str, ...]:
-    """Who runs first changes from round to round, so that a drift of the machine favours neither."""
-    return SYSTEM_NAMES if number % 2 == 0 else SYSTEM_NAMES[::-1]
+def _checkpoint(shape: Shape, root: Path) -> Path:
+    _say(f"checkpoint of shape {shape.name} in {shape.dtype}")
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(ensure_checkpoint, root, shape).result()
 
 
-def _refuse_cached(case: Case, system: str, run: Run) -> None:
-    if run.cached_tokens and not case.shared_prefix:
-        raise WorkerError(f"{system} took {run.cached_tokens} tokens of {case.name} from its prefix cache")
+def check_correctness(session: Session) -> dict[str, int]:
+    """Greedy tokens of a small float32 model: npu-zoo in one batch, transformers one request at a time.
 
-
-def _kept(run: Run) -> dict[str, Any]:
-    """A run's times relative to its start; the random tokens are of no use later."""
-    kept = dataclasses.asdict(run)
-    del kept["token_ids"]
-    for name in ("first_token", "all_started", "end"):
-        kept[name] -= run.start
-    return {**kept, "start": 0.0}
+    Raises:
+        PeerError: they differ.
+    """
+    requests = CORRECTNESS.requests(session.conditions.num_tokens, 0)
+    found = {}
+    for engine, batch in zip(session.engines, (0, 1), strict=True):
+        with PeerProcess(engine, session.conditions.threads, session.conditions.cores) as process:
+            process.load(session.options[engine.name])
+            found[engine.name] = process.run(requests, batch).token_ids
+    own, other = (found[name] for name in SYSTEM_NAMES)
+    equal = sum(left == right for left, right in zip(own, other, strict=True))
+    if equal < len(requests):
+        raise PeerError(f"greedy tokens differ in {len(requests) - equal} of {len(requests)} requests: {found}")
+    return {"requests": len(requests), "equal": equal, "tokens": sum(map(len, own))}
 
 
 def _say(line: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
+
+
+def _tell(step: Step) -> None:
+    _say(f"{step.done}/{step.total} {step.text}")
 
 
 def _write(target: Path | None, content: str) -> None:
@@ -246,42 +140,62 @@ def _write(target: Path | None, content: str) -> None:
 
 
 def measure(options: argparse.Namespace) -> report.Record:
-    """Run the selected cases and return the record; it is written after every case."""
-    cores = sorted(os.sched_getaffinity(0))
-    if options.threads > len(cores):
-        raise WorkerError(f"--threads {options.threads}: only {len(cores)} cores may be used")
-    os.sched_setaffinity(0, cores[: options.threads])
+    """Run the selected cases and return the record; it is written after every case.
+
+    Raises:
+        PeerError: an engine failed in a case.
+    """
+    load = os.getloadavg()[0]
+    if load > BUSY:
+        _say(f"warning: a load of {load:.1f} before the start; other work on this machine distorts all figures")
     shape = SHAPES[options.shape]
+    small = dataclasses.replace(SHAPES[shape.small], dtype="float32")
+    more = {
+        "shape": dataclasses.asdict(shape),
+        "experts_implementation": options.experts if shape.experts else None,
+        "correctness": check_correctness(session_of(small, options, [CORRECTNESS])),
+        "load_average": load,
+    }
+    session = session_of(shape, options, [CATALOGUE[name].scaled(shape.divisor) for name in options.cases])
+    for result in session.run(_tell, divisor=shape.divisor):
+        if result.failures:
+            raise PeerError(f"{result.name}: {result.failures}")
+        record = _with_body(session, more)
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            write_record(record, options.json)
+    return report.as_page_record(record)
 
-    def save(record: report.Record) -> None:
-        _write(options.json, json.dumps(record, indent=1) + "\n")
 
-    comparison = Comparison(shape, options, save)
-    cases = [CASES[name].scaled(shape.divisor) for name in options.cases]
-    # The higher targets are the dense model's.
-    comparison.run([dataclasses.replace(case, target=TARGET) if shape.experts else case for case in cases])
-    return comparison.record
+def _with_body(session: Session, more: dict[str, Any]) -> ResultRecord:
+    record = session.record({"shape": more["shape"]["name"], "cases": [case.name for case in session.cases]})
+    return record.model_copy(update={"body": {**record.body, **more}})
 
 
 def read_records(paths: list[Path]) -> list[report.Record]:
     """Earlier records, those of one shape as one.
 
     Raises:
-        WorkerError: records of one shape are of other machines or versions, or of another way to compute experts.
+        UsageError: records of one shape are of other machines or versions, or of another way to compute experts.
     """
     found: dict[str, tuple[Path, report.Record]] = {}
     for path in paths:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = _read(path)
         first_path, first = found.setdefault(record["shape"]["name"], (path, record))
         if first is record:
             continue
         differing = [key for key in ("shape", "machine") if _lasting(record[key]) != _lasting(first[key])]
         differing += ["experts_implementation"] if _peer(record) != _peer(first) else []
         if differing:
-            raise WorkerError(f"{path} differs from {first_path} in its {' and '.join(differing)}; report it by itself")
+            raise UsageError(f"{path} differs from {first_path} in its {' and '.join(differing)}; report it by itself")
         first["cases"] += record["cases"]
         first["measurements"] += record["measurements"]
     return [record for _, record in found.values()]
+
+
+def _read(path: Path) -> report.Record:
+    data: report.Record = json.loads(path.read_text(encoding="utf-8"))
+    return report.as_page_record(ResultRecord.model_validate(data)) if "kind" in data else data
 
 
 def _peer(record: report.Record) -> str | None:
@@ -298,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         records = read_records(options.records) if options.records else [measure(options)]
-    except (OSError, WorkerError) as error:
+    except (OSError, NpuZooError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(report.text(records))

@@ -1,20 +1,14 @@
-"""What the machine is, and what it can do: read bandwidth and bfloat16 matrix peak."""
+"""What the machine is, with the fields of the records here, and what it can do in bfloat16."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import platform
-import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 PACKAGES = ("npu-zoo", "torch", "transformers", "tokenizers", "safetensors")
-READ_BYTES = 2**30
-MATRIX_SHAPES = ((2048, 2048, 5504), (2048, 5504, 2048), (4096, 4096, 4096))
-REPETITIONS = 7
 
 
 def describe(threads: int) -> dict[str, Any]:
@@ -40,39 +34,15 @@ def measure(divisor: int = 1) -> dict[str, float]:
     Args:
         divisor: makes the work smaller, for a check of the script rather than of the machine.
     """
-    return {"bandwidth": _read_bandwidth(READ_BYTES // divisor), "matrix_peak": _matrix_peak(divisor)}
-
-
-def _read_bandwidth(size: int) -> float:
     import torch
 
-    data = torch.zeros(size // 8, dtype=torch.int64)
-    data_bytes = data.view(torch.uint8)
-    data_bytes.fill_(1)
-    readers: tuple[Callable[[], object], ...] = (data.max, data_bytes.all)
-    return size / min(_best_seconds(reader) for reader in readers)
+    from npu_zoo.evaluation.machine import READ_BYTES, matrix_peak, read_bandwidth
 
-
-def _matrix_peak(divisor: int) -> float:
-    import torch
-
-    best = 0.0
-    for shape in MATRIX_SHAPES:
-        rows, inner, columns = (size // divisor for size in shape)
-        left = torch.randn(rows, inner).bfloat16()
-        weight = torch.randn(columns, inner).bfloat16()
-        seconds = _best_seconds(partial(torch.nn.functional.linear, left, weight))
-        best = max(best, 2 * rows * inner * columns / seconds)
-    return best
-
-
-def _best_seconds(work: Callable[[], object]) -> float:
-    best = float("inf")
-    for _ in range(REPETITIONS):
-        start = time.perf_counter()
-        work()
-        best = min(best, time.perf_counter() - start)
-    return best
+    cpu = torch.device("cpu")
+    return {
+        "bandwidth": read_bandwidth(READ_BYTES // divisor, cpu),
+        "matrix_peak": matrix_peak(torch.bfloat16, cpu, divisor),
+    }
 
 
 def _cpuinfo(key: str) -> str:

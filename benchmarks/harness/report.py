@@ -6,11 +6,50 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from harness.floors import Work, floor_of
+from npu_zoo.evaluation.peers.result import CaseResult, ComparisonBody
+from npu_zoo.evaluation.record import ResultRecord
 
 Record = dict[str, Any]
 SUBJECT, PEER = "npu-zoo", "transformers"
 FULL_HEADS = "full heads"
+TARGET = 0.97
+DENSE_TARGETS = {"decode-8": 1.5, "decode-32": 1.5}
+"""What ``--check`` asks for above :data:`TARGET`, of models without experts."""
+
+
+class BenchmarkBody(ComparisonBody):
+    """The body of a record of this benchmark: what the page says beyond a comparison."""
+
+    shape: dict[str, Any]
+    experts_implementation: str | None
+    correctness: dict[str, int]
+    load_average: float
+
+
+def as_page_record(record: ResultRecord) -> Record:
+    """A record in the form of those from before ``npu-zoo bench compare``, which the page is written from."""
+    body, machine = BenchmarkBody.model_validate(record.body), record.machine
+    if machine is None:
+        raise ValueError("the record names no machine")
+    described = machine.model_dump(exclude={"bandwidth", "peak"})
+    dense = body.shape.get("experts") is None
+    return {
+        "date": record.date[:10],
+        "shape": body.shape,
+        "experts_implementation": body.experts_implementation,
+        "machine": {**described, "versions": record.versions, "load_average": body.load_average},
+        "measurements": [{"bandwidth": machine.bandwidth, "matrix_peak": machine.peak}],
+        "correctness": body.correctness,
+        "cases": [_page_case(case, dense) for case in body.cases],
+    }
+
+
+def _page_case(case: CaseResult, dense: bool) -> dict[str, Any]:
+    names = ("name", "title", "metric", "unit", "higher_is_better")
+    target = DENSE_TARGETS.get(case.name, TARGET) if dense else TARGET
+    rounds = [sample for sample in case.rounds if {SUBJECT, PEER} <= sample.keys()]
+    work = case.work.model_dump() if case.work else {}
+    return {**{name: getattr(case, name) for name in names}, "target": target, "work": work, "rounds": rounds}
 
 
 @dataclass(frozen=True)
@@ -48,13 +87,13 @@ def rows_of(record: Record) -> list[Row]:
     """The table of a record; floors rest on the best of the machine's measurements."""
     bandwidth = max(sample["bandwidth"] for sample in record["measurements"])
     peak = max(sample["matrix_peak"] for sample in record["measurements"])
-    return [_row(case, bandwidth, peak) for case in record["cases"]]
+    return [_row(case, bandwidth, peak) for case in record["cases"] if case["rounds"]]
 
 
 def _row(case: dict[str, Any], bandwidth: float, peak: float) -> Row:
     pairs = [(sample[SUBJECT], sample[PEER]) for sample in case["rounds"]]
     ratios = [own / other if case["higher_is_better"] else other / own for own, other in pairs]
-    floor, limit = floor_of(case["metric"], Work(**case["work"]), bandwidth, peak)
+    floor, limit = floor_of(case["metric"], case["work"], bandwidth, peak)
     return Row(
         name=case["name"],
         title=case["title"],
@@ -66,6 +105,19 @@ def _row(case: dict[str, Any], bandwidth: float, peak: float) -> Row:
         limit=limit,
         target=case["target"],
     )
+
+
+def floor_of(metric: str, work: dict[str, int], bandwidth: float, peak: float) -> tuple[float, str]:
+    """The best figure that the machine allows, in the metric's unit, and what limits it.
+
+    Args:
+        bandwidth: bytes per second.
+        peak: operations per second.
+    """
+    if metric in ("memory", "cache"):
+        return work["bytes"] / (2**30 if metric == "memory" else 2**10), "size"
+    seconds, limit = max((work["bytes"] / bandwidth, "memory"), (work["operations"] / peak, "matrix"))
+    return (seconds if metric == "start" else work["tokens"] / seconds), limit
 
 
 def markdown(records: list[Record]) -> str:
@@ -91,7 +143,8 @@ weights, and the keys and values of all tokens). Of routed experts those count t
 def _section(record: Record) -> str:
     shape, machine = record["shape"], record["machine"]
     versions, peer = machine["versions"], record.get("experts_implementation")
-    instructions = ", ".join(machine["instructions"])
+    family = machine.get("cpu_family_model")
+    facts = [*([f"family/model {family}"] if family else []), ", ".join(machine["instructions"])]
     experts = f"* {PEER} computes experts with its implementation `{peer}`.\n" if peer else ""
     return f"""## {shape["name"]}
 
@@ -99,7 +152,7 @@ def _section(record: Record) -> str:
 
 * Model: random weights in the shape `{shape["name"]}` ({shape["num_hidden_layers"]} layers, hidden size
   {shape["hidden_size"]}, {_parts(shape)}vocabulary {shape["vocab_size"]:,}), {shape["dtype"]}.
-{experts}{_full_heads(record)}* Machine: {machine["cpu"]} (family/model {machine["cpu_family_model"]}; {instructions}),
+{experts}{_full_heads(record)}* Machine: {machine["cpu"]} ({"; ".join(facts)}),
   {machine["threads"]} threads on {machine["threads"]} of {machine["cores"]} cores, {machine["memory_gib"]} GiB memory,
   load {machine["load_average"]:.1f} before the start.
 * {_measured(record)}

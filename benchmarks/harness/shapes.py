@@ -120,12 +120,6 @@ class Shape:
         return self.matrices(self.experts.routed if self.experts else 0) + 2 * self.head_parameters + norms
 
     @property
-    def attention_width(self) -> int:
-        """Values of all heads that a query meets in a key, and gathers from a value."""
-        per_head = self.latent.nope + self.latent.rope + self.latent.value if self.latent else 2 * self.head_dim
-        return self.num_attention_heads * per_head
-
-    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of one token's keys and values, or its latents, in all layers."""
         if self.latent:

@@ -138,9 +138,12 @@ def measure_apart(config: EngineConfig, cores: Sequence[int], *, divisor: int = 
         divisor: see :func:`npu_zoo.evaluation.machine.measure_machine`.
     """
     context = multiprocessing.get_context("spawn")
-    allowed = cores or os.sched_getaffinity(0)
-    with ProcessPoolExecutor(1, mp_context=context, initializer=os.sched_setaffinity, initargs=(0, allowed)) as pool:
-        return pool.submit(measure_machine, config, divisor=divisor).result()
+    usable = os.sched_getaffinity(0)
+    with ProcessPoolExecutor(
+        1, mp_context=context, initializer=os.sched_setaffinity, initargs=(0, cores or usable)
+    ) as pool:
+        machine = pool.submit(measure_machine, config, divisor=divisor).result()
+    return machine.model_copy(update={"cores": len(usable)})
 
 
 def with_floor(result: CaseResult, case: Case, config: EngineConfig, machine: Machine) -> CaseResult:

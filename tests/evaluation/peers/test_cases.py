@@ -1,13 +1,19 @@
-"""What the benchmark asks of both systems, and how a run becomes a figure."""
+"""What a comparison asks of all engines, how a run becomes a figure, and what that takes at least."""
 
 from __future__ import annotations
 
 import pytest
-from harness.cases import CASES, Case, Request
-from harness.systems import left_pad, static_batches
-from harness.timeline import Run, summarise
 
-LOADED = [case for case in CASES.values() if not case.fresh]
+from npu_zoo.core.errors import UsageError
+from npu_zoo.evaluation.peers.cases import CATALOGUE, START_ROOM, Case, cases_of_lengths, named_cases, work_of
+from npu_zoo.evaluation.peers.worker.driver import Request, static_batches
+from npu_zoo.evaluation.peers.worker.timeline import Run, summarise
+from npu_zoo.evaluation.peers.worker.transformers_driver import left_pad
+from npu_zoo.evaluation.work import ModelWork
+from npu_zoo.registry import get_registry
+from npu_zoo.testing import tiny_config
+
+LOADED = [case for case in CATALOGUE.values() if not case.fresh]
 NUM_TOKENS = 100
 
 
@@ -15,7 +21,7 @@ def _first_blocks(requests: list[Request]) -> set[tuple[int, ...]]:
     return {tuple(request.prompt[:16]) for request in requests if isinstance(request.prompt, list)}
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", CATALOGUE.values(), ids=CATALOGUE)
 def test_requests_hold_what_the_case_says(case: Case) -> None:
     requests = case.requests(NUM_TOKENS, 0)
     assert len(requests) == case.count
@@ -27,7 +33,7 @@ def test_requests_hold_what_the_case_says(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", LOADED, ids=lambda case: case.name)
-def test_both_systems_get_the_same_round(case: Case) -> None:
+def test_all_engines_get_the_same_round(case: Case) -> None:
     assert case.requests(NUM_TOKENS, 2) == case.requests(NUM_TOKENS, 2)
 
 
@@ -46,14 +52,14 @@ def test_rounds_are_the_same_work(case: Case) -> None:
 
 
 def test_only_the_shared_prefix_is_shared() -> None:
-    case = CASES["shared-prefix"]
+    case = CATALOGUE["shared-prefix"]
     prompts = [request.prompt for request in case.requests(NUM_TOKENS, 0)]
     assert len({tuple(prompt[:1024]) for prompt in prompts}) == 1
     assert len({tuple(prompt[1024:]) for prompt in prompts}) == 32
-    assert len(_first_blocks(CASES["mixed"].requests(NUM_TOKENS, 0))) == 64
+    assert len(_first_blocks(CATALOGUE["mixed"].requests(NUM_TOKENS, 0))) == 64
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", CATALOGUE.values(), ids=CATALOGUE)
 def test_scaling_keeps_the_form(case: Case) -> None:
     small = case.scaled(16)
     assert small.count == case.count
@@ -65,7 +71,7 @@ def test_scaling_keeps_the_form(case: Case) -> None:
 
 
 def test_warm_up_is_one_batch_of_few_tokens() -> None:
-    requests = CASES["mixed"].warm_up(NUM_TOKENS)
+    requests = CATALOGUE["mixed"].warm_up(NUM_TOKENS)
     assert len(requests) == 16
     assert max(request.max_tokens for request in requests) <= 4
 
@@ -108,3 +114,63 @@ def test_static_batches_sort_by_output_and_lose_nobody() -> None:
 
 def test_left_padding() -> None:
     assert left_pad([[1, 2, 3], [4]], 9) == ([[1, 2, 3], [9, 9, 4]], [[1, 1, 1], [0, 0, 1]])
+
+
+def test_the_longest_sequence_is_known_before_any_is_drawn() -> None:
+    for case in LOADED:
+        assert max(len(r.prompt) + r.max_tokens for r in case.requests(NUM_TOKENS, 0)) <= case.longest
+    assert CATALOGUE["start"].longest == START_ROOM
+
+
+def test_cases_by_name() -> None:
+    assert [case.name for case in named_cases("mixed, decode-1,mixed")] == ["mixed", "decode-1"]
+    with pytest.raises(UsageError, match="no case nosuch; there are decode-1"):
+        named_cases("decode-1,nosuch")
+
+
+def test_cases_of_lengths_are_a_prefill_and_its_decoding() -> None:
+    cases = cases_of_lengths([(128, 64, 1), (128, 64, 8), (128, 32, 8), (16, 1, 2)])
+    assert [(case.metric, case.count, case.prompt[0], case.output[0]) for case in cases] == [
+        ("prefill", 1, 128, 1),
+        ("decode", 1, 128, 64),
+        ("prefill", 8, 128, 1),
+        ("decode", 8, 128, 64),
+        ("decode", 8, 128, 32),
+        ("prefill", 2, 16, 1),
+    ]
+    assert len({case.name for case in cases}) == len(cases)
+
+
+@pytest.fixture(scope="module")
+def model() -> ModelWork:
+    spec = get_registry().families["deepseek_coder"]
+    return ModelWork(tiny_config(next(v.config for v in spec.variants if v.config)), "float32")
+
+
+def _case(metric: str, **fields: object) -> Case:
+    return Case("x", "x", metric, **{"count": 2, "prompt": (3, 3), "output": (3, 3), **fields})  # type: ignore[arg-type]
+
+
+def _work(case: Case, model: ModelWork) -> tuple[tuple[int, int], int]:
+    work, tokens = work_of(case, model, case.requests(10, 0))
+    return tuple(work), tokens
+
+
+def test_decoding_is_as_few_steps_as_batching_allows(model: ModelWork) -> None:
+    steps = model.step([(3, 1), (3, 1)], 2) + model.step([(4, 1), (4, 1)], 2)
+    assert _work(_case("decode"), model) == (tuple(steps), 4)
+
+
+def test_a_total_is_prefill_and_decoding_and_counts_all_tokens(model: ModelWork) -> None:
+    prefill, decode = _work(_case("prefill"), model), _work(_case("decode"), model)
+    assert prefill == (tuple(model.prefill([3, 3])), 6)
+    expected = tuple(a + b for a, b in zip(prefill[0], decode[0], strict=True))
+    assert _work(_case("total"), model) == (expected, 12)
+
+
+def test_a_shared_prefix_is_computed_once_and_counted_for_everyone(model: ModelWork) -> None:
+    shared, tokens = _work(_case("total", prompt=(1, 1), shared_prefix=2), model)
+    alone, same = _work(_case("total"), model)
+    assert tokens == same == 12
+    once = model.step([(0, 2)], 0).operations
+    assert alone[1] - shared[1] == once

@@ -1,4 +1,4 @@
-"""Checkpoints and workers, with the real transformers on a tiny model."""
+"""Checkpoints that the real transformers loads, and the whole script on a tiny model."""
 
 from __future__ import annotations
 
@@ -11,11 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.cases import Case, Request
 from harness.checkpoint import REFERENCE, ensure_checkpoint
 from harness.shapes import SHAPES
-from harness.systems import LoadOptions, Transformers
-from harness.worker import Worker, WorkerError, child_environment
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SHAPE = dataclasses.replace(SHAPES["tiny"], dtype="float32")
@@ -52,16 +49,6 @@ def test_transformers_finds_every_tensor_of_experts_and_latents(name: str, tmp_p
     assert held == shape.parameters + gates
 
 
-def test_transformers_caches_latents_whose_heads_are_larger(tmp_path: Path) -> None:
-    shape = dataclasses.replace(SHAPES["tiny-mla"], dtype="float32")
-    folder = ensure_checkpoint(tmp_path, shape)
-    system, requests = Transformers(), [Request([5, 6, 7], 2), Request([7, 8, 9], 2)]
-    system.load(LoadOptions(shape.model, str(folder), shape.dtype, shape.max_model_len, 0, 1))
-    assert system.cache_bytes(requests) == shape.kv_bytes_per_token == 2 * (64 + 32) * 4
-    # Two layers, two heads: keys of 64 + 32 and values of 64.
-    assert system.full_head_bytes(requests) == 2 * 2 * (96 + 64) * 4
-
-
 def test_the_tokenizer_round_trips(checkpoint: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -85,38 +72,6 @@ def test_a_complete_checkpoint_is_kept_and_a_partial_one_is_not(checkpoint: Path
     assert not (written / "stale").exists()
 
 
-def test_children_get_threads_and_may_cache_byte_code() -> None:
-    found = child_environment({"PYTHONDONTWRITEBYTECODE": "1", "HOME": "/home"}, 3)
-    assert found["OMP_NUM_THREADS"] == "3"
-    assert found["HOME"] == "/home"
-    assert "PYTHONDONTWRITEBYTECODE" not in found
-
-
-def test_errors_of_a_worker_reach_the_parent() -> None:
-    with Worker("machine", 1) as worker:
-        with pytest.raises(WorkerError, match="no system; known: npu-zoo, transformers"):
-            worker.run([Request([1], 1)])
-        with pytest.raises(WorkerError, match="unknown command 'fly'"):
-            worker.call("fly")
-        worker.process.kill()
-        with pytest.raises(WorkerError, match="ended with status -9"):
-            worker.call("peak_memory")
-
-
-@pytest.mark.long
-@pytest.mark.slow
-def test_static_batches_do_not_change_what_transformers_says(checkpoint: Path) -> None:
-    case = Case("x", "x", "total", 6, (3, 40), (1, 9))
-    requests = case.requests(SHAPE.num_tokens, 0)
-    with Worker("transformers", 1) as worker:
-        worker.load(LoadOptions(SHAPE.model, str(checkpoint), SHAPE.dtype, SHAPE.max_model_len, 0, 1))
-        alone, padded = worker.run(requests, 1), worker.run(requests, 4)
-        assert worker.call("peak_memory") > 100 * 2**20
-    assert alone.token_ids == padded.token_ids
-    assert alone.output_lengths == [request.max_tokens for request in requests]
-    assert worker.started < alone.start < alone.first_token <= alone.all_started <= alone.end < padded.start
-
-
 @pytest.mark.long
 def test_the_whole_script_on_a_tiny_model(tmp_path: Path) -> None:
     record_file = tmp_path / "record.json"
@@ -126,6 +81,7 @@ def test_the_whole_script_on_a_tiny_model(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "default"})
     assert done.returncode == 0, done.stderr
     record = json.loads(record_file.read_text())
-    assert [case["name"] for case in record["cases"]] == ["decode-8", "shared-prefix"]
-    assert record["correctness"]["equal"] == record["correctness"]["requests"]
+    assert record["kind"] == "bench compare"
+    assert [case["name"] for case in record["body"]["cases"]] == ["decode-8", "shared-prefix"]
+    assert record["body"]["correctness"]["equal"] == record["body"]["correctness"]["requests"]
     assert "decode, batch 8" in done.stdout
