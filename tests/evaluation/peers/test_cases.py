@@ -124,7 +124,7 @@ def test_the_longest_sequence_is_known_before_any_is_drawn() -> None:
 
 def test_cases_by_name() -> None:
     assert [case.name for case in named_cases("mixed, decode-1,mixed")] == ["mixed", "decode-1"]
-    with pytest.raises(UsageError, match="no case nosuch; there are decode-1"):
+    with pytest.raises(UsageError, match="no case 'nosuch'; there are decode-1"):
         named_cases("decode-1,nosuch")
 
 

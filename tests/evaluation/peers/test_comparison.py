@@ -1,135 +1,183 @@
-"""The comparison's own logic, with workers that only keep a diary."""
+"""Alternation, ratios and failures, with processes that only keep a diary."""
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import engine
 import pytest
-from harness.cases import CASES, Request
-from harness.shapes import SHAPES, Shape
-from harness.systems import LoadOptions
-from harness.timeline import Run
-from harness.worker import WorkerError
 
-Diary = list[tuple[str, list[Request]]]
-SECONDS = {"npu-zoo": 1.0, "transformers": 2.0}
+from npu_zoo.evaluation.peers import comparison
+from npu_zoo.evaluation.peers.cases import CATALOGUE, Case
+from npu_zoo.evaluation.peers.comparison import Comparison, Conditions, Step, cache_tokens
+from npu_zoo.evaluation.peers.engines import InstalledEngine
+from npu_zoo.evaluation.peers.process import PeerError
+from npu_zoo.evaluation.peers.result import CaseResult
+from npu_zoo.evaluation.peers.worker.driver import LoadOptions, Request
+from npu_zoo.evaluation.peers.worker.timeline import Run
+
+SECONDS = {"npu-zoo": 1.0, "transformers": 2.0, "vllm": 0.5}
+SHORT = Case("short", "short", "decode", 2, (4, 4), (5, 5))
 
 
-class FakeWorker:
-    """Answers as a worker of a system would that is as fast as :data:`SECONDS` says."""
+class FakeProcess:
+    """Answers as an engine would that is as fast as :data:`SECONDS` says; fails where ``script`` tells it to."""
 
-    diary: Diary = []  # noqa: RUF012
-    options: dict[str, LoadOptions] = {}  # noqa: RUF012
-    cached_tokens = 0
-    spoiled = ""
+    def __init__(self, engine: InstalledEngine, threads: int | None, cores: Sequence[int]) -> None:
+        self.name, self.started = engine.name, 100.0
 
-    def __init__(self, system: str, threads: int) -> None:
-        self.system, self.started = system, 100.0
+    diary: list[tuple[str, str, Any]]
+    fails_on: Callable[[str, str], bool]
+    cached_tokens: int
+    differing: str
 
-    def __enter__(self) -> FakeWorker:
+    def __enter__(self) -> FakeProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass
+        self.close()
+
+    def close(self, *, gently: bool = True) -> None:
+        self.diary.append((self.name, "close", None))
 
     def load(self, options: LoadOptions) -> None:
-        self.options[self.system] = options
-
-    def call(self, command: str, **_: Any) -> Any:
-        answers = {"checkpoint": "folder", "measure": {"bandwidth": 1e9, "matrix_peak": 1e9}, "peak_memory": 2**31}
-        sizes = {"cache_bytes": 2**10 * SECONDS.get(self.system, 0), "full_head_bytes": 2**13}
-        return {**answers, **sizes}[command]
+        self._do("load", options)
 
     def run(self, requests: list[Request], static_batch: int = 0) -> Run:
-        self.diary.append((self.system, requests))
-        seconds, lengths = SECONDS[self.system], [request.max_tokens for request in requests]
-        token_ids = [[int(self.system == self.spoiled)] * length for length in lengths]
-        cached = self.cached_tokens if self.system == "npu-zoo" else 0
+        self._do("run", requests)
+        seconds, lengths = SECONDS[self.name], [request.max_tokens for request in requests]
+        token_ids = [[0] * (length - 1) + [int(self.name == self.differing)] for length in lengths]
         moments = [100.0 + seconds * part for part in (0, 1, 1, 3)]
-        return Run(moments[0], moments[1], moments[2], len(lengths), moments[3], lengths, cached, token_ids)
+        return Run(moments[0], moments[1], moments[2], len(lengths), moments[3], lengths, self.cached_tokens, token_ids)
+
+    def peak_memory(self) -> int:
+        return 2**31
+
+    def cache_bytes(self, requests: list[Request]) -> float:
+        return SECONDS[self.name] * 2**10
+
+    def _do(self, what: str, given: Any) -> None:
+        self.diary.append((self.name, what, given))
+        if type(self).fails_on(self.name, what):
+            raise PeerError("out of memory")
+
+
+class Compare:
+    """Runs cases and keeps what was asked of the processes."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.process: type[FakeProcess] = type(
+            "Process",
+            (FakeProcess,),
+            {"diary": [], "fails_on": staticmethod(lambda *_: False), "cached_tokens": 0, "differing": ""},
+        )
+
+    def __call__(self, *cases: Case, rounds: int = 2, engines: Sequence[str] = tuple(SECONDS)) -> list[CaseResult]:
+        options = {name: LoadOptions("folder", "float32", 256, kv_cache_memory=7) for name in engines}
+        conditions = Conditions(rounds, 100, cache_per_token=10)
+        found = [InstalledEngine(name) for name in engines]
+        return list(Comparison(found, options, conditions, self.steps.append).run(cases))
+
+    def of(self, what: str) -> list[tuple[str, Any]]:
+        return [(name, given) for name, done, given in self.process.diary if done == what]
 
 
 @pytest.fixture
-def compare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
-    """Runs cases of the tiny shape; returns what was saved, one record per time of saving."""
-    monkeypatch.setattr(FakeWorker, "diary", [])
-    monkeypatch.setattr(engine, "Worker", FakeWorker)
-
-    def run(*names: str, rounds: int = 2, shape: Shape = SHAPES["tiny"]) -> list[dict[str, Any]]:
-        saved: list[dict[str, Any]] = []
-        options = argparse.Namespace(threads=1, rounds=rounds, workdir=tmp_path, experts="eager")
-        comparison = engine.Comparison(shape, options, lambda record: saved.append(json.loads(json.dumps(record))))
-        comparison.run([CASES[name].scaled(shape.divisor) for name in names])
-        return saved
-
-    return run
+def compare(monkeypatch: pytest.MonkeyPatch) -> Compare:
+    found = Compare()
+    monkeypatch.setattr(comparison, "PeerProcess", found.process)
+    return found
 
 
-def test_both_run_the_same_requests_in_changing_order(compare: Callable[..., Any]) -> None:
-    compare("decode-8", rounds=3)
-    measured = FakeWorker.diary[4:]
-    own, peer = "npu-zoo", "transformers"
-    assert [name for name, _ in FakeWorker.diary[2:4]] == [own, peer]
-    assert [name for name, _ in measured] == [own, peer, peer, own, own, peer]
-    for (_, first), (_, second) in zip(measured[::2], measured[1::2], strict=True):
-        assert first == second
-    assert measured[0][1] != measured[2][1]
+def test_all_run_the_same_requests_in_changing_order(compare: Compare) -> None:
+    compare(SHORT, rounds=3)
+    runs = compare.of("run")
+    a, b, c = SECONDS
+    assert [name for name, _ in runs] == [a, b, c, *(a, b, c), *(b, c, a), *(c, a, b)]
+    rounds = [[given for _, given in runs[start : start + 3]] for start in (3, 6, 9)]
+    assert all(first == second == third for first, second, third in rounds)
+    assert rounds[0][0] != rounds[1][0]
 
 
-def test_the_record_is_saved_after_every_case(compare: Callable[..., Any]) -> None:
-    saved = compare("decode-1", "start", "mixed")
-    assert [len(record["cases"]) for record in saved] == [1, 2, 3, 3]
-    assert len(saved[-1]["measurements"]) == 2
+def test_two_take_turns_at_being_first(compare: Compare) -> None:
+    compare(SHORT, rounds=2, engines=("npu-zoo", "vllm"))
+    assert [name for name, _ in compare.of("run")][2:] == ["npu-zoo", "vllm", "vllm", "npu-zoo"]
+
+
+def test_engines_stay_loaded_over_cases_and_are_closed_at_the_end(compare: Compare) -> None:
+    compare(SHORT, CATALOGUE["decode-1"])
+    assert [name for name, _ in compare.of("load")] == list(SECONDS)
+    assert sorted(name for name, _ in compare.of("close")) == sorted(SECONDS)
+    assert compare.process.diary[-1][1] == "close"
+
+
+def test_engines_are_closed_where_the_caller_leaves_early(compare: Compare) -> None:
+    options = {"vllm": LoadOptions("folder", "float32", 256)}
+    results = Comparison([InstalledEngine("vllm")], options, Conditions(1, 100)).run([SHORT, SHORT])
+    next(results)
+    assert compare.of("close") == []
+    results.close()
+    assert len(compare.of("close")) == 1
+
+
+def test_figures_and_ratios(compare: Compare) -> None:
+    (result,) = compare(SHORT)
+    # Eight tokens after the first ones, in two of each engine's seconds.
+    assert result.rounds == [{"npu-zoo": 4.0, "transformers": 2.0, "vllm": 8.0}] * 2
+    assert result.ratios("transformers", "npu-zoo") == [2.0, 2.0]
+    assert result.ratios("vllm", "npu-zoo") == [0.5, 0.5]
+    assert "token_ids" not in result.runs[0]["vllm"]
+    assert (result.runs[0]["vllm"]["start"], result.runs[0]["vllm"]["end"]) == (0.0, 1.5)
 
 
 @pytest.mark.parametrize(
-    ("name", "own", "peer"),
-    [("decode-1", 3 / 2, 3 / 4), ("prefill-8x512", 256.0, 128.0), ("start", 1.0, 2.0), ("memory", 2.0, 2.0)],
+    ("name", "figure", "ratio"), [("start", 2.0, 2.0), ("memory", 2.0, 1.0), ("cache", 2.0, 2.0)]
 )
-def test_samples(name: str, own: float, peer: float, compare: Callable[..., Any]) -> None:
-    rounds = compare(name)[-1]["cases"][0]["rounds"]
-    assert [(sample["npu-zoo"], sample["transformers"]) for sample in rounds] == [(own, peer)] * 2
+def test_fresh_processes_where_less_is_better(name: str, figure: float, ratio: float, compare: Compare) -> None:
+    (result,) = compare(CATALOGUE[name], engines=("npu-zoo", "transformers"))
+    assert {sample["transformers"] for sample in result.rounds} == {figure}
+    assert set(result.ratios("transformers", "npu-zoo")) == {ratio}
+    assert len(compare.of("load")) == len(compare.of("close")) == compare.steps[-1].total
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-mla"])
-def test_cache_sizes_are_taken_once_and_full_heads_only_of_latents(name: str, compare: Callable[..., Any]) -> None:
-    full = {"full heads": 8.0} if SHAPES[name].latent else {}
-    case = compare("cache", rounds=3, shape=SHAPES[name])[-1]["cases"][0]
-    assert case["rounds"] == [{"npu-zoo": 1.0, "transformers": 2.0, **full}]
-    assert not case["higher_is_better"]
+def test_the_memory_case_caches_no_more_than_its_work_needs(compare: Compare) -> None:
+    compare(CATALOGUE["memory"], rounds=1, engines=("npu-zoo",))
+    (_, requests), (_, options) = compare.of("run")[0], compare.of("load")[0]
+    assert options.kv_cache_memory == 10 * cache_tokens(requests)
+    assert cache_tokens(requests) > sum(len(request.prompt) + request.max_tokens for request in requests)
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-moe"])
-def test_the_record_names_the_peers_experts(name: str, compare: Callable[..., Any]) -> None:
-    record = compare("decode-1", shape=SHAPES[name])[-1]
-    assert record["experts_implementation"] == ("eager" if SHAPES[name].experts else None)
+def test_an_engine_that_fails_in_a_case_is_out_of_it_alone(compare: Compare) -> None:
+    runs = iter(range(100))
+    compare.process.fails_on = staticmethod(  # type: ignore[method-assign]
+        lambda name, what: name == "vllm" and what == "run" and next(runs) == 2
+    )
+    first, second = compare(SHORT, CATALOGUE["decode-1"], rounds=3)
+    assert first.failures == {"vllm": "round 2: out of memory"}
+    assert [("vllm" in sample, "npu-zoo" in sample) for sample in first.rounds] == [(True, True), *[(False, True)] * 2]
+    assert len(first.ratios("vllm", "npu-zoo")) == 1
+    assert second.failures == {}
+    assert [name for name, _ in compare.of("load")].count("vllm") == 2
+    assert compare.steps[-1].done == compare.steps[-1].total
 
 
-def test_a_case_that_hits_the_prefix_cache_is_refused(
-    compare: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(FakeWorker, "cached_tokens", 16)
-    compare("shared-prefix")
-    with pytest.raises(WorkerError, match="16 tokens of decode-1 from its prefix cache"):
-        compare("decode-1")
+def test_an_engine_that_cannot_load_is_tried_once(compare: Compare) -> None:
+    compare.process.fails_on = staticmethod(lambda name, what: (name, what) == ("vllm", "load"))  # type: ignore[method-assign]
+    results = compare(SHORT, CATALOGUE["decode-1"])
+    assert [result.failures for result in results] == [{"vllm": "warm-up: out of memory"}] * 2
+    assert [name for name, _ in compare.of("load")].count("vllm") == 1
 
 
-def test_differing_greedy_tokens_end_the_benchmark(
-    compare: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(FakeWorker, "spoiled", "npu-zoo")
-    with pytest.raises(WorkerError, match="differ in 8 of 8 requests"):
-        compare("decode-1")
+def test_a_case_that_hits_a_prefix_cache_is_refused_unless_sharing_is_its_point(compare: Compare) -> None:
+    compare.process.cached_tokens = 16
+    new, shared = compare(SHORT, CATALOGUE["shared-prefix"], engines=("npu-zoo",))
+    assert "took 16 tokens of new prompts from its prefix cache" in new.failures["npu-zoo"]
+    assert shared.failures == {}
 
 
-def test_the_memory_case_caches_no_more_than_its_work_needs(compare: Callable[..., Any]) -> None:
-    compare("memory")
-    requests, options = FakeWorker.diary[-1][1], FakeWorker.options["npu-zoo"]
-    tokens = sum(len(request.prompt) + request.max_tokens for request in requests)
-    per_token = SHAPES["tiny"].kv_bytes_per_token
-    assert tokens * per_token < options.kv_cache_memory < SHAPES["tiny"].kv_cache_memory
+def test_greedy_tokens_are_compared_with_the_first_engine_s(compare: Compare) -> None:
+    compare.process.differing = "transformers"
+    (result,) = compare(SHORT)
+    assert result.agreement["vllm"].first_difference is None
+    assert (result.agreement["transformers"].first_difference, result.agreement["transformers"].tokens) == (4, 5)

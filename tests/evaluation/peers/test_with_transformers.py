@@ -1,0 +1,131 @@
+"""npu-zoo beside the real transformers on a tiny checkpoint: in this process, and by the command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from npu_zoo.cli.app import run_app
+from npu_zoo.core.config import EngineArgs
+from npu_zoo.core.errors import ConfigError, UsageError
+from npu_zoo.dispatch import resolve
+from npu_zoo.evaluation.machine import describe_machine
+from npu_zoo.evaluation.peers import session
+from npu_zoo.evaluation.peers.cases import CATALOGUE, Case
+from npu_zoo.evaluation.peers.engines import InstalledEngine
+from npu_zoo.evaluation.peers.preparation import fitting_cases, load_options, ordinary_tokens, usable_cores
+from npu_zoo.evaluation.peers.result import ComparisonBody
+from npu_zoo.evaluation.peers.worker.driver import make_driver
+from npu_zoo.evaluation.record import Machine, read_record
+from npu_zoo.evaluation.work import ModelWork
+from npu_zoo.testing import write_tiny_checkpoint
+
+MODEL = "deepseek_coder:custom"
+CASE = Case("short", "short", "total", 5, (3, 40), (2, 9), static_batch=2)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", "deepseek_coder")
+
+
+@pytest.fixture(scope="module")
+def args(checkpoint: Path) -> EngineArgs:
+    return EngineArgs(model=MODEL, weights=str(checkpoint), dtype="float32", hardware="cpu", threads=1)
+
+
+def test_both_drivers_give_the_same_tokens_in_any_batches(args: EngineArgs) -> None:
+    config = resolve(args)
+    engines = [InstalledEngine("npu-zoo"), InstalledEngine("transformers")]
+    options = load_options(engines, args, config, [CASE])
+    requests = CASE.requests(ordinary_tokens(config), 0)
+    own, other = (make_driver(engine.name) for engine in engines)
+    own.load(options["npu-zoo"])
+    other.load(options["transformers"])
+    runs = [own.run(requests), other.run(requests, 1), other.run(requests, CASE.static_batch)]
+    assert runs[0].token_ids == runs[1].token_ids == runs[2].token_ids
+    for run in runs:
+        assert run.output_lengths == [request.max_tokens for request in requests]
+        assert run.start < run.first_token <= run.all_started <= run.end
+    alike = [requests[0], requests[0]]
+    assert other.cache_bytes(alike) == ModelWork.of(config).cache_per_token
+    assert own.cache_bytes(alike) >= ModelWork.of(config).cache_per_token
+
+
+def test_cases_that_do_not_fit_are_left_out(args: EngineArgs) -> None:
+    config = resolve(args.model_copy(update={"max_model_len": 200}))
+    kept, skipped = fitting_cases([CATALOGUE["decode-1"], CATALOGUE["mixed"]], config)
+    assert [case.name for case in kept] == ["decode-1"]
+    assert skipped == {"mixed": "needs 640 tokens, and the model takes 200"}
+    with pytest.raises(UsageError, match="no case fits: mixed needs 640 tokens"):
+        fitting_cases([CATALOGUE["mixed"]], config)
+
+
+def test_prompts_hold_no_special_tokens(args: EngineArgs, checkpoint: Path) -> None:
+    config = resolve(args)
+    described = json.loads((checkpoint / "tokenizer.json").read_text())
+    added = {token["id"] for token in described["added_tokens"]}
+    assert added
+    assert ordinary_tokens(config) <= min(added)
+
+
+def test_llama_cpp_wants_a_gguf_file(args: EngineArgs, tmp_path: Path) -> None:
+    config, engines = resolve(args), [InstalledEngine("llama.cpp")]
+    file = tmp_path / "model.gguf"
+    for given, told in ((None, "give --gguf FILE"), (file, "cannot be read")):
+        with pytest.raises(ConfigError, match=told):
+            load_options(engines, args, config, [CASE], gguf=given)
+    file.write_bytes(b"safe")
+    with pytest.raises(ConfigError, match="is no GGUF file"):
+        load_options(engines, args, config, [CASE], gguf=file)
+    file.write_bytes(b"GGUF and more")
+    assert load_options(engines, args, config, [CASE], gguf=file)["llama.cpp"].weights == str(file)
+
+
+def test_more_threads_than_cores_are_refused() -> None:
+    with pytest.raises(UsageError, match="--threads 4096: only"):
+        usable_cores(4096)
+
+
+def _measured(*_: Any, **__: Any) -> Machine:
+    return describe_machine(threads=1).model_copy(update={"bandwidth": 1e10, "peak": 1e11})
+
+
+def test_the_command_compares_and_keeps_a_record(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(session, "measure_apart", _measured)
+    file = tmp_path / "record.json"
+    command = ["bench", "compare", "--model", MODEL, "--weights", str(checkpoint), "--hardware", "cpu"]
+    command += ["--dtype", "float32", "--threads", "1", "--engines", "npu-zoo,transformers", "--rounds", "1"]
+    assert run_app([*command, "--cases", "decode-1,prefill-1x2048", "--max-model-len", "512", "--json", str(file)]) == 0
+    out, err = capfd.readouterr()
+    assert "decode, batch 1" in out
+    assert "prefill-1x2048 is left out: it needs 2,049 tokens" in out
+    assert "greedy tokens of transformers are npu-zoo's in 1 of 1 cases' first requests" in out
+    assert "4/4 decode, batch 1, round 1: transformers; 0 s left" in err
+    record = read_record(file, "bench compare")
+    body = ComparisonBody.model_validate(record.body)
+    (case,) = body.cases
+    assert set(case.rounds[0]) == {"npu-zoo", "transformers"}
+    run = case.runs[0]["npu-zoo"]
+    rate = (sum(run["output_lengths"]) - run["tokens_at_all_started"]) / (run["end"] - run["all_started"])
+    assert case.rounds[0]["npu-zoo"] == pytest.approx(rate)
+    assert record.figures["decode-1 npu-zoo tokens/s"] == pytest.approx(rate)
+    assert record.model is not None
+    assert record.model.name == MODEL
+    assert record.machine is not None
+    assert case.floor is not None
+    assert case.work is not None
+    assert case.floor == pytest.approx(case.work.tokens / (case.work.bytes / 1e10))
+
+
+def test_a_file_of_another_kind_is_kept(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text("{}")
+    assert run_app(["bench", "compare", "--model", MODEL, "--weights", str(checkpoint), "--json", str(file)]) == 2
+    assert "is no record" in capsys.readouterr().err
+    assert file.read_text() == "{}"
