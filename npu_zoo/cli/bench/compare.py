@@ -104,7 +104,7 @@ def _reported(session: Session) -> Iterator[None]:
 def _measured(session: Session) -> Iterator[str]:
     machine = session.machine
     if machine and machine.bandwidth and machine.peak:
-        threads = f" with {machine.threads} threads" if machine.threads else ""
+        threads = f" with --threads {machine.threads}" if machine.threads else ""
         yield (
             f"the machine reads {machine.bandwidth / 1e9:.0f} GB/s and computes {machine.peak / 1e9:,.0f} GFLOP/s in "
             f"{session.config.dtype}{threads}, measured before the first case"

@@ -131,9 +131,7 @@ def test_figures_and_ratios(compare: Compare) -> None:
     assert (result.runs[0]["vllm"]["start"], result.runs[0]["vllm"]["end"]) == (0.0, 1.5)
 
 
-@pytest.mark.parametrize(
-    ("name", "figure", "ratio"), [("start", 2.0, 2.0), ("memory", 2.0, 1.0), ("cache", 2.0, 2.0)]
-)
+@pytest.mark.parametrize(("name", "figure", "ratio"), [("start", 2.0, 2.0), ("memory", 2.0, 1.0), ("cache", 2.0, 2.0)])
 def test_fresh_processes_where_less_is_better(name: str, figure: float, ratio: float, compare: Compare) -> None:
     (result,) = compare(CATALOGUE[name], engines=("npu-zoo", "transformers"))
     assert {sample["transformers"] for sample in result.rounds} == {figure}

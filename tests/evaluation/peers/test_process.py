@@ -57,7 +57,9 @@ def test_the_end_of_a_process_is_said_with_its_last_words(process: PeerProcess) 
     with pytest.raises(PeerError, match="no room"):
         process.load(LoadOptions("x", "float32", 8))
     os.kill(process.process.pid, signal.SIGKILL)
-    with pytest.raises(PeerError, match=r"ended by signal 9 \(as when memory runs out\) in 'run'; it last said: .*last"):
+    with pytest.raises(
+        PeerError, match=r"ended by signal 9 \(as when memory runs out\) in 'run'; it last said: .*last"
+    ):
         process.run([Request([1], 1)])
 
 

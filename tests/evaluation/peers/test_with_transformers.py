@@ -1,4 +1,4 @@
-"""npu-zoo beside the real transformers on a tiny checkpoint: in this process, and by the command."""
+"""npu-zoo beside the real transformers on the demo checkpoint: in this process, and by the command."""
 
 from __future__ import annotations
 
@@ -21,20 +21,14 @@ from npu_zoo.evaluation.peers.result import ComparisonBody
 from npu_zoo.evaluation.peers.worker.driver import make_driver
 from npu_zoo.evaluation.record import Machine, read_record
 from npu_zoo.evaluation.work import ModelWork
-from npu_zoo.testing import write_tiny_checkpoint
 
-MODEL = "deepseek_coder:custom"
+MODEL = "deepseek_coder"
 CASE = Case("short", "short", "total", 5, (3, 40), (2, 9), static_batch=2)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", "deepseek_coder")
-
-
-@pytest.fixture(scope="module")
-def args(checkpoint: Path) -> EngineArgs:
-    return EngineArgs(model=MODEL, weights=str(checkpoint), dtype="float32", hardware="cpu", threads=1)
+def args() -> EngineArgs:
+    return EngineArgs(model=MODEL, dtype="float32", hardware="cpu", threads=1)
 
 
 def test_both_drivers_give_the_same_tokens_in_any_batches(args: EngineArgs) -> None:
@@ -64,9 +58,9 @@ def test_cases_that_do_not_fit_are_left_out(args: EngineArgs) -> None:
         fitting_cases([CATALOGUE["mixed"]], config)
 
 
-def test_prompts_hold_no_special_tokens(args: EngineArgs, checkpoint: Path) -> None:
+def test_prompts_hold_no_special_tokens(args: EngineArgs) -> None:
     config = resolve(args)
-    described = json.loads((checkpoint / "tokenizer.json").read_text())
+    described = json.loads((Path(config.weights) / "tokenizer.json").read_text())
     added = {token["id"] for token in described["added_tokens"]}
     assert added
     assert ordinary_tokens(config) <= min(added)
@@ -95,11 +89,11 @@ def _measured(*_: Any, **__: Any) -> Machine:
 
 
 def test_the_command_compares_and_keeps_a_record(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(session, "measure_apart", _measured)
     file = tmp_path / "record.json"
-    command = ["bench", "compare", "--model", MODEL, "--weights", str(checkpoint), "--hardware", "cpu"]
+    command = ["bench", "compare", "--model", MODEL, "--hardware", "cpu"]
     command += ["--dtype", "float32", "--threads", "1", "--engines", "npu-zoo,transformers", "--rounds", "1"]
     assert run_app([*command, "--cases", "decode-1,prefill-1x2048", "--max-model-len", "512", "--json", str(file)]) == 0
     out, err = capfd.readouterr()
@@ -116,16 +110,16 @@ def test_the_command_compares_and_keeps_a_record(
     assert case.rounds[0]["npu-zoo"] == pytest.approx(rate)
     assert record.figures["decode-1 npu-zoo tokens/s"] == pytest.approx(rate)
     assert record.model is not None
-    assert record.model.name == MODEL
+    assert record.model.family == MODEL
     assert record.machine is not None
     assert case.floor is not None
     assert case.work is not None
     assert case.floor == pytest.approx(case.work.tokens / (case.work.bytes / 1e10))
 
 
-def test_a_file_of_another_kind_is_kept(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_of_another_kind_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "mine.json"
     file.write_text("{}")
-    assert run_app(["bench", "compare", "--model", MODEL, "--weights", str(checkpoint), "--json", str(file)]) == 2
+    assert run_app(["bench", "compare", "--model", MODEL, "--json", str(file)]) == 2
     assert "is no record" in capsys.readouterr().err
     assert file.read_text() == "{}"
