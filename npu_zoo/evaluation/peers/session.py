@@ -26,8 +26,9 @@ from npu_zoo.evaluation.peers.preparation import (
 )
 from npu_zoo.evaluation.peers.result import CaseResult, ComparisonBody, EngineEntry
 from npu_zoo.evaluation.peers.worker.driver import LoadOptions
-from npu_zoo.evaluation.record import Machine, ModelUnderTest, ResultRecord, is_simulated
+from npu_zoo.evaluation.record import Machine, ModelUnderTest, ResultRecord
 from npu_zoo.evaluation.work import ModelWork
+from npu_zoo.platforms.detection import is_simulated
 
 
 def checked_request(args: EngineArgs) -> tuple[EngineArgs, EngineConfig]:
@@ -39,7 +40,7 @@ def checked_request(args: EngineArgs) -> tuple[EngineArgs, EngineConfig]:
     """
     args = args.model_copy(update={"threads": args.threads or len(os.sched_getaffinity(0))})
     config = resolve(args)
-    if is_simulated(config):
+    if is_simulated(config.device):
         raise UsageError("a simulated device has no speed to compare; unset NPU_ZOO_SIMULATE, or give --hardware cpu")
     return args, config
 
