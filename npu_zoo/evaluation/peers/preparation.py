@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +135,9 @@ def measure_apart(config: EngineConfig, cores: Sequence[int], *, divisor: int = 
     Args:
         divisor: see :func:`npu_zoo.evaluation.machine.measure_machine`.
     """
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
     context = multiprocessing.get_context("spawn")
     usable = os.sched_getaffinity(0)
     with ProcessPoolExecutor(
