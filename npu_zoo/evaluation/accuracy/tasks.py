@@ -77,13 +77,17 @@ class Logits(Protocol):
     """Where logits go.
 
     Attributes:
-        positions: how many a sample may have at most.
+        positions: how many of one request are kept at most.
     """
 
     positions: int
 
-    def put(self, task: str, sample_id: str, logits: numpy.ndarray[Any, Any]) -> None:
-        """Keep a sample's logits; [positions, vocab_size], float32. A second call for it appends positions."""
+    def put(self, task: str, sample_id: str, logits: numpy.ndarray[Any, Any], part: int = 0) -> None:
+        """Keep logits of a sample; [positions, vocab_size], float32.
+
+        Args:
+            part: which of the sample's requests they are of; a sample's parts are put together in this order.
+        """
 
 
 @dataclass(frozen=True)
