@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
@@ -25,6 +25,13 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
     from npu_zoo.engine.llm import LLM
+
+
+class Window(NamedTuple):
+    """A part of a text: the log-probability of its tokens, and how many these are."""
+
+    logprob: float
+    tokens: int
 
 
 class EngineLM(TemplateLM):  # type: ignore[misc]
@@ -118,25 +125,25 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probabilities of whole texts, in windows that do not overlap in what they predict."""
         texts = [self.tok_encode(request.args[0]) for request in requests]
-        return self.score_texts(texts, [self._sink(request) for request in requests])
+        scored = self.score_texts(texts, [self._sink(request) for request in requests])
+        return [sum((window.logprob for window in windows), 0.0) for windows in scored]
 
     def score_texts(
         self, texts: Sequence[Sequence[int]], sinks: Sequence[LogitSink | None] | None = None
-    ) -> list[float]:
-        """The log-probabilities of texts as token ids, each after the prefix token; 0 for one without tokens.
+    ) -> list[list[Window]]:
+        """The log-probabilities of texts as token ids, each after the prefix token, window by window.
 
         Args:
             sinks: where the logits of each text's first window go.
         """
         windows = [self._windows(text) for text in texts]
-        sinks = sinks or [None] * len(texts)
         questions = [
-            Score(context, predicted, sink if first == 0 else None)
-            for text, sink in zip(windows, sinks, strict=True)
-            for first, (context, predicted) in enumerate(text)
+            Score(context, predicted, sink if number == 0 else None)
+            for text, sink in zip(windows, sinks or [None] * len(texts), strict=True)
+            for number, (context, predicted) in enumerate(text)
         ]
         scores = iter(cast("list[list[float]]", self._ask("rolling loglikelihood", questions)))
-        return [sum(next(scores)[0] for _ in text) for text in windows]
+        return [[Window(next(scores)[0], len(predicted)) for _, predicted in text] for text in windows]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Texts that follow prompts, up to stop strings.
@@ -159,8 +166,6 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         asked = sorted((question for question in questions if question), key=lambda question: question.tokens)
         answers = dict(zip([question.key for question in asked], self._ask("loglikelihood", asked), strict=True))
         scores = [answers[question.key] if question else (0.0, True) for question in questions]
-        for (texts, _, _), score in zip(requests, scores, strict=True):
-            self.cache_hook.add_partial("loglikelihood", texts, tuple(score))
         return [(score, bool(is_greedy)) for score, is_greedy in scores]
 
     def _score(self, context: list[int], continuation: list[int], sink: LogitSink | None) -> Score | None:
@@ -200,11 +205,11 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
 
     def _fitting(self, prompt: list[int], max_tokens: int) -> list[int]:
         """The end of a prompt that leaves room for an answer."""
-        room = self._encoder.max_model_len - max_tokens
+        room = self.max_length - max_tokens
         if room < 1:
             raise PromptLengthError(
                 f"a task asks for answers of {max_tokens} tokens, and prompt and answer together may have "
-                f"{self._encoder.max_model_len}; raise --max-model-len"
+                f"{self.max_length}; raise --max-model-len"
             )
         self.truncated += len(prompt) > room
         return prompt[-room:]

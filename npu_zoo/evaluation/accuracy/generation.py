@@ -50,7 +50,7 @@ def _temperature(kwargs: Mapping[str, Any]) -> float:
     """Transformers draws at temperature 1 where a task says ``do_sample`` and nothing of a temperature."""
     if not kwargs["do_sample"]:
         return 0.0
-    return float(kwargs.get("temperature") or 1.0)
+    return float(kwargs.get("temperature", 1.0))
 
 
 def _refuse_unknown(gen_kwargs: Mapping[str, Any]) -> None:
