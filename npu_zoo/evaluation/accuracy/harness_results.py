@@ -1,0 +1,114 @@
+"""What the harness returns, as our results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import JsonValue
+
+from npu_zoo.evaluation.accuracy.tasks import Metric, TaskResult
+
+_RIGHT = ("acc", "exact_match", "em")
+"""Metrics that say of a sample whether it is right, in the order in which they are looked for."""
+
+
+def task_results(found: Mapping[str, Any], *, notes: Sequence[str], data: Mapping[str, JsonValue]) -> list[TaskResult]:
+    """A result per task and group, tasks first.
+
+    Args:
+        found: what ``lm_eval.evaluator.evaluate`` returned.
+    """
+    samples = found.get("samples", {})
+    counts = {name: int(count["effective"]) for name, count in found.get("n-samples", {}).items()}
+    groups = [name for name in found.get("groups", {}) if name not in counts]
+    results = [
+        TaskResult(
+            task=name,
+            metrics=_metrics(found["results"][name], counts[name]),
+            samples=list(_samples(name, samples.get(name, ()))),
+            notes=list(notes),
+            data={**data, "version": found.get("versions", {}).get(name), "num_fewshot": found["n-shot"].get(name)},
+        )
+        for name in counts
+    ]
+    whole = sum(counts.values())
+    return results + [TaskResult(task=n, metrics=_metrics(found["groups"][n], whole), samples=[]) for n in groups]
+
+
+def _metrics(figures: Mapping[str, Any], samples: int) -> dict[str, Metric]:
+    """Figures by metric; the harness names them ``metric,filter``, and their errors ``metric_stderr,filter``."""
+    metrics = {}
+    for name, value in figures.items():
+        metric, comma, kind = name.partition(",")
+        if comma and not metric.endswith("_stderr") and isinstance(value, (int, float)):
+            error = figures.get(f"{metric}_stderr,{kind}")
+            known = float(error) if isinstance(error, (int, float)) and not math.isnan(error) else None
+            shown = metric if kind == "none" else name
+            metrics[shown] = Metric(value=float(value), stderr=known, samples=samples)
+    return metrics
+
+
+def _samples(task: str, samples: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, JsonValue]]:
+    first = samples[0]["filter"] if samples else ""
+    for sample in sorted(samples, key=lambda sample: int(sample["doc_id"])):
+        number, kind = str(sample["doc_id"]), sample["filter"]
+        named: dict[str, JsonValue] = {"task": task, "id": number if kind == first else f"{number}:{kind}"}
+        figures = {name: _plain(sample[name]) for name in sample.get("metrics", ()) if name in sample}
+        yield {
+            **named,
+            "prompt_hash": sample["prompt_hash"],
+            "answer": _answer(sample),
+            "target": _plain(sample["target"]),
+            **_right(figures),
+            **figures,
+            **_scores(sample),
+        }
+
+
+def _right(figures: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    value = next((figures[name] for name in _RIGHT if name in figures), None)
+    return {"correct": bool(value)} if value in (0, 1) else {}
+
+
+def _answer(sample: Mapping[str, Any]) -> JsonValue:
+    """The text of the most likely choice, or what was generated; None for texts that are only scored."""
+    scores = _choices(sample)
+    if scores:
+        best = max(range(len(scores)), key=lambda i: scores[i])
+        return str(_arguments(sample)[best][1]).strip()
+    answer = sample["filtered_resps"][0]
+    return answer if isinstance(answer, str) else None if isinstance(answer, (int, float, tuple)) else _plain(answer)
+
+
+def _scores(sample: Mapping[str, Any]) -> dict[str, JsonValue]:
+    scores = _choices(sample)
+    return {"loglikelihoods": list(scores)} if scores else {}
+
+
+def _choices(sample: Mapping[str, Any]) -> list[float]:
+    """Log-probabilities of what was scored; empty where something was generated."""
+    answers = sample["filtered_resps"]
+    scored = all(isinstance(answer, (list, tuple)) and len(answer) == 2 for answer in answers)
+    return [float(answer[0]) for answer in answers] if scored and len(_arguments(sample)) == len(answers) else []
+
+
+def _arguments(sample: Mapping[str, Any]) -> list[Sequence[Any]]:
+    """Each request's arguments, which the harness keeps as a list or by number."""
+    arguments = sample["arguments"]
+    return list(arguments.values()) if isinstance(arguments, Mapping) else list(arguments)
+
+
+def _plain(value: Any) -> JsonValue:
+    """A value as JSON has it; anything else as text."""
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    item = getattr(value, "item", None)  # a scalar of NumPy's
+    return _plain(item()) if callable(item) else str(value)
