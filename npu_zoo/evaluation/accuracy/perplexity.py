@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _ROWS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 _TEXTS = (".txt", ".md", ".py", *_ROWS)
+_LARGEST = 700.0  # whose exponential a float still holds
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class Perplexity(EvalTask):
 def perplexities(documents: Sequence[Document], scored: Sequence[Sequence[Window]]) -> dict[str, Metric]:
     """The figures over all texts, weighted by their length.
 
-    The standard error is that of a ratio of sums over texts, or over windows where there is one text alone.
+    One that no float can hold, as words of a text without spaces may have it, is left out. The standard error is that
+    of a ratio of sums over texts, or over windows where there is one text alone.
     """
     windows = [window for text in scored for window in text]
     texts = [(sum(w.logprob for w in text), sum(w.tokens for w in text)) for text in scored]
@@ -86,6 +88,7 @@ def perplexities(documents: Sequence[Document], scored: Sequence[Sequence[Window
     found = {
         f"{unit}_perplexity": _exponential(-logprob / count, error and error * tokens / count, len(documents))
         for unit, count in counts.items()
+        if -logprob / count < _LARGEST
     }
     bits = tokens / counts["byte"] / math.log(2)
     per_byte = Metric(value=-logprob / tokens * bits, stderr=error and error * bits, samples=len(documents))
@@ -106,7 +109,7 @@ def ratio_error(parts: Sequence[tuple[float, int]]) -> float | None:
 
 
 def _exponential(mean: float, error: float | None, samples: int) -> Metric:
-    value = math.exp(mean) if mean < 700 else math.inf
+    value = math.exp(mean)
     return Metric(value=value, stderr=None if error is None else value * error, samples=samples)
 
 
@@ -150,11 +153,11 @@ def _read(file: Path, *, alone: bool) -> list[Document]:
         return [Document(file.name, text)] if text.strip() else []
     documents = []
     for number, row in enumerate(read_rows(file)):
-        text = row.get("text")
-        if not isinstance(text, str):
+        body = row.get("text")
+        if not isinstance(body, str):
             raise UsageError(f'{file}, row {number + 1}: no text; each row has one under "text"')
-        if text.strip():
-            documents.append(Document(str(number) if alone else f"{file.name}:{number}", text))
+        if body.strip():
+            documents.append(Document(str(number) if alone else f"{file.name}:{number}", body))
     return documents
 
 

@@ -51,6 +51,11 @@ class ResponseFile(AbstractContextManager["ResponseFile"]):
     def __exit__(self, *exc_info: object) -> None:
         self._file.close()
 
+    @property
+    def count(self) -> int:
+        """How many answers there are."""
+        return len(self._answers)
+
     def get(self, key: str) -> JsonValue:
         """The answer to a request; None where there is none yet."""
         return self._answers.get(_digest(key))
