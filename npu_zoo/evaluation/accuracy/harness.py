@@ -62,6 +62,7 @@ class HarnessTask:
             self._loaded = self._load(manager, overrides)
             for task in self._loaded["tasks"].values():
                 _set_fewshot(task, options.num_fewshot)
+                _require_examples(task)
 
     def run(self, llm: LLM, options: TaskOptions, progress: Progress) -> list[TaskResult]:
         """Run all samples; a group gives the results of its tasks and its own."""
@@ -73,7 +74,7 @@ class HarnessTask:
             progress(f"{self.name}, {stage}", done, total)
 
         lm = EngineLM(llm, progress=tell, responses=options.responses, logits=options.logits, seed=options.seed)
-        with _quiet():
+        with _quiet(), _naming(self.name):
             _seed_everything()
             found = evaluate(
                 lm=lm,
@@ -258,6 +259,33 @@ def _set_fewshot(task: Any, num_fewshot: int | None) -> None:
     elif own is None:
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=_SEED)
+
+
+def _require_examples(task: Any) -> None:
+    """Refuse more examples before a question than there are."""
+    asked = int(task.get_config("num_fewshot") or 0)
+    if not asked:
+        return
+    there = len(list(task.fewshot_docs()))
+    own = task.fewshot_cfg.split is not None and task.fewshot_cfg.split == task.get_config("test_split")
+    if asked > there - own:
+        raise UsageError(
+            f"task {task.config.task} puts {asked} examples before each question, and its data set has "
+            f"{there - own} to take them from; give --num-fewshot"
+        )
+
+
+@contextlib.contextmanager
+def _naming(task: str) -> Iterator[None]:
+    """Say which task failed in the harness's own code."""
+    try:
+        yield
+    except NpuZooError:
+        raise
+    except Exception as error:
+        raise NpuZooError(
+            f"task {task} failed in the harness: {type(error).__name__}: {error} (`npu-zoo --debug …` shows where)"
+        ) from error
 
 
 def _seed_everything() -> None:

@@ -69,6 +69,9 @@ class Perplexity(EvalTask):
             task=self.name,
             metrics=perplexities(documents, scored),
             samples=[_sample(*found) for found in zip(documents, scored, strict=True)],
+            notes=["--num-fewshot changes nothing in perplexity: there are no questions"]
+            if options.num_fewshot
+            else [],
             data=_data(options.data),
         )
 
@@ -138,8 +141,6 @@ def _documents(options: TaskOptions) -> list[Document]:
             "task perplexity reads its texts from files: give --data with a text file, JSON lines with a text each, "
             "or a folder of them"
         )
-    if options.num_fewshot:
-        raise UsageError("--num-fewshot has no meaning for perplexity: there are no questions")
     files = data_files(options.data, _TEXTS)
     documents = [document for file in files for document in _read(file, alone=len(files) == 1)]
     if not documents:
