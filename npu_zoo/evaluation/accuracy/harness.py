@@ -61,6 +61,7 @@ class HarnessTask:
             overrides = self._overrides(options)
             self._loaded = self._load(manager, overrides)
             for task in self._loaded["tasks"].values():
+                _require_no_code(task)
                 _set_fewshot(task, options.num_fewshot)
                 _require_examples(task)
 
@@ -86,8 +87,13 @@ class HarnessTask:
         return task_results(found, notes=[*self._notes, *_truncation(lm.truncated)], data=self._data)
 
     def _manager(self) -> TaskManager:
-        folder = None if self._include_path else LOCAL_FOLDERS.get(self.name)
-        return _narrow_manager(folder) if folder else _manager(self._include_path)
+        """One that knows the name; to read all folders of the harness takes seconds, so the likely one comes first."""
+        if self._include_path is None:
+            return _narrow_manager(LOCAL_FOLDERS[self.name]) if self.name in LOCAL_FOLDERS else _manager(None)
+        own = _manager(self._include_path, alone=True)
+        known = own.task_index
+        complete = self.name in known and all(name in known for name in _members(own, self.name))
+        return own if complete else _manager(self._include_path)
 
     def _require_known(self, manager: TaskManager) -> None:
         if self.name in manager.task_index:
@@ -101,10 +107,7 @@ class HarnessTask:
     def _refuse_code(self, manager: TaskManager) -> None:
         unsafe = [name for name in _members(manager, self.name) if _config(manager, name).get("unsafe_code")]
         if unsafe:
-            raise UsageError(
-                f"task {unsafe[0]} of the harness runs generated programs without a sandbox; humaneval, humaneval_plus "
-                "and humaneval_infilling run theirs in one"
-            )
+            raise _runs_code(unsafe[0])
 
     def _overrides(self, options: TaskOptions) -> dict[str, Any]:
         """What local data changes in the task."""
@@ -183,12 +186,13 @@ def harness_names(include_path: Path | None = None) -> list[str]:
 
 
 @functools.cache
-def _manager(include_path: Path | None) -> TaskManager:
+def _manager(include_path: Path | None, *, alone: bool = False) -> TaskManager:
+    """One that knows a folder of the user's, beside the harness's own or alone."""
     from lm_eval.tasks import TaskManager
 
     if include_path is not None and not include_path.is_dir():
         raise UsageError(f"--include-path {include_path} is no folder of tasks in YAML")
-    return TaskManager(include_path=include_path)
+    return TaskManager(include_path=include_path, include_defaults=not alone)
 
 
 @functools.cache
@@ -202,27 +206,23 @@ def _narrow_manager(folder: str) -> TaskManager:
 def _members(manager: TaskManager, name: str) -> Iterator[str]:
     """The tasks of a group or tag, and of the groups in it; a task alone is its own member."""
     entry = manager.task_index.get(name)
-    if entry is None:
+    if entry is None or entry.kind.name not in ("GROUP", "TAG"):
+        yield name
         return
     listed = (entry.cfg or {}).get("task")
-    children = [*sorted(entry.tags), *(listed if isinstance(listed, list) else [])] if _is_several(entry) else []
-    if not children:
-        yield name
-    for child in children:
+    for child in [*sorted(entry.tags), *(listed if isinstance(listed, list) else [])]:
         named = child if isinstance(child, str) else child.get("task", child.get("group"))
         if isinstance(named, str) and named != name:
             yield from _members(manager, named)
-
-
-def _is_several(entry: Any) -> bool:
-    return entry.kind.name in ("GROUP", "TAG")
 
 
 def _config(manager: TaskManager, name: str) -> Mapping[str, Any]:
     """A task's settings without running anything of it."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    entry = manager.task_index[name]
+    entry = manager.task_index.get(name)
+    if entry is None:  # a group's own, whose settings stand in the group
+        return {}
     return load_yaml(entry.yaml_path, resolve_func=False) if entry.yaml_path else entry.cfg or {}
 
 
@@ -259,6 +259,19 @@ def _set_fewshot(task: Any, num_fewshot: int | None) -> None:
     elif own is None:
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=_SEED)
+
+
+def _runs_code(task: str) -> UsageError:
+    return UsageError(
+        f"task {task} of the harness runs generated programs without a sandbox; humaneval, humaneval_plus and "
+        "humaneval_infilling run theirs in one"
+    )
+
+
+def _require_no_code(task: Any) -> None:
+    """Tasks that are written inside a group, or in Python, say it only once they are made."""
+    if getattr(task, "UNSAFE_CODE", False):
+        raise _runs_code(str(task.config.task))
 
 
 def _require_examples(task: Any) -> None:

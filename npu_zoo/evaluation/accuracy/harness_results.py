@@ -83,8 +83,12 @@ def _answer(sample: Mapping[str, Any]) -> JsonValue:
 
 
 def _scores(sample: Mapping[str, Any]) -> dict[str, JsonValue]:
+    """What the model returned: log-probabilities of choices, or the text before filters."""
     scores = _choices(sample)
-    return {"loglikelihoods": list(scores)} if scores else {}
+    if scores:
+        return {"loglikelihoods": list(scores)}
+    first = sample["resps"][0][0]
+    return {"response": first} if isinstance(first, str) else {}
 
 
 def _choices(sample: Mapping[str, Any]) -> list[float]:

@@ -62,7 +62,8 @@ class LogitFile(AbstractContextManager["LogitFile"]):
             raise ConfigError(f"cannot write {path}: {error.strerror or error}; name another file") from error
 
     def __exit__(self, *exc_info: object) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what a full disk could not take any more
+            self._file.close()
         with contextlib.suppress(OSError):
             self._scratch.unlink()
 

@@ -12,7 +12,6 @@ pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance
 
-from npu_zoo.core.errors import UsageError
 from npu_zoo.evaluation.accuracy.adapter import EngineLM
 
 LONG = "the quick brown fox jumps over the lazy dog and runs away from it into the woods " * 3
