@@ -49,7 +49,7 @@ def test_an_interrupted_eval_goes_on(cli: Cli, command: list[str], tmp_path: Pat
     ran = cli(*command)
     assert (ran.code, ran.out.split()[10:12]) == (0, ["boolq", "acc"])
     assert "holds 3 answers of an interrupted run" in ran.err
-    assert "8/8 requests" in ran.err
+    assert "loglikelihood: 8/8" in ran.err
     assert {path.name for path in tmp_path.iterdir()} == {"boolq.jsonl", "r"}
     record = read_record(tmp_path / "r", "eval")
     assert record.model is not None

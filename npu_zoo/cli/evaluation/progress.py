@@ -42,7 +42,7 @@ class EvalProgress(AbstractContextManager["EvalProgress"]):
         if terminal:
             self._bar(f"{stage}{self._speed(done, total, now)}", done, total)
         elif total:
-            print(f"{stage}: {done}/{total} requests{self._speed(done, total, now)}", file=sys.stderr, flush=True)
+            print(f"{stage}: {done}/{total}{self._speed(done, total, now)}", file=sys.stderr, flush=True)
 
     def _speed(self, done: int, total: int, now: float) -> str:
         asked, seconds = done - self._found, now - self._start
@@ -50,4 +50,4 @@ class EvalProgress(AbstractContextManager["EvalProgress"]):
             return ""
         rate = asked / seconds
         left = f", {(total - done) / rate:.0f} s left" if done < total else f" in {seconds:.1f} s"
-        return f", {rate:.1f} requests/s{left}"
+        return f", {rate:.1f}/s{left}"

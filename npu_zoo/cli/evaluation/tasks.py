@@ -131,7 +131,7 @@ class EvalRun:
                 results = self._run(logits, responses)
             if logits is not None:
                 logits.finish()
-            self._report(results, json)
+            self._report(results, json, save_logits)
             if responses is not None:
                 responses.remove()
 
@@ -144,7 +144,7 @@ class EvalRun:
                 results += found if isinstance(found, list) else [found]
         return results
 
-    def _report(self, results: Sequence[TaskResult], json: Path | None) -> None:
+    def _report(self, results: Sequence[TaskResult], json: Path | None, logits: Path | None) -> None:
         from npu_zoo.evaluation.accuracy.report import eval_record
         from npu_zoo.evaluation.record import write_record
 
@@ -152,7 +152,7 @@ class EvalRun:
         for text in dict.fromkeys(text for result in results for text in result.notes):
             note(text)
         if json is not None:
-            write_record(eval_record(results, self.config, self._arguments()), json)
+            write_record(eval_record(results, self.config, self._arguments(), json, logits), json)
 
     def _arguments(self) -> dict[str, JsonValue]:
         tasks: dict[str, JsonValue] = {

@@ -17,7 +17,7 @@ from npu_zoo.core.errors import ConfigError, NpuZooError, UsageError
 from npu_zoo.evaluation.accuracy.boolq import boolq_row
 from npu_zoo.evaluation.accuracy.harness_results import task_results
 from npu_zoo.evaluation.accuracy.local_data import Row, read_rows, split_files
-from npu_zoo.evaluation.accuracy.sources import file_digest, hash_note, require_data
+from npu_zoo.evaluation.accuracy.sources import describe_data, file_digest, hash_note, require_data
 from npu_zoo.evaluation.accuracy.tasks import EVAL_TASKS, TaskOptions, TaskResult
 
 if TYPE_CHECKING:
@@ -116,10 +116,9 @@ class HarnessTask:
         data = require_data(self.name, options.data)
         files = split_files(data)
         splits = {name: [row for file in named for row in self._rows(file)] for name, named in files.items()}
-        digests = {file.name: file_digest(file) for named in files.values() for file in named}
-        self._data = {"path": str(data), "sha256": digests}
-        notes = (hash_note(self.name, data / name if data.is_dir() else data, digests[name]) for name in digests)
-        self._notes = [note for note in notes if note]
+        every = [file for named in files.values() for file in named]
+        self._data = describe_data(data, every)
+        self._notes = [note for file in every if (note := hash_note(self.name, file, file_digest(file)))]
         return {"custom_dataset": functools.partial(_data_set, splits), **_split_fields(splits)}
 
     def _rows(self, file: Path) -> list[Row]:

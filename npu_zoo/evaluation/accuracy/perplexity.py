@@ -16,7 +16,7 @@ from npu_zoo.core.engine import Progress
 from npu_zoo.core.errors import UsageError
 from npu_zoo.evaluation.accuracy.local_data import data_files, read_rows, text_of
 from npu_zoo.evaluation.accuracy.scoring import LogitSink
-from npu_zoo.evaluation.accuracy.sources import file_digest
+from npu_zoo.evaluation.accuracy.sources import describe_data
 from npu_zoo.evaluation.accuracy.tasks import EvalTask, Metric, TaskOptions, TaskResult
 
 if TYPE_CHECKING:
@@ -56,7 +56,10 @@ class Perplexity(EvalTask):
 
     def check(self, options: TaskOptions) -> None:
         """Read the texts; see the base class."""
+        from npu_zoo.evaluation.accuracy.harness import need_harness
+
         _documents(options)
+        need_harness()
 
     def run(self, llm: LLM, options: TaskOptions, progress: Progress) -> TaskResult:
         """Score all texts; see the base class."""
@@ -72,7 +75,7 @@ class Perplexity(EvalTask):
             notes=["--num-fewshot changes nothing in perplexity: there are no questions"]
             if options.num_fewshot
             else [],
-            data=_data(options.data),
+            data=describe_data(options.data, data_files(options.data, _TEXTS)) if options.data else {},
         )
 
 
@@ -160,8 +163,3 @@ def _read(file: Path, *, alone: bool) -> list[Document]:
         if body.strip():
             documents.append(Document(str(number) if alone else f"{file.name}:{number}", body))
     return documents
-
-
-def _data(data: Path | None) -> dict[str, JsonValue]:
-    files = data_files(data, _TEXTS) if data else []
-    return {"path": str(data), "sha256": {file.name: file_digest(file) for file in files}}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from npu_zoo.core.config import EngineConfig
+from npu_zoo.evaluation.accuracy.sources import file_digest
 from npu_zoo.evaluation.accuracy.tasks import Metric, TaskResult
 from npu_zoo.evaluation.machine import describe_machine
 from npu_zoo.evaluation.record import ModelUnderTest, ResultRecord, installed_versions
@@ -30,6 +33,8 @@ class EvalBody(BaseModel):
     Attributes:
         samples: of all tasks; see :class:`npu_zoo.evaluation.accuracy.tasks.TaskResult`.
         deterministic: whether the run was asked to sum in the same order every time.
+        logits_file: where the logits are, from the record's folder; None where none were kept.
+        logits_sha256: of that file.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -37,18 +42,35 @@ class EvalBody(BaseModel):
     tasks: list[TaskFigures]
     samples: list[dict[str, JsonValue]]
     deterministic: bool = False
+    logits_file: str | None = None
+    logits_sha256: str | None = None
 
 
 def eval_record(
-    results: Sequence[TaskResult], config: EngineConfig, arguments: Mapping[str, JsonValue]
+    results: Sequence[TaskResult],
+    config: EngineConfig,
+    arguments: Mapping[str, JsonValue],
+    path: Path,
+    logits: Path | None = None,
 ) -> ResultRecord:
-    """The record of a run."""
+    """The record of a run.
+
+    Args:
+        path: where it will be.
+        logits: the file of logits, which is there.
+    """
     figures = [
         TaskFigures(task=result.task, metrics=result.metrics, notes=result.notes, data=result.data)
         for result in results
     ]
     samples = [sample for result in results for sample in result.samples]
-    body = EvalBody(tasks=figures, samples=samples, deterministic=config.deterministic)
+    body = EvalBody(
+        tasks=figures,
+        samples=samples,
+        deterministic=config.deterministic,
+        logits_file=os.path.relpath(logits, path.parent) if logits else None,
+        logits_sha256=file_digest(logits) if logits else None,
+    )
     return ResultRecord(
         kind="eval",
         versions=installed_versions(["lm_eval"]),

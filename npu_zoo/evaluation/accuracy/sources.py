@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from pydantic import JsonValue
 
 from npu_zoo.core.errors import UsageError
 
@@ -115,6 +118,19 @@ def hash_note(task: str, data: Path, sha256: str) -> str | None:
     if task not in DATA_FILES or known_file(task, sha256):
         return None
     return f"{data} (sha256 {sha256}) is none of the files known for {task}; to compare with others {how_to_get(task)}"
+
+
+def describe_data(data: Path, files: Sequence[Path]) -> dict[str, JsonValue]:
+    """What names a data set: its place, and a SHA-256 that names of files have no part in; of several, each one's too.
+
+    Raises:
+        UsageError: a file cannot be read.
+    """
+    digests = {file.name: file_digest(file) for file in files}
+    if len(digests) == 1:
+        return {"path": str(data), "sha256": next(iter(digests.values()))}
+    together = hashlib.sha256("".join(digests.values()).encode()).hexdigest()
+    return {"path": str(data), "sha256": together, "files": dict(digests)}
 
 
 def file_digest(path: Path) -> str:

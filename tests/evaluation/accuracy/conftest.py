@@ -27,7 +27,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def llm(checkpoint: Path) -> Iterator[LLM]:
     options = {"hardware": "cpu", "dtype": "float32", "max_model_len": MAX_MODEL_LEN, "max_num_batched_tokens": 128}
-    with LLM("deepseek_coder", str(checkpoint), kv_cache_memory="8MiB", **options) as started:
+    with LLM("deepseek_coder", str(checkpoint), block_size=16, kv_cache_memory="8MiB", **options) as started:
         yield started
 
 

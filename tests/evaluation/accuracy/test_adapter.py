@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +14,12 @@ pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance
 
+from npu_zoo.core.errors import ConfigError, PromptLengthError
 from npu_zoo.evaluation.accuracy.adapter import EngineLM
+from npu_zoo.evaluation.accuracy.perplexity import Perplexity
+from npu_zoo.evaluation.accuracy.tasks import TaskOptions
 
+BLOCK_SIZE = 16
 LONG = "the quick brown fox jumps over the lazy dog and runs away from it into the woods " * 3
 
 
@@ -69,3 +75,44 @@ def test_a_greedy_answer_is_a_greedy_continuation(llm: LLM) -> None:
     text = ours.generate_until(requests("generate_until", ("def f", {"max_gen_toks": 1})))[0]
     ((_, greedy),) = ours.loglikelihood(requests("loglikelihood", ("def f", text)))
     assert greedy or ours.tok_encode("def f" + text)[:-1] != ours.tok_encode("def f")
+
+
+def test_a_context_is_computed_once(llm: LLM) -> None:
+    before = llm.engine.stats().prefix_cache_hits
+    context = "a context that is long enough for some whole blocks"
+    choices = requests("loglikelihood", *((context, f" {word}") for word in ("no", "yes", "perhaps")))
+    EngineLM(llm).loglikelihood([*choices[:1], *PAIRS[:2], *choices[1:]])
+    whole = len(EngineLM(llm).tok_encode(context)) // BLOCK_SIZE * BLOCK_SIZE
+    assert llm.engine.stats().prefix_cache_hits - before >= 2 * (whole - BLOCK_SIZE) > 0
+
+
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+def test_chats_are_rendered_as_transformers_does(llm: LLM, transformers_lm: Any, add_generation_prompt: bool) -> None:
+    messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "The answer is"}]
+    messages = messages[: 1 if add_generation_prompt else 2]
+    got = EngineLM(llm).apply_chat_template(messages, add_generation_prompt)
+    assert got == transformers_lm.apply_chat_template(messages, add_generation_prompt)
+    assert EngineLM(llm).tok_encode(got) == transformers_lm.tok_encode(got)
+
+
+def test_repeats_are_drawn_anew_and_again_the_same(llm: LLM) -> None:
+    sampled = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 12}
+    asked = requests("generate_until", ("def f", sampled), ("def f", sampled))
+    first, again = EngineLM(llm, seed=3).generate_until(asked), EngineLM(llm, seed=3).generate_until(asked)
+    assert first == again
+    assert first[0] != first[1]
+    assert EngineLM(llm, seed=4).generate_until(asked) == [first[1], EngineLM(llm, seed=5).generate_until(asked)[0]]
+
+
+def test_answers_that_leave_no_room_are_refused(llm: LLM) -> None:
+    with pytest.raises(PromptLengthError, match=r"answers of 64 tokens.*raise --max-model-len"):
+        EngineLM(llm).generate_until(requests("generate_until", ("def f", {"max_gen_toks": 64})))
+    with pytest.raises(PromptLengthError, match=r"continuation of \d+ tokens"):
+        EngineLM(llm).loglikelihood(requests("loglikelihood", ("a", LONG)))
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    (tmp_path / "a.txt").write_text("a text", "utf-8")
+    with pytest.raises(ConfigError, match=r"pip install 'npu-zoo\[eval\]'"):
+        Perplexity().check(TaskOptions(data=tmp_path))
