@@ -131,6 +131,8 @@ class EvalRun:
                 results = self._run(logits, responses)
             if logits is not None:
                 logits.finish()
+                if not logits.count:
+                    note(f"{logits.path} holds no logits: these tasks keep none")
             self._report(results, json, save_logits)
             if responses is not None:
                 responses.remove()

@@ -60,7 +60,7 @@ def _samples(task: str, samples: Sequence[Mapping[str, Any]]) -> Iterator[dict[s
             **named,
             "prompt_hash": sample["prompt_hash"],
             "answer": _answer(sample),
-            "target": _plain(sample["target"]),
+            "target": _target(sample),
             **_right(figures),
             **figures,
             **_scores(sample),
@@ -80,6 +80,15 @@ def _answer(sample: Mapping[str, Any]) -> JsonValue:
         return str(_arguments(sample)[best][1]).strip()
     answer = sample["filtered_resps"][0]
     return answer if isinstance(answer, str) else None if isinstance(answer, (int, float, tuple)) else _plain(answer)
+
+
+def _target(sample: Mapping[str, Any]) -> JsonValue:
+    """What is right; of choices that are known by number, its text."""
+    target = sample["target"]
+    choices = _arguments(sample) if _choices(sample) else []
+    if isinstance(target, int) and not isinstance(target, bool) and 0 <= target < len(choices):
+        return str(choices[target][1]).strip()
+    return _plain(target)
 
 
 def _scores(sample: Mapping[str, Any]) -> dict[str, JsonValue]:

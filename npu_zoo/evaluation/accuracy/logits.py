@@ -67,6 +67,11 @@ class LogitFile(AbstractContextManager["LogitFile"]):
         with contextlib.suppress(OSError):
             self._scratch.unlink()
 
+    @property
+    def count(self) -> int:
+        """How many samples have logits."""
+        return len(self._parts)
+
     def put(self, task: str, sample_id: str, logits: numpy.ndarray[Any, Any], part: int = 0) -> None:
         """Keep logits of a sample; [positions, vocab_size], float32.
 

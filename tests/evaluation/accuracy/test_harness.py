@@ -105,6 +105,7 @@ def test_boolq_takes_every_form_of_its_rows(llm: LLM, folder: Path, tmp_path: Pa
         for sample, row in zip(result.samples, ROWS[:4], strict=True)
     ]
     assert [sample["correct"] for sample in result.samples] == right
+    assert [sample["target"] for sample in result.samples] == ["yes" if row["answer"] else "no" for row in ROWS[:4]]
     assert result.metrics["acc"].value == sum(right) / 4
     assert "is none of the files known for boolq" in result.notes[0]
 
