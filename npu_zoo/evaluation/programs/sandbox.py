@@ -67,7 +67,7 @@ class ProgramResult:
         status: ``passed`` where it and its tests ran to their end without an exception.
         message: the exception and the line of the tests that it came through, or what ended the program.
         seconds: of wall time.
-        output: the first of what it printed.
+        output: the first of what it printed; empty where it was ended from outside.
     """
 
     status: Status
