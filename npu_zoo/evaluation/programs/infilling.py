@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from npu_zoo.evaluation.programs.humaneval import Problem
 
@@ -54,5 +55,11 @@ def random_spans(problem: Problem, seed: int) -> Iterator[Hole]:
         yield Hole(problem, f"{problem.task_id}/random_span/{number}", before, solution[start:end], after)
 
 
-FORMS: dict[str, Callable[[Problem, int], Iterator[Hole]]] = {"single_line": single_lines, "random_span": random_spans}
-"""By name: the holes of a problem, for a seed."""
+class Form(NamedTuple):
+    """A way of making holes in a problem, for a seed, and what ends the text that fills one."""
+
+    holes: Callable[[Problem, int], Iterator[Hole]]
+    stop: tuple[str, ...] = ()
+
+
+FORMS = {"single_line": Form(single_lines, ("\n",)), "random_span": Form(random_spans)}

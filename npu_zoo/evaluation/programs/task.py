@@ -111,6 +111,7 @@ class Request:
     group: str
     problem: Problem
     prompt: str | list[int]
+    params: SamplingParams
     source: Callable[[str], str]
     due: str | None = None
 
@@ -170,8 +171,8 @@ class ProgramTask(EvalTask):
     def run(self, llm: LLM, options: TaskOptions, progress: Progress) -> TaskResult:
         """Ask for all programs, then run them; see the base class."""
         settings, problems = self.settings(options), self.problems(options)
-        requests, params = self.requests(llm, problems.problems[: options.limit], settings, options)
-        answers = ask(llm, requests, params, options.responses, progress, self.name)
+        requests = self.requests(llm, problems.problems[: options.limit], settings, options)
+        answers = ask(llm, requests, options.responses, progress, self.name)
         written = [
             (request, number, answer, request.source(answer))
             for request, given in zip(requests, answers, strict=True)
@@ -202,7 +203,7 @@ class ProgramTask(EvalTask):
     @abstractmethod
     def requests(
         self, llm: LLM, problems: Sequence[Problem], settings: ProgramSettings, options: TaskOptions
-    ) -> tuple[list[Request], SamplingParams]:
+    ) -> list[Request]:
         """What to ask the model for, and how."""
 
     @abstractmethod
@@ -217,18 +218,18 @@ class HumanEval(ProgramTask):
 
     def requests(
         self, llm: LLM, problems: Sequence[Problem], settings: ProgramSettings, options: TaskOptions
-    ) -> tuple[list[Request], SamplingParams]:
+    ) -> list[Request]:
         """A completion of each prompt, or an answer about it; see the base class."""
         config = llm.engine.config
         if not (config.chat if options.chat is None else options.chat):
-            completions = [Request(p.task_id, p.task_id, p, p.prompt, _completing(p)) for p in problems]
-            return completions, settings.sampling(COMPLETION_TOKENS, STOP_SEQUENCES, options.seed)
+            params = settings.sampling(COMPLETION_TOKENS, STOP_SEQUENCES, options.seed)
+            return [Request(p.task_id, p.task_id, p, p.prompt, params, _completing(p)) for p in problems]
         rules = evaluation_format(config)
-        answers = [
-            Request(p.task_id, p.task_id, p, _conversation(llm, rules.instruct(p.prompt)), _answering(p, rules))
+        params = settings.sampling(ANSWER_TOKENS, (), options.seed)
+        return [
+            Request(p.task_id, p.task_id, p, _conversation(llm, rules.instruct(p.prompt)), params, _answering(p, rules))
             for p in problems
         ]
-        return answers, settings.sampling(ANSWER_TOKENS, (), options.seed)
 
     def metrics(self, samples: Sequence[Sample], settings: ProgramSettings) -> dict[str, Metric]:
         """pass@k over problems; see the base class."""
@@ -258,7 +259,7 @@ class HumanEvalInfilling(ProgramTask):
 
     def requests(
         self, llm: LLM, problems: Sequence[Problem], settings: ProgramSettings, options: TaskOptions
-    ) -> tuple[list[Request], SamplingParams]:
+    ) -> list[Request]:
         """What stands around each hole; see the base class.
 
         Raises:
@@ -270,13 +271,16 @@ class HumanEvalInfilling(ProgramTask):
                 f"{config.model} cannot fill in the middle: its family has no tokens for it; "
                 "`npu-zoo eval --task humaneval` asks it for whole functions"
             )
-        requests = [
-            Request(hole.id, form, problem, llm.fim_prompt(hole.prefix, hole.suffix), hole.source, hole.middle)
-            for form in _forms(options)
-            for problem in problems
-            for hole in FORMS[form](problem, options.seed)
-        ]
-        return requests, settings.sampling(COMPLETION_TOKENS, (), options.seed)
+        found: list[Request] = []
+        for form in _forms(options):
+            params = settings.sampling(COMPLETION_TOKENS, FORMS[form].stop, options.seed)
+            holes = [hole for problem in problems for hole in FORMS[form].holes(problem, options.seed)]
+            prompts = [llm.fim_prompt(hole.prefix, hole.suffix) for hole in holes]
+            found += [
+                Request(hole.id, form, hole.problem, prompt, params, hole.source, hole.middle)
+                for hole, prompt in zip(holes, prompts, strict=True)
+            ]
+        return found
 
     def metrics(self, samples: Sequence[Sample], settings: ProgramSettings) -> dict[str, Metric]:
         """pass@k and exact matches by form, over holes; see the base class."""
@@ -298,19 +302,14 @@ def evaluation_format(config: EngineConfig) -> EvaluationFormat:
 
 
 def ask(
-    llm: LLM,
-    requests: Sequence[Request],
-    params: SamplingParams,
-    responses: Responses | None,
-    progress: Progress,
-    task: str,
+    llm: LLM, requests: Sequence[Request], responses: Responses | None, progress: Progress, task: str
 ) -> list[list[str]]:
     """Every request's answers, without reasoning; those that were kept are not asked for again.
 
     Raises:
         KeyboardInterrupt: the answers so far are kept.
     """
-    keys = [_key(task, request, params) for request in requests]
+    keys = [_key(task, request) for request in requests]
     answers = {key: kept for key in keys if (kept := _kept(responses, key)) is not None}
     missing = [(key, request) for key, request in zip(keys, requests, strict=True) if key not in answers]
     waiting: dict[str, list[str]] = {}
@@ -331,7 +330,8 @@ def ask(
             progress("answers", done, len(requests))
 
     if missing:
-        llm.generate([request.prompt for _, request in missing], params, on_output=on_output)
+        asked = [request for _, request in missing]
+        llm.generate([one.prompt for one in asked], [one.params for one in asked], on_output=on_output)
     return [answers[key] for key in keys]
 
 
@@ -350,8 +350,8 @@ def run_programs(sandbox: Sandbox, programs: Sequence[Program], progress: Progre
     return [results[program] for program in programs]
 
 
-def _key(task: str, request: Request, params: SamplingParams) -> str:
-    described = json.dumps([task, request.id, request.prompt, repr(params)])
+def _key(task: str, request: Request) -> str:
+    described = json.dumps([request.prompt, repr(request.params)])
     return f"{task}:{request.id}:{hashlib.sha256(described.encode()).hexdigest()[:16]}"
 
 
