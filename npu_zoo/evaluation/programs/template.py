@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import gc
 import importlib
 import json
@@ -41,7 +42,7 @@ PRELOADED = (
     "encodings.ascii encodings.cp1252 encodings.hex_codec encodings.idna encodings.latin_1 encodings.punycode "
     "encodings.rot_13 encodings.unicode_escape encodings.utf_16 encodings.utf_16_le encodings.utf_32 enum fractions "
     "functools glob graphlib hashlib heapq hmac html html.parser inspect io itertools json keyword linecache locale "
-    "logging math multiprocessing numbers operator os pathlib pickle platform pprint queue random re sched secrets "
+    "logging math mmap multiprocessing numbers operator os pathlib pickle platform pprint queue random re sched secrets "
     "select shutil signal socket sqlite3 statistics string struct subprocess tempfile textwrap threading time "
     "timeit tokenize traceback types typing unicodedata unittest unittest.mock urllib.parse uuid warnings weakref "
     "xml.etree.ElementTree zipfile zlib zoneinfo"
@@ -270,11 +271,12 @@ def _ended(status: str, message: str) -> dict[str, str]:
 
 def _only_these(token: int, channel: int, ruleset: int | None) -> tuple[int, int, int | None]:
     """Put the descriptors at 3, 4 and 5, nothing at all behind 0, 1 and 2, and close every other."""
-    spare = [os.dup2(one, at) for one, at in ((token, 60), (channel, 61), (ruleset, 62)) if one is not None]
+    # Copies at 10 and above, so that none is where another has to go.
+    copies = [fcntl.fcntl(one, fcntl.F_DUPFD, 10) for one in (token, channel, ruleset) if one is not None]
     nothing = os.open("/dev/null", os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(nothing, standard)
-    kept = [os.dup2(one, at) for at, one in enumerate(spare, 3)]
+    kept = [os.dup2(copy, at) for at, copy in enumerate(copies, 3)]
     os.closerange(3 + len(kept), os.sysconf("SC_OPEN_MAX"))
     return kept[0], kept[1], kept[2] if ruleset is not None else None
 

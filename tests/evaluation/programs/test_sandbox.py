@@ -134,6 +134,12 @@ def test_results_name_their_programs(sandbox: Sandbox) -> None:
     assert sorted(seen) == list(range(8))
 
 
+def test_many_programs_at_a_time() -> None:
+    programs = [Program(f"import time; time.sleep(0.2)\nanswer = lambda: {40 + n % 4}", TESTS) for n in range(80)]
+    with Sandbox(Limits(seconds=60), workers=80) as sandbox:
+        assert [result.passed for result in sandbox.run_all(programs)] == [n % 4 == 2 for n in range(80)]
+
+
 def test_large_programs_and_many_results_do_not_block(sandbox: Sandbox) -> None:
     large = Program("x = '" + "y" * 2_000_000 + "'\nprint('z' * 9999)\nassert False, 'w' * 9999")
     results = sandbox.run_all([large] * 12)
