@@ -42,8 +42,8 @@ PRELOADED = (
     "encodings.ascii encodings.cp1252 encodings.hex_codec encodings.idna encodings.latin_1 encodings.punycode "
     "encodings.rot_13 encodings.unicode_escape encodings.utf_16 encodings.utf_16_le encodings.utf_32 enum fractions "
     "functools glob graphlib hashlib heapq hmac html html.parser inspect io itertools json keyword linecache locale "
-    "logging math mmap multiprocessing numbers operator os pathlib pickle platform pprint queue random re sched secrets "
-    "select shutil signal socket sqlite3 statistics string struct subprocess tempfile textwrap threading time "
+    "logging math mmap multiprocessing numbers operator os pathlib pickle platform pprint queue random re sched "
+    "secrets select shutil signal socket sqlite3 statistics string struct subprocess tempfile textwrap threading time "
     "timeit tokenize traceback types typing unicodedata unittest unittest.mock urllib.parse uuid warnings weakref "
     "xml.etree.ElementTree zipfile zlib zoneinfo"
 )

@@ -135,7 +135,7 @@ def test_results_name_their_programs(sandbox: Sandbox) -> None:
 
 
 def test_many_programs_at_a_time() -> None:
-    programs = [Program(f"import time; time.sleep(0.2)\nanswer = lambda: {40 + n % 4}", TESTS) for n in range(80)]
+    programs = [Program(f"import time; time.sleep(0.1)\nanswer = lambda: {40 + n % 4}", TESTS) for n in range(80)]
     with Sandbox(Limits(seconds=60), workers=80) as sandbox:
         assert [result.passed for result in sandbox.run_all(programs)] == [n % 4 == 2 for n in range(80)]
 

@@ -14,6 +14,8 @@ from npu_zoo.core.model_config import FimFormat, ReasoningFormat
 from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.engine.llm import LLM
 from npu_zoo.evaluation.accuracy.tasks import EvalTask, TaskOptions, TaskResult, load_task
+from npu_zoo.evaluation.programs import task as task_module
+from npu_zoo.evaluation.programs.sandbox import Sandbox
 from npu_zoo.evaluation.programs.task import HumanEval, HumanEvalInfilling, HumanEvalPlus
 
 ROWS = [
@@ -64,6 +66,25 @@ class Kept(dict[str, Any]):
     put = dict.__setitem__
 
 
+class Shared(Sandbox):
+    """Stays open, so that each run of a task does not start its own."""
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Sandbox]:
+    sandbox = Shared(workers=2)
+    yield sandbox
+    sandbox.close()
+
+
+@pytest.fixture
+def _one_sandbox(monkeypatch: pytest.MonkeyPatch, shared: Sandbox) -> None:
+    monkeypatch.setattr(task_module, "Sandbox", lambda *_: shared)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("data") / "HumanEval.jsonl"
@@ -81,6 +102,7 @@ def run(task: EvalTask, llm: Scripted, data: Path, kept: Kept | None = None, **o
     return task.run(llm, given, lambda *_: None)  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("_one_sandbox")
 def test_base_models_complete_the_prompt(data: Path) -> None:
     llm = Scripted(lambda text: [row_of(text)["canonical_solution"] if "f2" not in text else "    return 0\n"])
     result = run(HumanEval(), llm, data)
@@ -100,6 +122,7 @@ def test_base_models_complete_the_prompt(data: Path) -> None:
     assert result.data["file"] == "HumanEval.jsonl"
 
 
+@pytest.mark.usefixtures("_one_sandbox")
 def test_others_answer_in_a_conversation_without_their_reasoning(data: Path) -> None:
     def answer(text: str) -> list[str]:
         row = row_of(text)
@@ -116,6 +139,7 @@ def test_others_answer_in_a_conversation_without_their_reasoning(data: Path) -> 
     assert run(HumanEval(), Scripted(lambda text: ["    return 9\n"], chat=True), data, chat=False).samples
 
 
+@pytest.mark.usefixtures("_one_sandbox")
 def test_several_programs_per_problem(data: Path) -> None:
     llm = Scripted(lambda text: ["    return 0\n", *[row_of(text)["canonical_solution"]] * 9])
     result = run(HumanEval(), llm, data, arguments={"n": "10", "k": "1,2,10"}, seed=3)
@@ -127,6 +151,7 @@ def test_several_programs_per_problem(data: Path) -> None:
     assert list(run(HumanEval(), llm, data, arguments={"n": "10"}).metrics) == ["pass@1", "pass@10"]
 
 
+@pytest.mark.usefixtures("_one_sandbox")
 def test_kept_answers_are_not_asked_for_again(data: Path) -> None:
     kept = Kept()
     first = Scripted(lambda text: [row_of(text)["canonical_solution"]])
@@ -139,6 +164,7 @@ def test_kept_answers_are_not_asked_for_again(data: Path) -> None:
     assert len(third.asked) == 4
 
 
+@pytest.mark.usefixtures("_one_sandbox")
 def test_holes_are_filled(data: Path) -> None:
     def answer(text: str) -> list[str]:
         prefix, _, suffix = text.partition("<hole>")
