@@ -124,6 +124,7 @@ class Sandbox:
         self._landlock = landlock
         self._buffer = bytearray()
         self._sent = 0
+        self._folder: Path | None = None
         self._process, self.boundaries = self._start()
 
     def __enter__(self) -> Sandbox:
@@ -146,6 +147,9 @@ class Sandbox:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        if self._folder is not None:
+            with contextlib.suppress(OSError):
+                self._folder.rmdir()  # where its owner was killed
 
     def run(self, programs: Iterable[Program]) -> Generator[tuple[int, ProgramResult], None, None]:
         """Each program's number, from 0, and its result, in the order in which they end.
@@ -218,6 +222,7 @@ class Sandbox:
             hello = self._receive()[0]
         except EngineError:
             raise HardwareError("the process that programs are forked from did not start") from None
+        self._folder = Path(hello["folder"])
         if hello["breach"]:
             raise HardwareError(
                 f"this machine cannot confine programs, so none is run: {hello['breach']}; it takes Linux on "

@@ -337,4 +337,4 @@ def _set_up(numpy: str, landlock: bool, folder: str) -> tuple[Template, dict[str
     template = Template(ruleset)
     gc.collect()
     gc.freeze()
-    return template, {"landlock": interface, "numpy": version, "breach": template.probe()}
+    return template, {"landlock": interface, "numpy": version, "folder": folder, "breach": template.probe()}

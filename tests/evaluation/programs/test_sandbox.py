@@ -191,12 +191,13 @@ def test_a_template_that_dies_is_an_error_and_takes_its_programs_along() -> None
     with Sandbox(Limits(seconds=60, cpu_seconds=60), workers=2) as sandbox:
         running = sandbox.run([RIGHT, ENDLESS, ENDLESS])
         next(running)
-        processes = descendants(sandbox)
+        processes, folder = descendants(sandbox), sandbox_folder(sandbox)
         assert processes
         sandbox_process(sandbox).send_signal(signal.SIGKILL)
         with pytest.raises(EngineError, match="has ended"):
             next(running)
         assert gone(processes)
+        assert not folder.exists()
 
 
 def test_a_template_that_does_not_start_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +225,7 @@ print(template.Template(None).probe())
 
 
 def test_a_machine_that_cannot_confine_runs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = [{"landlock": 0, "numpy": "", "breach": "the network is in reach"}]
+    found = [{"landlock": 0, "numpy": "", "folder": "/no/such/folder", "breach": "the network is in reach"}]
     monkeypatch.setattr(Sandbox, "_receive", lambda _: found)
     with pytest.raises(HardwareError, match="cannot confine programs, so none is run: the network is in reach"):
         Sandbox(SHORT)
