@@ -31,6 +31,7 @@ from npu_zoo.core.features import (
 from npu_zoo.core.hardware import DType
 from npu_zoo.core.hookspecs import hookimpl
 from npu_zoo.core.model_config import (
+    EvaluationFormat,
     FimFormat,
     MLAConfig,
     ModelConfig,
@@ -71,6 +72,7 @@ __all__ = [
     "EngineError",
     "EngineSpec",
     "EngineStats",
+    "EvaluationFormat",
     "EvidenceRecord",
     "FamilySpec",
     "FeatureMatrix",

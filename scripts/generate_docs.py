@@ -24,6 +24,7 @@ from npu_zoo.core import hookspecs
 from npu_zoo.core.evidence import EvidenceRecord
 from npu_zoo.core.features import Conflict, Denial, FeatureRow
 from npu_zoo.core.model_config import (
+    EvaluationFormat,
     FimFormat,
     MLAConfig,
     ModelConfig,
@@ -180,6 +181,7 @@ PARTS_OF_FAMILIES: tuple[type[BaseModel], ...] = (
     ReasoningFormat,
     ToolFormat,
     FimFormat,
+    EvaluationFormat,
 )
 
 OF_CONFIG_JSON = "as in config.json"

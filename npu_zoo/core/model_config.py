@@ -489,3 +489,31 @@ class FimFormat(BaseModel):
     begin: str
     hole: str
     end: str
+
+
+class EvaluationFormat(BaseModel):
+    """How a model is asked for programs, and how its programs are found, as its makers did when they evaluated it.
+
+    Attributes:
+        instruction: what a model with a chat template is told; ``{prompt}`` stands for the function to complete.
+        tabs: whether the function is indented with tabs, and tabs of the answer are taken for four spaces.
+        code_block: which of an answer's code blocks that define the function is taken.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    instruction: str
+    tabs: bool = False
+    code_block: Literal["first", "last"] = "first"
+
+    @field_validator("instruction")
+    @classmethod
+    def _holds_the_prompt(cls, instruction: str) -> str:
+        if instruction.count("{prompt}") != 1:
+            raise ValueError("an instruction holds {prompt} once, where the function to complete stands")
+        return instruction
+
+    def instruct(self, prompt: str) -> str:
+        """What the model is told for a function's signature and docstring."""
+        shown = prompt.strip()
+        return self.instruction.replace("{prompt}", shown.replace("    ", "\t") if self.tabs else shown)

@@ -14,7 +14,14 @@ from npu_zoo.core.compressed_tensors import QUANT_METHOD
 from npu_zoo.core.evidence import EvidenceRecord, row_digest
 from npu_zoo.core.features import Attention, Conflict, Denial, FeatureMatrix, FeatureRow
 from npu_zoo.core.hardware import DType
-from npu_zoo.core.model_config import FimFormat, ModelConfig, PromptFormat, ReasoningFormat, ToolFormat
+from npu_zoo.core.model_config import (
+    EvaluationFormat,
+    FimFormat,
+    ModelConfig,
+    PromptFormat,
+    ReasoningFormat,
+    ToolFormat,
+)
 
 CodeRef = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 """``package.module:attribute``."""
@@ -56,6 +63,7 @@ class VariantSpec(_Spec):
         prompt: how its conversations become text, where that is not as the family's do.
         reasoning: what stands around its reasoning, which is kept out of the history of a conversation.
         tools: how it calls tools; None where it was not trained to.
+        evaluation: how it is asked for programs, where that is not as the family's variants are.
     """
 
     name: VariantName
@@ -71,6 +79,7 @@ class VariantSpec(_Spec):
     prompt: PromptFormat | None = None
     reasoning: ReasoningFormat | None = None
     tools: ToolFormat | None = None
+    evaluation: EvaluationFormat | None = None
 
 
 class FamilySpec(_Spec):
@@ -92,6 +101,7 @@ class FamilySpec(_Spec):
         conversions: by config.json's ``quant_method``, the command that makes a plain checkpoint of a quantized one;
             ``{source}`` and ``{target}`` stand for the directories.
         environment: environment variables to preset per hardware, never over what the user has set.
+        evaluation: how its variants are asked for programs by `npu-zoo eval`; None where no way is theirs.
     """
 
     name: Name
@@ -102,6 +112,7 @@ class FamilySpec(_Spec):
     default_variant: VariantName
     prompt: PromptFormat | None = None
     fim: FimFormat | None = None
+    evaluation: EvaluationFormat | None = None
     config_defaults: dict[str, dict[str, Any]] = Field(default_factory=dict)
     conversions: dict[str, str] = Field(default_factory=dict)
     operations: tuple[Name, ...] = ()

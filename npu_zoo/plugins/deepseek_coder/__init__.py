@@ -12,6 +12,7 @@ from npu_zoo.api import (
     LAYOUTS_OF_FOUR,
     Attention,
     Denial,
+    EvaluationFormat,
     FamilySpec,
     FeatureRow,
     FimFormat,
@@ -45,6 +46,15 @@ CHAT_TEMPLATE = (
     "{%- endif -%}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '### Response:\\n' }}{%- endif -%}"
+)
+
+# As the family's own evaluation of its instruct models on HumanEval asks them.
+EVALUATION = EvaluationFormat(
+    instruction=(
+        "Please continue to complete the function. You are not allowed to modify the given code and do the completion "
+        "only. Please return all completed function in a codeblock. Here is the given code to do completion:\n"
+        "```python\n{prompt}\n```"
+    )
 )
 
 
@@ -338,6 +348,7 @@ FAMILY = FamilySpec(
     default_variant="demo",
     prompt=PromptFormat(chat_template=CHAT_TEMPLATE, adds_bos=True),
     fim=FimFormat(begin="<｜fim▁begin｜>", hole="<｜fim▁hole｜>", end="<｜fim▁end｜>"),
+    evaluation=EVALUATION,
     rows=proven(ROWS, RECORDS),
     records=RECORDS,
     truth="npu_zoo.plugins.deepseek_coder:truth.json",

@@ -20,7 +20,7 @@ from npu_zoo.api import (
     proven,
     read_records,
 )
-from npu_zoo.plugins.wizardcoder.prompts import PROMPT
+from npu_zoo.plugins.wizardcoder.prompts import EVALUATION, PROMPT
 
 MINDIE = "WizardCoder README of the MindIE ATB model zoo"
 
@@ -289,6 +289,7 @@ FAMILY = FamilySpec(
     variants=VARIANTS,
     default_variant="demo",
     prompt=PROMPT,
+    evaluation=EVALUATION,
     rows=proven(ROWS, RECORDS),
     records=RECORDS,
     truth="npu_zoo.plugins.wizardcoder:truth.json",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from npu_zoo.api import PromptFormat
+from npu_zoo.api import EvaluationFormat, PromptFormat
 
 PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 
@@ -23,3 +23,6 @@ CHAT_TEMPLATE = (
 )
 
 PROMPT = PromptFormat(chat_template=CHAT_TEMPLATE, adds_bos=False)
+
+# As the family's own scripts ask for HumanEval's functions.
+EVALUATION = EvaluationFormat(instruction="Create a Python script for this problem:\n{prompt}", tabs=True)
