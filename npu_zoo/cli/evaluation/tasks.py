@@ -141,7 +141,9 @@ class EvalRun:
         results: list[TaskResult] = []
         with _started(self.config) as llm, EvalProgress(timed=not is_simulated(self.config.device)) as progress:
             for task in self.tasks:
-                options = dataclasses.replace(self.options[task.name], logits=logits, responses=responses)
+                options = dataclasses.replace(
+                    self.options[task.name], logits=logits, responses=responses, seed=self.config.seed
+                )
                 found = task.run(llm, options, progress)
                 results += found if isinstance(found, list) else [found]
         return results
