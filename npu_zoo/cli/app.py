@@ -19,6 +19,7 @@ from npu_zoo.cli import (
     config,
     convert,
     doctor,
+    evaluation,
     explain,
     launch,
     matrix,
@@ -98,6 +99,7 @@ def build_app() -> typer.Typer:
     app.add_typer(ranktable.group, name="ranktable")
     app.add_typer(weights.group, name="weights")
     app.add_typer(config.group, name="config")
+    app.add_typer(evaluation.group, name="eval")
     return app
 
 
