@@ -136,6 +136,8 @@ def _print_logits(found: LogitsComparison) -> None:
 
 
 def _print_verdict(body: ComparisonBody, min_agreement: float | None) -> None:
+    from npu_zoo.evaluation.comparison.compare import below
+
     print()
     for remark in body.remarks:
         print(f"note: {remark}")
@@ -144,5 +146,5 @@ def _print_verdict(body: ComparisonBody, min_agreement: float | None) -> None:
     if body.logits:
         print(f"the rule for logits {'holds' if body.logits.passes else 'is missed'}")
     if min_agreement is not None:
-        short = [task.task for task in body.tasks if task.agreement.value < min_agreement]
+        short = below(body.tasks, min_agreement)
         print(f"agreement is below {min_agreement:g} in {', '.join(short)}" if short else "agreement is as asked")

@@ -7,8 +7,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 
-from pydantic import JsonValue
-
 from npu_zoo.core.errors import UsageError
 from npu_zoo.evaluation.comparison.proportions import Contingency, Interval, mcnemar, paired_difference, wilson
 from npu_zoo.evaluation.comparison.report import FigureComparison, TaskComparison
@@ -16,6 +14,9 @@ from npu_zoo.evaluation.comparison.results import EvalResult, Sample, Task
 
 _NORMAL_FROM = 30
 """Samples from which the mean of their differences is taken for normal."""
+
+_DIGEST, _PLACE = "sha256", "path"
+"""Of what names a data set."""
 
 Pair = tuple[Sample, Sample]
 
@@ -44,11 +45,12 @@ def compare_task(a: Task, b: Task, confidence: float) -> TaskComparison:
     pairs = [(sample, b.samples[name]) for name, sample in a.samples.items() if name in b.samples]
     if not pairs:
         raise UsageError(f"the results share no sample of task {a.name}; evaluate the same ones")
-    differing = [ours.id for ours, theirs in pairs if ours.answer != theirs.answer]
+    answered = [(ours, theirs) for ours, theirs in pairs if ours.answer is not None or theirs.answer is not None]
+    differing = [ours.id for ours, theirs in answered if ours.answer != theirs.answer]
     return TaskComparison(
         task=a.name,
         samples=len(pairs),
-        agreement=wilson(len(pairs) - len(differing), len(pairs), confidence),
+        agreement=wilson(len(answered) - len(differing), len(answered), confidence) if answered else None,
         differing=differing,
         only_in_a=[name for name in a.samples if name not in b.samples],
         only_in_b=[name for name in b.samples if name not in a.samples],
@@ -98,18 +100,21 @@ def mean_difference(differences: Sequence[float], confidence: float) -> Interval
 
 
 def _require_same_data(a: Task, b: Task) -> None:
-    differing = [name for name in sorted({*a.data, *b.data}) if _digest(a, name) != _digest(b, name)]
-    if differing:
-        told = "; ".join(f"{name} {a.data.get(name)} and {b.data.get(name)}" for name in differing)
-        raise UsageError(f"the results of task {a.name} are of other data: {told}; evaluate the same data set")
+    ours, theirs = a.data.get(_DIGEST), b.data.get(_DIGEST)
+    if ours and theirs and ours != theirs:
+        raise UsageError(
+            f"the results of task {a.name} are of other data, with SHA-256 {ours} and {theirs}; evaluate the same files"
+        )
 
 
-def _digest(task: Task, name: str) -> JsonValue:
-    """A data set's name or digest; where its file lies does not matter."""
-    return task.data.get(name) if name not in _PLACES else None
-
-
-_PLACES = ("file", "path", "folder")
+def data_remarks(a: Task, b: Task) -> list[str]:
+    """What else was not the same in a task's data, a sentence each; where a file lies does not matter."""
+    names = sorted({*a.data, *b.data} - {_DIGEST, _PLACE})
+    return [
+        f"{a.name}: {name} is {a.data.get(name)} in A and {b.data.get(name)} in B"
+        for name in names
+        if a.data.get(name) != b.data.get(name)
+    ]
 
 
 def _named(tasks: Mapping[str, Task]) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import JsonValue
 
 from npu_zoo.core.errors import UsageError
-from npu_zoo.evaluation.comparison.answers import compare_tasks
+from npu_zoo.evaluation.comparison.answers import compare_tasks, data_remarks
 from npu_zoo.evaluation.comparison.logits import LogitsFile, open_logits, paired_chunks, require_digest
 from npu_zoo.evaluation.comparison.report import ComparisonBody, LogitsComparison, Side, TaskComparison, WorstSample
 from npu_zoo.evaluation.comparison.results import EvalResult
@@ -46,7 +46,7 @@ def compare(
     tasks = compare_tasks(a, b, confidence)
     logits = _compare_logits(a, b, tasks, progress) if a.logits and b.logits else None
     remarks = [*_task_remarks(a, b), *_sample_remarks(tasks), *_logits_remarks(a, b, logits)]
-    agreed = min_agreement is None or all(task.agreement.value >= min_agreement for task in tasks)
+    agreed = not below(tasks, min_agreement)
     return ComparisonBody(
         a=_side(a, b),
         b=_side(b, a),
@@ -62,12 +62,19 @@ def figures_of(body: ComparisonBody) -> dict[str, float]:
     """The few figures of a comparison that others would cite."""
     found: dict[str, float] = {}
     for task in body.tasks:
-        found[f"{task.task}_agreement"] = task.agreement.value
+        if task.agreement:
+            found[f"{task.task}_agreement"] = task.agreement.value
         if task.difference:
             found[f"{task.task}_accuracy_difference"] = task.difference.value
     if body.logits and body.logits.largest < float("inf"):
         found |= {"kl_largest_nats": body.logits.largest, "kl_mean_nats": body.logits.mean}
     return found
+
+
+def below(tasks: Sequence[TaskComparison], min_agreement: float | None) -> list[str]:
+    """Tasks whose agreement is less than was asked for; those without answers have none to fall short of."""
+    least = 0.0 if min_agreement is None else min_agreement
+    return [task.task for task in tasks if task.agreement and task.agreement.value < least]
 
 
 def _compare_logits(
@@ -161,7 +168,9 @@ def _facts(record: ResultRecord) -> dict[str, JsonValue]:
 
 def _task_remarks(a: EvalResult, b: EvalResult) -> list[str]:
     alone = {"A": a.tasks.keys() - b.tasks.keys(), "B": b.tasks.keys() - a.tasks.keys()}
-    return [f"in {side} alone: task {', '.join(sorted(names))}" for side, names in alone.items() if names]
+    told = [f"in {side} alone: task {', '.join(sorted(names))}" for side, names in alone.items() if names]
+    shared = [(task, b.tasks[name]) for name, task in a.tasks.items() if name in b.tasks]
+    return told + [remark for pair in shared for remark in data_remarks(*pair)]
 
 
 def _sample_remarks(tasks: Sequence[TaskComparison]) -> list[str]:

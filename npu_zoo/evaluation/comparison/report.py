@@ -48,8 +48,8 @@ class TaskComparison(_Part):
 
     Attributes:
         samples: how many there are.
-        agreement: share of them with the same answer.
-        differing: ids of the others.
+        agreement: share of them with the same answer; None where there are no answers, but figures alone.
+        differing: ids of those with another answer.
         only_in_a: ids of samples that B does not have; likewise only_in_b.
         other_prompts: ids of samples whose prompts differ, so that their logits are not of the same text.
         judged: how many right and wrong ones are counted; None where samples are neither.
@@ -60,7 +60,7 @@ class TaskComparison(_Part):
 
     task: str
     samples: int
-    agreement: Interval
+    agreement: Interval | None
     differing: list[str]
     only_in_a: list[str] = []
     only_in_b: list[str] = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
@@ -21,6 +20,7 @@ class Sample:
 
     Attributes:
         prompt: the prompt or its digest; None where the record has neither.
+        answer: None where nothing was answered, as of texts that are only scored.
         correct: None where it is not right or wrong.
         figures: numbers that were computed of it, such as a log-likelihood.
     """
@@ -67,7 +67,6 @@ class _TaskPart(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     task: str
-    samples: list[dict[str, JsonValue]]
     data: dict[str, JsonValue] = {}
 
 
@@ -77,6 +76,7 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     tasks: list[_TaskPart]
+    samples: list[dict[str, JsonValue]]
     logits_file: str | None = None
     logits_sha256: str | None = None
 
@@ -93,33 +93,31 @@ def read_result(path: Path) -> EvalResult:
     except ValidationError as error:
         raise UsageError(f"{path} is no whole record of `npu-zoo eval`: {validation_lines(error)[0]}") from None
     logits = path.parent / body.logits_file if body.logits_file else None
-    return EvalResult(path, record, _tasks(body.tasks, path), logits, body.logits_sha256 or "")
+    return EvalResult(path, record, _tasks(body, path), logits, body.logits_sha256 or "")
 
 
-def _tasks(results: list[_TaskPart], path: Path) -> dict[str, Task]:
-    """Tasks by the name that samples have, since a group's samples are those of its tasks."""
+def _tasks(body: _Body, path: Path) -> dict[str, Task]:
+    """Tasks that have samples, which a group of them has not."""
+    data = {part.task: part.data for part in body.tasks}
     tasks: dict[str, dict[str, Sample]] = {}
-    data: dict[str, Mapping[str, JsonValue]] = {}
-    for result in results:
-        for raw in result.samples:
-            name, sample = str(raw.get("task", result.task)), _sample(raw, path)
-            of_task = tasks.setdefault(name, {})
-            data[name] = result.data
-            if sample.id in of_task:
-                raise UsageError(f"{path}: task {name} has two samples with id {sample.id}; evaluate again")
-            of_task[sample.id] = sample
-    return {name: Task(name, data[name], samples) for name, samples in tasks.items()}
+    for raw in body.samples:
+        if "task" not in raw or "id" not in raw:
+            raise UsageError(f"{path}: a sample has no task or no id; evaluate again")
+        name, sample = str(raw["task"]), _sample(raw)
+        of_task = tasks.setdefault(name, {})
+        if sample.id in of_task:
+            raise UsageError(f"{path}: task {name} has two samples with id {sample.id}; evaluate again")
+        of_task[sample.id] = sample
+    return {name: Task(name, data.get(name, {}), samples) for name, samples in tasks.items()}
 
 
-def _sample(raw: Mapping[str, JsonValue], path: Path) -> Sample:
-    if "id" not in raw or "answer" not in raw:
-        raise UsageError(f"{path}: a sample has no id or no answer; evaluate again, with samples in the record")
+def _sample(raw: Mapping[str, JsonValue]) -> Sample:
     correct = raw.get("correct")
-    prompt: Any = raw.get("prompt_hash", raw.get("prompt"))
+    prompt = raw.get("prompt_hash", raw.get("prompt"))
     return Sample(
         id=str(raw["id"]),
         prompt=None if prompt is None else str(prompt),
-        answer=raw["answer"],
+        answer=raw.get("answer"),
         correct=correct if isinstance(correct, bool) else None,
         figures=dict(_figures(raw)),
     )

@@ -39,8 +39,8 @@ def write(
     logits: Logits | None = None,
     **more: Any,
 ) -> Path:
-    result = {"task": task, "metrics": {}, "samples": samples, "data": data or {"sha256": "d"}, "notes": []}
-    body: dict[str, Any] = {"tasks": [result], **more}
+    result = {"task": task, "metrics": {}, "data": data or {"path": str(path), "sha256": {"f": "d"}}, "notes": []}
+    body: dict[str, Any] = {"tasks": [result], "samples": samples, **more}
     if logits is not None:
         file = path.with_suffix(".safetensors")
         save_file(dict(logits), file)
@@ -76,6 +76,7 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 def test_answers_and_accuracy(pair: tuple[Path, Path]) -> None:
     body = compared(*pair)
     (task,) = body.tasks
+    assert task.agreement is not None
     assert (task.samples, task.agreement.value) == (60, 52 / 60)
     assert task.differing == [*map(str, range(6)), "46", "47"]
     assert task.judged == Contingency(both=40, only_a=6, only_b=2, neither=12)
@@ -150,6 +151,12 @@ def test_one_result_s_logits_are_not_compared(tmp_path: Path) -> None:
     ]
 
 
+def test_other_settings_of_a_task_are_told(tmp_path: Path) -> None:
+    a = write(tmp_path / "a.json", sample(1), data={"path": "a", "num_fewshot": 0})
+    b = write(tmp_path / "b.json", sample(1), data={"path": "b", "num_fewshot": 5})
+    assert "boolq: num_fewshot is 0 in A and 5 in B" in compared(a, b).remarks
+
+
 def test_samples_that_are_neither_right_nor_wrong_compare_by_their_figures(tmp_path: Path) -> None:
     draws = np.random.default_rng(1)
     values = draws.normal(-50, 9, 200)
@@ -165,7 +172,8 @@ def test_samples_that_are_neither_right_nor_wrong_compare_by_their_figures(tmp_p
         for name, found in (("a.json", values), ("b.json", moved))
     ]
     (task,) = compared(*files, confidence=0.9).tasks
-    assert task.judged is None
+    assert (task.judged, task.agreement) == (None, None)
+    assert compared(*files, min_agreement=1.0).passes
     figure = task.figures["loglikelihood"]
     differences = moved - values
     expected = norm.interval(0.9, differences.mean(), differences.std(ddof=1) / np.sqrt(200))
@@ -179,7 +187,7 @@ def test_samples_that_are_neither_right_nor_wrong_compare_by_their_figures(tmp_p
     ("other", "message"),
     [
         ({"task": "piqa"}, "share no task: boolq and piqa"),
-        ({"data": {"sha256": "e"}}, "of other data: sha256 d and e"),
+        ({"data": {"sha256": {"f": "e"}}}, "of other data, with SHA-256 {'f': 'd'} and {'f': 'e'}"),
         ({"ids": [7, 8]}, "share no sample of task boolq"),
         ({"ids": [1, 1]}, "two samples with id 1"),
         ({"logits": {"boolq/1": np.zeros((2, 61), np.float32)}}, "logits over 60 and 61 tokens"),
