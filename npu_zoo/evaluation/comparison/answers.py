@@ -15,7 +15,8 @@ from npu_zoo.evaluation.comparison.results import EvalResult, Sample, Task
 _NORMAL_FROM = 30
 """Samples from which the mean of their differences is taken for normal."""
 
-_DIGEST, _PLACE = "sha256", "path"
+_DIGEST = "sha256"
+_PLACES = ("path", "files")
 """Of what names a data set."""
 
 Pair = tuple[Sample, Sample]
@@ -55,8 +56,7 @@ def compare_task(a: Task, b: Task, confidence: float) -> TaskComparison:
         only_in_a=[name for name in a.samples if name not in b.samples],
         only_in_b=[name for name in b.samples if name not in a.samples],
         other_prompts=[ours.id for ours, theirs in pairs if ours.prompt != theirs.prompt],
-        figures=_figures(pairs, confidence),
-    ).model_copy(update=_judged(pairs, confidence))
+    ).model_copy(update=_judged(pairs, confidence) or {"figures": _figures(pairs, confidence)})
 
 
 def _judged(pairs: Sequence[Pair], confidence: float) -> dict[str, object]:
@@ -109,7 +109,7 @@ def _require_same_data(a: Task, b: Task) -> None:
 
 def data_remarks(a: Task, b: Task) -> list[str]:
     """What else was not the same in a task's data, a sentence each; where a file lies does not matter."""
-    names = sorted({*a.data, *b.data} - {_DIGEST, _PLACE})
+    names = sorted({*a.data, *b.data} - {_DIGEST, *_PLACES})
     return [
         f"{a.name}: {name} is {a.data.get(name)} in A and {b.data.get(name)} in B"
         for name in names

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
@@ -163,7 +163,16 @@ def _facts(record: ResultRecord) -> dict[str, JsonValue]:
     """What may make two results differ: the model, how it was asked, and what it ran on."""
     model = record.model.model_dump(mode="json") if record.model else {}
     machine = record.machine.model_dump(mode="json", include={"cpu", "devices", "threads"}) if record.machine else {}
-    return {**record.arguments, **model, **machine, **record.versions}
+    return {**dict(_leaves(record.arguments)), **model, **machine, **record.versions}
+
+
+def _leaves(arguments: Mapping[str, JsonValue], within: str = "") -> Iterator[tuple[str, JsonValue]]:
+    """Single arguments, named as the engine's are, or by the task that they are of."""
+    for name, value in arguments.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, "" if name in ("engine", "tasks") else f"{within}{name} ")
+        else:
+            yield f"{within}{name}", value
 
 
 def _task_remarks(a: EvalResult, b: EvalResult) -> list[str]:

@@ -62,7 +62,7 @@ class Divergence:
 
     def add(self, sample: str, chunks: Iterable[tuple[NDArray[np.float32], NDArray[np.float32]]]) -> None:
         """Count a sample's logits, given as pairs of arrays [positions, vocab] in the order of positions."""
-        start, worst = 0, (-1.0, 0)
+        start, worst = 0, (0.0, 0)
         for a, b in chunks:
             sound = valid_rows(a) & valid_rows(b)
             if not sound.all():
@@ -74,7 +74,7 @@ class Divergence:
                 self._kl.extend(kl.tolist())
                 self.same_top += int((a.argmax(-1) == b.argmax(-1)).sum())
                 worst = max(worst, (float(kl.max()), -int(places[kl.argmax()])))
-        if worst[0] >= 0:
+        if worst[0] > 0:
             self._keep(worst[0], sample, -worst[1])
 
     def _keep(self, kl: float, sample: str, position: int) -> None:
@@ -89,7 +89,7 @@ class Divergence:
 
     @property
     def worst(self) -> list[SampleDivergence]:
-        """The samples with the largest KL, the worst first."""
+        """The samples with the largest KL, the worst first; none that is equal in both runs."""
         return [SampleDivergence(sample, at, kl) for kl, sample, at in sorted(self._worst, key=lambda w: (-w[0], w[1]))]
 
     def above(self, bound: float) -> int:

@@ -52,10 +52,11 @@ class TaskComparison(_Part):
         differing: ids of those with another answer.
         only_in_a: ids of samples that B does not have; likewise only_in_b.
         other_prompts: ids of samples whose prompts differ, so that their logits are not of the same text.
-        judged: how many right and wrong ones are counted; None where samples are neither.
+        judged: right and wrong ones, counted; None where samples are neither.
         accuracy_a: share of right ones; likewise accuracy_b.
         difference: accuracy of B minus A, over the same samples.
         mcnemar_p: how likely as uneven a split of the samples that one result alone got right is by chance.
+        figures: numbers of samples that are neither right nor wrong, such as log-likelihoods.
     """
 
     task: str

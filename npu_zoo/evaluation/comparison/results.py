@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from npu_zoo.core.errors import UsageError, validation_lines
 from npu_zoo.evaluation.record import ResultRecord, read_record
 
-_NO_FIGURES = ("task", "id", "prompt", "prompt_hash", "answer", "correct")
+_NO_FIGURES = ("task", "id", "prompt", "prompt_hash", "answer", "target", "correct")
 
 
 @dataclass(frozen=True)
