@@ -85,7 +85,6 @@ class LevelFigures(_Part):
     """The figures of a level that are shown."""
 
     failed: int
-    request_throughput: float
     ttft: Times | None
     tpot: Times | None
 
@@ -94,7 +93,6 @@ class Level(_Part):
     """A level of load of `bench serve`."""
 
     name: str
-    loop: str
     rate: float | None = None
     concurrency: int | None = None
     figures: LevelFigures

@@ -43,6 +43,7 @@ class LineChart:
     Attributes:
         x_scale: ``log`` is to the base 2 with a tick at each value.
         limit: a bound that is drawn across; None for none.
+        note: what a reader has to know, below the axis.
     """
 
     title: str
@@ -51,6 +52,7 @@ class LineChart:
     series: tuple[Series, ...]
     x_scale: Scale = "linear"
     limit: float | None = None
+    note: str = ""
 
     @property
     def columns(self) -> Row:

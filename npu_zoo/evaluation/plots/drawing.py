@@ -123,7 +123,7 @@ def _(chart: LineChart, figure: Any) -> None:
         _line(axes, series.points, series.name, place, dashed=series.dashed)
     if chart.limit is not None:
         axes.axhline(chart.limit, color=_INK, linestyle=":", linewidth=1, label="allowed")
-    axes.set_xlabel(chart.x_label)
+    axes.set_xlabel("\n".join(filter(None, (chart.x_label, chart.note))))
     axes.set_ylabel(chart.y_label)
     _scale(axes, chart)
     _legend(axes, figure)

@@ -138,10 +138,22 @@ def _latency(bodies: Sequence[tuple[Given, ServeBody]]) -> Iterator[LineChart]:
     )
     titles = {"ttft": "Time to the first token", "tpot": "Time per token after the first"}
     for x_label, scale, load in loads:
-        for metric, title in titles.items():
+        for metric, measure in titles.items():
             series = [found for one, body in bodies for found in _percentiles(one, body.levels, metric, load)]
             if series:
-                yield LineChart(f"{title} against {x_label}", x_label, "ms", tuple(series), scale)
+                title = f"{measure} against {x_label}"
+                yield LineChart(title, x_label, "ms", tuple(series), scale, note=_failures(bodies, load))
+
+
+def _failures(bodies: Sequence[tuple[Given, ServeBody]], load: Callable[[Level], float | None]) -> str:
+    """Levels whose times leave requests out, since those failed."""
+    told = [
+        f"{level.figures.failed} at {given.named(level.name)}"
+        for given, body in bodies
+        for level in body.levels
+        if level.figures.failed and load(level) is not None
+    ]
+    return f"failed requests, which have no times: {', '.join(told)}" if told else ""
 
 
 def _percentiles(

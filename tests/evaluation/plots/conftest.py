@@ -50,17 +50,20 @@ def _offline_body(speed: float = 1.0, batches: tuple[int, ...] = (1, 2, 4, 8)) -
     return {"cases": cases, "not_run": [], "searches": [search], "complete": True}
 
 
-def level(name: str, ttft: float, tpot: float, **more: Any) -> dict[str, Any]:
+def level(name: str, ttft: float, tpot: float, *, failed: int = 0, **more: Any) -> dict[str, Any]:
     def times(p50: float) -> dict[str, float]:
         return {"count": 9, "mean": p50, "p50": p50, "p90": 1.4 * p50, "p99": 2.1 * p50}
 
-    figures = {"failed": 0, "request_throughput": 1.0, "ttft": times(ttft), "tpot": times(tpot)}
+    figures = {"failed": failed, "request_throughput": 1.0, "ttft": times(ttft), "tpot": times(tpot)}
     return {"name": name, "loop": "open", "figures": figures, "requests": [], **more}
 
 
 def serve_body(scale: float = 1.0) -> dict[str, Any]:
     rates = [level(f"rate {r:g}", scale * (80 + 9 * r**3), scale * (40 + 2 * r), rate=r) for r in (0.5, 1, 2, 4, 8)]
-    clients = [level(f"{n} clients", scale * 60 * n, scale * (40 + 3 * n), concurrency=n) for n in (1, 4, 16, 64)]
+    clients = [
+        level(f"{n} clients", scale * 60 * n, scale * (40 + 3 * n), concurrency=n, failed=n // 64)
+        for n in (1, 4, 16, 64)
+    ]
     return {"levels": [*rates, *clients, level("rate inf", 9e4, 90)], "notes": []}
 
 

@@ -55,6 +55,10 @@ def test_latency_is_shown_by_load_open_and_closed_loops_apart(record: Record) ->
     assert [point.x for point in p50.points] == [0.5, 1, 2, 4, 8]
     assert p50.points[2].y == pytest.approx(80 + 9 * 8)
     assert p99.points[2].y == pytest.approx(2.1 * (80 + 9 * 8))
+    assert chart.note == ""
+    closed = found["Time to the first token against clients at once"]
+    assert isinstance(closed, LineChart)
+    assert closed.note == "failed requests, which have no times: 1 at 64 clients"
 
 
 def test_ratios_are_of_rounds_and_above_1_where_ours_is_better(record: Record) -> None:
