@@ -95,12 +95,12 @@ def build_app() -> typer.Typer:
     app.command("ports", cls=ZooCommand)(ports.ports)
     app.command("plugins", cls=ZooCommand)(plugins.plugins)
     app.command("validate", cls=ZooCommand)(validate.validate)
-    app.add_typer(bench.group, name="bench")
     app.command("cite", cls=ZooCommand)(cite.cite)
     app.add_typer(plugin.group, name="plugin")
     app.add_typer(ranktable.group, name="ranktable")
     app.add_typer(weights.group, name="weights")
     app.add_typer(config.group, name="config")
+    app.add_typer(bench.group, name="bench")
     app.add_typer(evaluation.group, name="eval")
     return app
 

@@ -173,7 +173,10 @@ def _write(citation: Citation, folder: Path | None) -> Path:
     family = citation.part.registry.families[citation.place.family]
     record = _evidence(citation)
     file = record_file(citation.part, family, folder)
-    put_records(citation.part, family, [record], functools.partial(_replaced, record), file)
+    try:
+        put_records(citation.part, family, [record], functools.partial(_replaced, record), file)
+    except OSError as error:
+        raise UsageError(f"{file} cannot be written: {error.strerror or error}; name another: --evidence DIR") from None
     return file
 
 

@@ -160,6 +160,21 @@ def test_what_proves_nothing_is_refused_by_name(
     assert not folder.exists()
 
 
+def test_a_write_that_fails_leaves_what_was_cited(tmp_path: Path, result: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [result(), result(attention="flash")]
+    cited(tmp_path / "evidence", *files)
+    before = (tmp_path / "evidence" / "orchid.json").read_bytes()
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(UsageError, match=r"orchid\.json cannot be written: No space left on device"):
+        cited(tmp_path / "evidence", *files)
+    assert (tmp_path / "evidence" / "orchid.json").read_bytes() == before
+    assert len(list((tmp_path / "evidence").iterdir())) == 1
+
+
 def test_a_result_without_a_model_of_ours_is_of_no_row(tmp_path: Path) -> None:
     write_record(ResultRecord(kind="bench serve"), tmp_path / "a.json")
     with pytest.raises(UsageError, match="npu-zoo bench serve ran no model of the zoo's own"):
