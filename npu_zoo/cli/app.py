@@ -16,6 +16,7 @@ from npu_zoo import __version__
 from npu_zoo.cli import (
     bench,
     chat,
+    cite,
     config,
     convert,
     doctor,
@@ -94,7 +95,7 @@ def build_app() -> typer.Typer:
     app.command("ports", cls=ZooCommand)(ports.ports)
     app.command("plugins", cls=ZooCommand)(plugins.plugins)
     app.command("validate", cls=ZooCommand)(validate.validate)
-    app.add_typer(bench.group, name="bench")
+    app.command("cite", cls=ZooCommand)(cite.cite)
     app.add_typer(plugin.group, name="plugin")
     app.add_typer(ranktable.group, name="ranktable")
     app.add_typer(weights.group, name="weights")

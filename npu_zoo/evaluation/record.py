@@ -22,6 +22,7 @@ from npu_zoo.registry import get_registry
 from npu_zoo.testing.evidence import current_code
 from npu_zoo.testing.files import write_whole
 from npu_zoo.testing.simulation import installed_version
+from npu_zoo.testing.validation.records import SHOWN
 
 Kind = Literal["bench offline", "bench serve", "bench compare", "eval", "eval compare"]
 _PACKAGES = ("torch", "torch_npu", "transformers")
@@ -65,6 +66,7 @@ class ModelUnderTest(_Part):
 
     Attributes:
         weights: a digest of the checkpoint's :func:`npu_zoo.checkpoint.fingerprints`.
+        shape: the hyperparameters that an evidence record shows, :data:`npu_zoo.testing.validation.records.SHOWN`.
         split: ranks by kind of parallelism, such as ``tp2``.
         row: :func:`npu_zoo.core.evidence.row_digest` of the row that offers the request.
         code: of the files that the family's evidence rests on, as they were.
@@ -84,6 +86,7 @@ class ModelUnderTest(_Part):
     serving: str
     row: str
     code: str
+    shape: dict[str, int] = Field(default_factory=dict)
     simulated: bool = False
 
     @property
@@ -110,6 +113,7 @@ class ModelUnderTest(_Part):
             serving=config.serving,
             row=row_digest(config.row),
             code=current_code(family, registry.plugins[registry.owner(config.family)]),
+            shape={name: getattr(config.model_config, name) for name in SHOWN},
             simulated=is_simulated(config.device),
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,7 +26,12 @@ from npu_zoo.testing.validation.claims import Outcome
 from npu_zoo.testing.validation.scope import Part
 
 FILE = "evidence.json"
-_SHOWN = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+SHOWN = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+"""Hyperparameters that a record shows."""
+
+CITED = "cited"
+"""Names in a record's shape the commands whose results it cites; records that validation made have no such entry."""
+
 _OWN = ("cell", "devices")
 """Figures that say what ran, and are none of the record's."""
 
@@ -81,7 +86,7 @@ def _write_family(
     folder: Path | None,
     versions: Mapping[str, str] | None,
 ) -> Written:
-    file = folder / f"{family.name}.json" if folder else evidence_file(part)
+    file = record_file(part, family, folder)
     code, made, ran = current_code(family, part.record), [], set()
     for _, row in part.rows(family):
         number = part.subject(family, row).row
@@ -91,13 +96,33 @@ def _write_family(
             made.append(_record(family, row, of_row, code, level, versions))
         if found == {"holds"} or "fails" in found:  # of a row that is told in part nothing is known
             ran.add(row_digest(row))
+
+    def replaced(record: EvidenceRecord) -> bool:
+        cited = CITED in record.shape and record.code == code
+        return record.level == level and record.row in ran and not cited
+
+    put_records(part, family, made, replaced, file)
+    return Written(file, len(made), len(ran) - len(made))
+
+
+def put_records(
+    part: Part,
+    family: FamilySpec,
+    made: Iterable[EvidenceRecord],
+    replaced: Callable[[EvidenceRecord], bool],
+    file: Path,
+) -> None:
+    """Write a family's new records to a file, beside what it holds already.
+
+    Args:
+        replaced: whether one of the family's earlier records goes; those of rows that are no more go in any case.
+    """
     before = read_records(file)
-    kept = [r for r in before if r.family == family.name and (r.level != level or r.row not in ran)]
+    kept = [record for record in before if record.family == family.name and not replaced(record)]
     known = {row_digest(row): number for number, row in part.rows(family)}
     own = sorted((r for r in (*kept, *made) if r.row in known), key=lambda r: (known[r.row], r.level))
     records = [*(record for record in before if record.family != family.name), *own]
     write_whole(file, json.dumps([record.model_dump(mode="json") for record in records], indent=2) + "\n")
-    return Written(file, len(made), len(ran) - len(made))
 
 
 def _record(
@@ -111,7 +136,7 @@ def _record(
     variant = variant_of(family, row)
     assert variant is not None  # it ran
     config = _what_ran(variant)
-    shape: dict[str, int | float | str] = {"variant": variant.name, **{name: getattr(config, name) for name in _SHOWN}}
+    shape: dict[str, int | float | str] = {"variant": variant.name, **{name: getattr(config, name) for name in SHOWN}}
     shape["devices"] = max(int(outcome.figures["devices"]) for outcome in outcomes)
     cells = {
         str(outcome.figures["cell"]): {
@@ -140,7 +165,7 @@ def require_writable(parts: Iterable[Part], folder: Path | None = None) -> None:
         _make_writable(folder)
     for part in parts:
         for family in part.families:
-            file = folder / f"{family.name}.json" if folder else evidence_file(part)
+            file = record_file(part, family, folder)
             try:
                 read_records(file)
             except (OSError, ValueError):
@@ -154,6 +179,15 @@ def _make_writable(folder: Path) -> None:
         raise UsageError(f"{folder} cannot be made: {error.strerror or error}; name another: --evidence DIR") from None
     if not os.access(folder, os.W_OK):
         raise UsageError(f"{folder} cannot be written to; name another: --evidence DIR")
+
+
+def record_file(part: Part, family: FamilySpec, folder: Path | None) -> Path:
+    """Where a family's records go: ``FAMILY.json`` in a folder, or else the file beside its plugin.
+
+    Raises:
+        UsageError: no folder is given, and the plugin's cannot be told or written to.
+    """
+    return folder / f"{family.name}.json" if folder else evidence_file(part)
 
 
 def evidence_file(part: Part) -> Path:

@@ -1,0 +1,1 @@
+"""Two results of the same evaluation side by side: answers, accuracy, and logits."""
