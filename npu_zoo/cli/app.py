@@ -100,6 +100,7 @@ def build_app() -> typer.Typer:
     app.add_typer(ranktable.group, name="ranktable")
     app.add_typer(weights.group, name="weights")
     app.add_typer(config.group, name="config")
+    app.add_typer(bench.group, name="bench")
     app.add_typer(evaluation.group, name="eval")
     return app
 
