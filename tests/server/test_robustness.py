@@ -96,7 +96,7 @@ def test_the_front_end_is_killed_under_load(server: RunningServer) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_the_supervisor_is_killed_under_load(ranks: int) -> None:
     with start("--tp", str(ranks)) as server:
         processes = psutil.Process(server.pid).children(recursive=True)
