@@ -57,6 +57,19 @@ def is_idle(server: RunningServer) -> bool:
     return not any(metric(server, name) for name in (*names, "npu_zoo_requests_in_flight"))
 
 
+def settle(server: RunningServer) -> None:
+    """Wait until the server is done with clients that left, also with those that left before it noticed them."""
+    front_end = psutil.Process(server.children["front end"])
+
+    def connections() -> list[Any]:
+        return [found for found in front_end.net_connections("tcp") if found.status != psutil.CONN_LISTEN]
+
+    complete(server)  # is behind all of them, whatever it is told
+    wait_until(lambda: not connections() and is_idle(server))
+    assert complete(server).status == 200
+    wait_until(lambda: is_idle(server))
+
+
 @contextlib.contextmanager
 def paused(pid: int) -> Iterator[None]:
     """A process does nothing as long as the block lasts."""
