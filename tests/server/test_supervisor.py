@@ -290,7 +290,7 @@ def test_a_rank_that_is_killed_ends_its_engine(tmp_path: Path) -> None:
         wait_until(lambda: server.heard("failed: rank 1 on "))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.long), signal.SIGHUP])
 def test_running_requests_may_finish(number: signal.Signals, tmp_path: Path) -> None:
     with server_of(tmp_path) as server:
         server.wait_ready()
@@ -390,7 +390,7 @@ def test_an_engine_that_raises_by_mistake_at_its_first_start_ends_the_server(tmp
     assert server.heard("Traceback")
 
 
-@pytest.mark.parametrize("moment", ["start", "step"])
+@pytest.mark.parametrize("moment", [pytest.param("start", marks=pytest.mark.long), "step"])
 def test_an_engine_that_dies_again_and_again_ends_the_server(tmp_path: Path, moment: str) -> None:
     with server_of(tmp_path, changes=FAULTY, policy={"max_deaths": 1}) as server:
         engine = server.wait_ready()["engine"]
