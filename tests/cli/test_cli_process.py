@@ -65,13 +65,13 @@ def test_fifty_prompts_of_a_file_give_fifty_completions(cli: Callable[..., Any],
     assert re.search(r"50 of 50 prompts, \d+ tokens in [\d.]+ s: [\d.]+ tokens/s", ran.err)
 
 
-def test_a_first_run_without_prompt_and_weights_writes_code() -> None:
-    ran = run("run", "--model", "deepseek_coder")
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.startswith("def fibonacci(n):\n")
-    assert len(ran.stdout) > len("def fibonacci(n):\n\n")
-    assert "demo checkpoint" in ran.stderr
-    assert "--weights DIR" in ran.stderr
+def test_a_first_run_without_prompt_and_weights_writes_code(cli: Callable[..., Any]) -> None:
+    ran = cli("run", "--model", "deepseek_coder")
+    assert ran.code == 0, ran.err
+    assert ran.out.startswith("def fibonacci(n):\n")
+    assert len(ran.out) > len("def fibonacci(n):\n\n")
+    assert "demo checkpoint" in ran.err
+    assert "--weights DIR" in ran.err
 
 
 def test_an_interrupt_prints_what_there_is_and_ends_with_130(tmp_path: Path) -> None:
