@@ -207,7 +207,8 @@ def launched_on_two_hosts(arguments: Sequence[str], command: Sequence[str]) -> I
         )
 
 
-@pytest.mark.parametrize("arguments", [[], pytest.param(["--rdzv-id", "mine"], marks=pytest.mark.long)])
+@pytest.mark.long  # two hosts run a model in tests/parallel/test_two_hosts.py
+@pytest.mark.parametrize("arguments", [[], ["--rdzv-id", "mine"]])
 def test_two_nodes_meet(site: Path, arguments: list[str]) -> None:
     with launched_on_two_hosts(arguments, ["stand-in", "read"]) as nodes:
         ran = [Ran(node.wait(SECONDS), node.stdout.read(), node.stderr.read()) for node in nodes]

@@ -250,6 +250,7 @@ def test_no_rank_outlives_the_command(how: signal.Signals, code: int) -> None:
     assert gone(pid)
 
 
+@pytest.mark.long  # `npu-zoo launch` in tests/parallel/test_two_hosts.py starts ranks in the same way
 def test_ranks_that_torchrun_started(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["run", "--model", "deepseek_coder", "--dtype", "float32", "--prompt", "def add(a, b):", "--json"]
     asked += ["--max-tokens", "8", "--ignore-eos"]
