@@ -74,16 +74,9 @@ def check_splits(family: str, splits: list[Split]) -> None:
             assert all(gone(pid) for pid in pids.values())
 
 
-@pytest.mark.parametrize(
-    ("family", "splits"),
-    [
-        ("deepseek_coder", [Split(2, pp=2)]),
-        ("deepseek_moe", [Split(2, dp=2, ep=4)]),
-    ],
-    ids=["deepseek_coder", "deepseek_moe"],
-)
-def test_ranks_are_one_model(family: str, splits: list[Split]) -> None:
-    check_splits(family, splits)
+def test_ranks_are_one_model() -> None:
+    """Stages are in the tests below, and those of two hosts in tests/parallel/test_two_hosts.py."""
+    check_splits("deepseek_moe", [Split(2, dp=2, ep=4)])
 
 
 @pytest.mark.long
