@@ -1,4 +1,4 @@
-"""The installed program in processes of its own, with the native engine and the bundled checkpoint."""
+"""The program with the native engine and the bundled checkpoint, in processes of its own where they show more."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,27 +51,27 @@ def results(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.split("\n") if line]
 
 
-def test_fifty_prompts_of_a_file_give_fifty_completions(tmp_path: Path) -> None:
+def test_fifty_prompts_of_a_file_give_fifty_completions(cli: Callable[..., Any], tmp_path: Path) -> None:
     prompts = [f"def function_{number}(x):" for number in range(50)]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n")
     arguments = ("--prompts-file", str(tmp_path / "prompts.txt"), "--max-tokens", "8", "--max-num-seqs", "7", "--json")
-    ran = run("run", *DEMO, *SMALL, *arguments)
-    assert ran.returncode == 0, ran.stderr
-    found = results(ran.stdout)
+    ran = cli("run", *DEMO, *SMALL, *arguments)
+    assert ran.code == 0, ran.err
+    found = results(ran.out)
     assert [result["prompt"] for result in found] == prompts
     assert all(1 <= len(result["token_ids"]) <= 8 for result in found)
     assert all(result["finish_reason"] in ("stop", "length") for result in found)
     assert all(0 < result["timings"]["ttft_s"] <= result["timings"]["total_s"] for result in found)
-    assert re.search(r"50 of 50 prompts, \d+ tokens in [\d.]+ s: [\d.]+ tokens/s", ran.stderr)
+    assert re.search(r"50 of 50 prompts, \d+ tokens in [\d.]+ s: [\d.]+ tokens/s", ran.err)
 
 
-def test_a_first_run_without_prompt_and_weights_writes_code() -> None:
-    ran = run("run", "--model", "deepseek_coder")
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.startswith("def fibonacci(n):\n")
-    assert len(ran.stdout) > len("def fibonacci(n):\n\n")
-    assert "demo checkpoint" in ran.stderr
-    assert "--weights DIR" in ran.stderr
+def test_a_first_run_without_prompt_and_weights_writes_code(cli: Callable[..., Any]) -> None:
+    ran = cli("run", "--model", "deepseek_coder")
+    assert ran.code == 0, ran.err
+    assert ran.out.startswith("def fibonacci(n):\n")
+    assert len(ran.out) > len("def fibonacci(n):\n\n")
+    assert "demo checkpoint" in ran.err
+    assert "--weights DIR" in ran.err
 
 
 def test_an_interrupt_prints_what_there_is_and_ends_with_130(tmp_path: Path) -> None:
@@ -250,16 +250,11 @@ def test_a_conversation_at_a_terminal(terminal: Any, tmp_path: Path) -> None:
     assert "write a function" in (tmp_path / "npu-zoo" / "chat-history").read_text()
 
 
-def test_a_conversation_from_a_pipe() -> None:
-    ran = subprocess.run(
-        [PROGRAM, "chat", *DEMO, *SMALL, "--max-tokens", "8", "--temperature", "0"],
-        input="hello\n/exit\nnever\n",
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.strip()
+def test_a_conversation_from_a_pipe(cli: Callable[..., Any]) -> None:
+    options = ("--max-tokens", "8", "--temperature", "0")
+    ran = cli("chat", *DEMO, *SMALL, *options, stdin="hello\n/exit\nnever\n")
+    assert ran.code == 0, ran.err
+    assert ran.out.strip()
 
 
 def test_a_single_completion_streams_to_a_terminal(terminal: Any) -> None:

@@ -183,7 +183,10 @@ def test_ranks_are_started_anew_as_often_as_is_asked(site: Path) -> None:
     assert ran.out.count("results of 0 of 2") == 2
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.long), (signal.SIGTERM, 143), (signal.SIGKILL, -9)],
+)
 def test_no_rank_outlives_the_launcher(site: Path, number: signal.Signals, code: int) -> None:
     with launched("--nproc-per-node", "2", "stand-in", "wait") as process:
         assert wait_until(lambda: started(site, 2))
@@ -204,6 +207,7 @@ def launched_on_two_hosts(arguments: Sequence[str], command: Sequence[str]) -> I
         )
 
 
+@pytest.mark.long  # two hosts run a model in tests/parallel/test_two_hosts.py
 @pytest.mark.parametrize("arguments", [[], ["--rdzv-id", "mine"]])
 def test_two_nodes_meet(site: Path, arguments: list[str]) -> None:
     with launched_on_two_hosts(arguments, ["stand-in", "read"]) as nodes:

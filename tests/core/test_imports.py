@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -113,12 +114,17 @@ def imports_of(source: str, module: str, is_package: bool = False) -> list[Impor
     return [Import(module, target, top) for node, top in statements for target in targets(node, module, is_package)]
 
 
-IMPORTS = [
-    found
-    for module, path in MODULES.items()
-    for found in imports_of(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
-]
-INTERNAL = [i for i in IMPORTS if i.target.split(".")[0] == "npu_zoo"]
+@cache
+def all_imports() -> list[Import]:
+    return [
+        found
+        for module, path in MODULES.items()
+        for found in imports_of(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
+    ]
+
+
+def internal() -> list[Import]:
+    return [i for i in all_imports() if i.target.split(".")[0] == "npu_zoo"]
 
 
 def test_the_scan_sees_every_kind_of_import() -> None:
@@ -149,7 +155,7 @@ def test_every_room_has_its_line() -> None:
 
 
 def test_imports_go_one_way() -> None:
-    wrong = [i for i in INTERNAL if i.rooms[0] not in OUTSIDE and i.rooms[1] not in OUTSIDE and _upwards(*i.rooms)]
+    wrong = [i for i in internal() if i.rooms[0] not in OUTSIDE and i.rooms[1] not in OUTSIDE and _upwards(*i.rooms)]
     assert wrong == []
 
 
@@ -158,7 +164,7 @@ def _upwards(importer: str, imported: str) -> bool:
 
 
 def test_rooms_of_one_line_form_no_cycle() -> None:
-    edges = {i.rooms for i in INTERNAL if i.rooms[0] != i.rooms[1]}
+    edges = {i.rooms for i in internal() if i.rooms[0] != i.rooms[1]}
     rooms = {room for edge in edges for room in edge}
     while leaves := {room for room in rooms if not any(a == room and b in rooms for a, b in edges)}:
         rooms -= leaves
@@ -166,11 +172,11 @@ def test_rooms_of_one_line_form_no_cycle() -> None:
 
 
 def test_core_imports_nothing_else_of_the_package() -> None:
-    assert [i for i in INTERNAL if i.rooms[0] == "core" and i.rooms[1] != "core"] == []
+    assert [i for i in internal() if i.rooms[0] == "core" and i.rooms[1] != "core"] == []
 
 
 def test_nobody_imports_a_plugin_or_the_simulator_by_name() -> None:
-    assert [i for i in INTERNAL if i.rooms[1] in OUTSIDE and i.rooms[0] != i.rooms[1]] == []
+    assert [i for i in internal() if i.rooms[1] in OUTSIDE and i.rooms[0] != i.rooms[1]] == []
 
 
 def test_plugins_import_the_two_surfaces_and_themselves() -> None:
@@ -178,23 +184,23 @@ def test_plugins_import_the_two_surfaces_and_themselves() -> None:
         own = ".".join(found.module.split(".")[:3])
         return found.rooms[1] in PLUGIN_SURFACE or found.target == own or found.target.startswith(f"{own}.")
 
-    plugins = [i for i in INTERNAL if i.rooms[0] == "plugins"]
+    plugins = [i for i in internal() if i.rooms[0] == "plugins"]
     assert plugins
     assert [i for i in plugins if not allowed(i)] == []
 
 
 def test_the_simulator_stands_alone() -> None:
-    assert [i for i in INTERNAL if i.rooms[0] == "simulator" and i.rooms[1] != "simulator"] == []
+    assert [i for i in internal() if i.rooms[0] == "simulator" and i.rooms[1] != "simulator"] == []
 
 
 def test_torch_free_rooms_import_nothing_heavy_when_imported() -> None:
-    heavy = [i for i in IMPORTS if i.top_level and i.target.split(".")[0] in HEAVY]
+    heavy = [i for i in all_imports() if i.top_level and i.target.split(".")[0] in HEAVY]
     assert [i for i in heavy if i.rooms[0] in TORCH_FREE - {"plugins"}] == []
     assert [i for i in heavy if i.rooms[0] == "plugins" and MODULES[i.module].name == "__init__.py"] == []
 
 
 def test_core_and_registry_name_no_heavy_module_at_all() -> None:
-    heavy = [i for i in IMPORTS if i.target.split(".")[0] in HEAVY]
+    heavy = [i for i in all_imports() if i.target.split(".")[0] in HEAVY]
     assert [i for i in heavy if i.rooms[0] in ("core", "registry", "api", "")] == []
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
+import io
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+
+from npu_zoo.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", "README.zh-CN.md"]
@@ -36,20 +37,18 @@ def sessions() -> list[tuple[str, str, list[str]]]:
 
 
 @pytest.mark.parametrize(("page", "command", "shown"), sessions())
-def test_a_session_shows_what_its_command_prints(page: str, command: str, shown: list[str]) -> None:
+def test_a_session_shows_what_its_command_prints(
+    page: str, command: str, shown: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     program, *arguments = shlex.split(command)
     assert program == "npu-zoo"
     if arguments[0] == "run" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("recorded on a CPU with bfloat16 instructions; another one may round a near tie the other way")
-    run = subprocess.run(
-        [sys.executable, "-m", "npu_zoo", *arguments],
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, "COLUMNS": "100"},
-        check=False,
-    )
-    assert comparable((run.stdout + run.stderr).splitlines()) == comparable(shown), f"{page}: {command}"
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    main(arguments)
+    printed = "".join(capsys.readouterr())
+    assert comparable(printed.splitlines()) == comparable(shown), f"{page}: {command}"
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -75,7 +74,7 @@ def test_the_python_of_the_readmes_runs() -> None:
     pages = [python_blocks(page) for page in PAGES]
     assert all(pages)
     for block in {re.sub(r"\s*#.*|\n+(?=\n)", "", block) for blocks in pages for block in blocks}:
-        subprocess.run([sys.executable, "-W", "error", "-c", block], check=True, capture_output=True)
+        exec(block, {})
 
 
 @pytest.mark.parametrize(

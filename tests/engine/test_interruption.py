@@ -266,7 +266,7 @@ def test_control_c_at_any_moment(llm: LLM, due: list[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", ["paged", "flash"])
+@pytest.mark.parametrize("attention", ["paged", pytest.param("flash", marks=pytest.mark.long)])
 def test_no_block_is_lost_over_two_thousand_requests(launch: Launch, narrow_checkpoint: Path, attention: str) -> None:
     llm = launch(
         narrow_checkpoint,

@@ -87,7 +87,7 @@ def is_clean(llm: LLM) -> bool:
     return bool(kv.num_free == kv.num_total) and not llm.engine.has_unfinished_requests()
 
 
-@settings(max_examples=25)
+@settings(max_examples=settings().max_examples // 10)  # engines are started for each
 @given(options=engine_options(), chosen=st.lists(st.integers(0, len(PARAMS) - 1), min_size=1, max_size=14))
 def test_in_any_batch_on_any_engine(
     start: Launch, alone: list[Tokens], options: dict[str, Any], chosen: list[int]
@@ -100,7 +100,7 @@ def test_in_any_batch_on_any_engine(
     assert is_clean(llm)
 
 
-@settings(max_examples=10)
+@settings(max_examples=settings().max_examples // 10)
 @given(options=engine_options(), data=st.data())
 def test_requests_that_come_and_go(
     start: Launch, alone: list[Tokens], options: dict[str, Any], data: st.DataObject

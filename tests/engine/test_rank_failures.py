@@ -76,7 +76,7 @@ def shared_memory() -> set[str]:
     return {path.name for path in folder.iterdir() if not path.name.startswith("sem.")} if folder.is_dir() else set()
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("rank", [*(pytest.param(rank, marks=pytest.mark.long) for rank in (1, 2)), 3])
 def test_a_rank_is_killed_while_generating(rank: int) -> None:
     before = shared_memory()
     message, lasted = fail_while_generating(config_of(stages=2), kill(rank, signal.SIGKILL))

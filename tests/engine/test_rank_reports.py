@@ -49,11 +49,15 @@ def overlap(one: Span, other: Span) -> bool:
 
 
 def test_each_rank_holds_its_share_of_the_weights(weights: Path) -> None:
-    held = {}
+    held: dict[int, list[int]] = {}
     for size in (1, 2, 4):
-        with LLM.from_config(config_of(weights, tensor_parallel_size=size)) as llm:
-            reports = llm.engine.runner.report()  # type: ignore[attr-defined]
-        held[size] = [report["parameter_bytes"] for report in reports]
+        config = config_of(weights, tensor_parallel_size=size)
+
+        def rank(joined: Joined, config: EngineConfig = config) -> int:
+            held: int = ModelRunner(config, ranks=joined.ranks).own_report()["parameter_bytes"]
+            return held
+
+        held[size] = run_ranks(Split(size), rank)
         assert len(held[size]) == size
     (whole,) = held[1]
     norms = (2 * 4 + 1) * 256 * 4  # every rank has them

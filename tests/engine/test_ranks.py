@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from npu_zoo import LLM, SamplingParams
+from npu_zoo.cli import main
 from npu_zoo.core.config import EngineArgs, EngineConfig
 from npu_zoo.core.errors import EngineError, WorkerError
 from npu_zoo.core.parallel import Split
@@ -72,18 +74,9 @@ def check_splits(family: str, splits: list[Split]) -> None:
             assert all(gone(pid) for pid in pids.values())
 
 
-@pytest.mark.parametrize(
-    ("family", "splits"),
-    [
-        ("deepseek_coder", [Split(2, pp=2), Split(dp=2)]),
-        ("wizardcoder", [Split(pp=3)]),
-        ("deepseek_moe", [Split(2, dp=2, ep=4)]),
-        ("deepseek_v3", [Split(2, pp=2, ep=2)]),
-    ],
-    ids=["deepseek_coder", "wizardcoder", "deepseek_moe", "deepseek_v3"],
-)
-def test_ranks_are_one_model(family: str, splits: list[Split]) -> None:
-    check_splits(family, splits)
+def test_ranks_are_one_model() -> None:
+    """Stages are in the tests below, and those of two hosts in tests/parallel/test_two_hosts.py."""
+    check_splits("deepseek_moe", [Split(2, dp=2, ep=4)])
 
 
 @pytest.mark.long
@@ -118,7 +111,11 @@ def test_four_ranks_of_a_layer_are_one_model(family: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "options", [{"max_num_batched_tokens": 16, "max_num_seqs": 4}, {"attention": "flash"}], ids=["chunks", "flash"]
+    "options",
+    [
+        pytest.param({"max_num_batched_tokens": 16, "max_num_seqs": 4}, id="chunks"),
+        pytest.param({"attention": "flash"}, id="flash", marks=pytest.mark.long),
+    ],
 )
 def test_two_ranks_in_other_ways(options: dict[str, Any]) -> None:
     one, two = config_of("deepseek_coder", 1, **options), config_of("deepseek_coder", 2, **options)
@@ -165,17 +162,23 @@ def test_an_engine_whose_first_rank_failed_takes_no_more(monkeypatch: pytest.Mon
             llm.generate(PROMPTS, GREEDY)
 
 
-def test_draws_do_not_depend_on_the_ranks() -> None:
-    params = SamplingParams(temperature=0.9, top_p=0.9, n=2, seed=5, max_tokens=12, ignore_eos=True)
+@pytest.fixture(scope="module")
+def one_and_two() -> Iterator[tuple[LLM, LLM]]:
+    """An engine of one rank, and one of two."""
     with LLM.from_config(config_of("deepseek_coder", 1)) as one, LLM.from_config(config_of("deepseek_coder", 2)) as two:
-        texts = [
-            [completion.token_ids for output in llm.generate(PROMPTS, params) for completion in output.outputs]
-            for llm in (one, two)
-        ]
+        yield one, two
+
+
+def test_draws_do_not_depend_on_the_ranks(one_and_two: tuple[LLM, LLM]) -> None:
+    params = SamplingParams(temperature=0.9, top_p=0.9, n=2, seed=5, max_tokens=12, ignore_eos=True)
+    texts = [
+        [completion.token_ids for output in llm.generate(PROMPTS, params) for completion in output.outputs]
+        for llm in one_and_two
+    ]
     assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGKILL, marks=pytest.mark.long), signal.SIGSEGV])
 def test_a_rank_that_dies_ends_the_run_with_its_name(how: signal.Signals) -> None:
     llm = LLM.from_config(config_of("deepseek_coder", 2))
     (pid,) = workers(llm).values()
@@ -195,9 +198,8 @@ def test_a_rank_that_cannot_start_is_named(tmp_path: Path) -> None:
         LLM.from_config(broken)
 
 
-def test_ranks_share_the_weights() -> None:
-    with LLM.from_config(config_of("deepseek_coder", 1)) as one, LLM.from_config(config_of("deepseek_coder", 2)) as two:
-        whole, share = (llm.engine.explain() for llm in (one, two))
+def test_ranks_share_the_weights(one_and_two: tuple[LLM, LLM]) -> None:
+    whole, share = (llm.engine.explain() for llm in one_and_two)
     assert share["parameter_bytes"] < 0.54 * whole["parameter_bytes"]  # norms and the one key-value head are on both
     assert share["kv_cache_bytes"] <= whole["kv_cache_bytes"]
 
@@ -215,7 +217,14 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("how", "code"),
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.long),
+        pytest.param(signal.SIGKILL, -9, marks=pytest.mark.long),
+    ],
+)
 def test_no_rank_outlives_the_command(how: signal.Signals, code: int) -> None:
     asked = ["run", "--model", "deepseek_coder", "--tp", "2", "--prompt", "x", "--max-tokens", "1900", "--ignore-eos"]
     process = subprocess.Popen(
@@ -234,15 +243,13 @@ def test_no_rank_outlives_the_command(how: signal.Signals, code: int) -> None:
     assert gone(pid)
 
 
-def test_ranks_that_torchrun_started() -> None:
+@pytest.mark.long  # `npu-zoo launch` in tests/parallel/test_two_hosts.py starts ranks in the same way
+def test_ranks_that_torchrun_started(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["run", "--model", "deepseek_coder", "--dtype", "float32", "--prompt", "def add(a, b):", "--json"]
     asked += ["--max-tokens", "8", "--ignore-eos"]
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    commands = [["npu_zoo", *asked], [*launcher, "-m", "npu_zoo", *asked, "--tp", "2"]]
-    done = [
-        subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=120, check=False)
-        for command in commands
-    ]
-    assert [found.returncode for found in done] == [0, 0], done[1].stderr
-    alone, several = (json.loads(found.stdout) for found in done)
-    assert several["token_ids"] == alone["token_ids"]
+    command = [sys.executable, "-m", *launcher, "-m", "npu_zoo", *asked, "--tp", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert main(asked) == 0
+    assert json.loads(done.stdout)["token_ids"] == json.loads(capsys.readouterr().out)["token_ids"]

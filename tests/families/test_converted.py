@@ -41,8 +41,18 @@ def restored(quantized: Path, plain: Path, target: Path) -> Path:
     return target
 
 
-@pytest.mark.parametrize("scheme", [Scheme.of("w8a16"), Scheme.of("w4a16"), Scheme.of("w4a16", 16)], ids=str)
-@pytest.mark.parametrize("family", ["deepseek_coder", "deepseek_moe", "deepseek_v3"])
+SCHEMES = [Scheme.of("w8a16"), Scheme.of("w4a16"), Scheme.of("w4a16", 16)]
+
+
+def case(family: str, scheme: Scheme) -> Any:
+    often = family == "deepseek_coder" or scheme is SCHEMES[-1]
+    return pytest.param(family, scheme, id=f"{family}-{scheme}", marks=[] if often else pytest.mark.long)
+
+
+@pytest.mark.parametrize(
+    ("family", "scheme"),
+    [case(family, scheme) for family in ("deepseek_coder", "deepseek_moe", "deepseek_v3") for scheme in SCHEMES],
+)
 def test_quantized_runs_as_what_it_stands_for(family: str, scheme: Scheme, tmp_path: Path) -> None:
     quantized = tmp_path / "quantized"
     convert(plan_conversion(demo(family), ConvertOptions("hf-safetensors", scheme=scheme)), quantized)

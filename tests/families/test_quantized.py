@@ -85,8 +85,15 @@ def scores(llm: LLM, prompts: list[list[int]]) -> list[float]:
     return [next(iter(entry.values())).logprob for o in outputs for entry in o.prompt_logprobs or [] if entry]
 
 
-@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name != "w8a8"])
-@pytest.mark.parametrize("shape", ["llama", "moe", "v3", "v2"])
+@pytest.mark.parametrize(
+    ("shape", "scheme"),
+    [
+        pytest.param(shape, scheme, marks=[] if shape == "llama" or scheme == "w4a16-groups" else pytest.mark.long)
+        for shape in ("llama", "moe", "v3", "v2")
+        for scheme in SCHEMES
+        if scheme != "w8a8"
+    ],
+)
 def test_weights_only_in_bfloat16(sources: Any, shape: str, scheme: str, tmp_path: Path) -> None:
     """Rounding can choose another expert, so both are held against float32: one must err no more than the other."""
     model, source = sources[shape]

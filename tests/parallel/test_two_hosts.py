@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from npu_zoo.cli import main
 
 _SPEC = importlib.util.spec_from_file_location("namespaces", Path(__file__).with_name("namespaces.py"))
 assert _SPEC is not None
@@ -37,13 +39,13 @@ def hosts() -> Iterator[Any]:
 
 
 @contextmanager
-def launched(hosts: Any, *arguments: str) -> Iterator[list[subprocess.Popen[str]]]:
+def launched(hosts: Any, *arguments: str, split: Sequence[str] = SPLIT) -> Iterator[list[subprocess.Popen[str]]]:
     """The same command on both hosts; none of it outlives the block."""
     with ExitStack() as stack:
         processes = []
         for number, host in enumerate(hosts):
             where = ["--nnodes", "2", "--node-rank", str(number), "--master-addr", hosts[0].address]
-            command = [*ZOO, "launch", *where, "--", *MODEL, *SPLIT, *arguments]
+            command = [*ZOO, "launch", *where, "--", *MODEL, *split, *arguments]
             process = subprocess.Popen(
                 host.command(*command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
                 start_new_session=True,
@@ -68,12 +70,14 @@ def without_times(line: str) -> dict[str, Any]:
     return {key: value for key, value in json.loads(line).items() if key != "timings"}
 
 
-def test_two_hosts_are_one_model(hosts: Any) -> None:
-    alone = subprocess.run([*ZOO, *MODEL, *SHORT], capture_output=True, text=True, cwd=ROOT, check=True)
-    with launched(hosts, *SHORT) as processes:
+@pytest.mark.parametrize("split", [["--pp", "2"], pytest.param(SPLIT, marks=pytest.mark.long)], ids=" ".join)
+def test_two_hosts_are_one_model(hosts: Any, split: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*MODEL, *SHORT]) == 0
+    alone = capsys.readouterr().out
+    with launched(hosts, *SHORT, split=split) as processes:
         (out, err), (nothing, other_err) = (process.communicate(timeout=120) for process in processes)
     assert [process.returncode for process in processes] == [0, 0], err + other_err
-    assert without_times(out) == without_times(alone.stdout)
+    assert without_times(out) == without_times(alone)
     assert nothing == ""
     assert [processes_of(host) for host in hosts] == [[], []]
 

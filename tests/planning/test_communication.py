@@ -118,14 +118,20 @@ EXPERTS = [
     Split(2, dp=2, ep=4), Split(2, dp=2, ep=2), Split(dp=4, ep=4), Split(2, pp=2, ep=2), Split(dp=2, pp=2, ep=2),
 ]  # fmt: skip
 TO_EXPERTS = [split for split in EXPERTS if split.ep > 1]
+OFTEN = {Split(4), Split(pp=3), Split(dp=2, pp=2), Split(4, ep=2), Split(2, dp=2, ep=4), Split(2, pp=2, ep=2)}
+"""Each kind of split, by itself or with another."""
+
+
+def cases(*families: tuple[str, list[Split]]) -> list[Any]:
+    return [
+        pytest.param(family, split, id=f"{family}-{split}", marks=[] if split in OFTEN else pytest.mark.long)
+        for family, splits in families
+        for split in splits
+    ]
 
 
 @pytest.mark.parametrize(
-    ("family", "split"),
-    [("deepseek_coder", split) for split in DENSE]
-    + [("deepseek_moe", split) for split in EXPERTS]
-    + [("deepseek_v3", split) for split in EXPERTS[1:8:3]],
-    ids=str,
+    ("family", "split"), cases(("deepseek_coder", DENSE), ("deepseek_moe", EXPERTS), ("deepseek_v3", EXPERTS[1:8:3]))
 )
 def test_ranks_say_what_the_closed_form_says(family: str, split: Split, tmp_path: Path) -> None:
     write_random_model(tmp_path, get_registry().families[family], shape_of(family))
@@ -137,9 +143,7 @@ def test_ranks_say_what_the_closed_form_says(family: str, split: Split, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("family", "split"),
-    [("deepseek_moe", split) for split in TO_EXPERTS] + [("deepseek_v3", split) for split in TO_EXPERTS[::3]],
-    ids=str,
+    ("family", "split"), cases(("deepseek_moe", TO_EXPERTS), ("deepseek_v3", [*TO_EXPERTS[::3], Split(4, ep=2)]))
 )
 def test_tokens_that_go_to_their_experts_alone(
     family: str, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -165,9 +169,9 @@ def test_tokens_that_go_to_their_experts_alone(
 @pytest.mark.parametrize(
     ("family", "split", "options"),
     [
-        ("deepseek_coder", Split(2, pp=2), {"dtype": "bfloat16"}),
+        pytest.param("deepseek_coder", Split(2, pp=2), {"dtype": "bfloat16"}, marks=pytest.mark.long),
         ("deepseek_moe", Split(dp=2, ep=2), {}),
-        ("deepseek_v3", Split(2, ep=2), {"dtype": "bfloat16"}),
+        pytest.param("deepseek_v3", Split(2, ep=2), {"dtype": "bfloat16"}, marks=pytest.mark.long),
     ],
 )
 def test_processes_report_what_the_closed_form_says(

@@ -39,11 +39,11 @@ def complete(server: RunningServer, body: dict[str, Any] = SHORT, headers: dict[
         return connection.answer()
 
 
-def metric(server: RunningServer, name: str, **labels: str) -> float:
-    """The sum of a metric's series that have these labels."""
+def metric(server: RunningServer, *names: str, **labels: str) -> float:
+    """The sum of the metrics' series that have these labels."""
     families = text_string_to_metric_families(server.get("/metrics")[1])
-    samples = [sample for family in families for sample in family.samples if sample.name == name]
-    assert samples, f"/metrics has no {name}"
+    samples = [sample for family in families for sample in family.samples if sample.name in names]
+    assert {sample.name for sample in samples} == set(names), f"/metrics has not all of {names}"
     return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
 
 
@@ -54,7 +54,20 @@ def running(server: RunningServer) -> float:
 def is_idle(server: RunningServer) -> bool:
     """Whether nothing runs, waits or holds blocks, and no request is left over."""
     names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
-    return not any(metric(server, name) for name in (*names, "npu_zoo_requests_in_flight"))
+    return metric(server, *names, "npu_zoo_requests_in_flight") == 0
+
+
+def settle(server: RunningServer) -> None:
+    """Wait until the server is done with clients that left, also with those that left before it noticed them."""
+    front_end = psutil.Process(server.children["front end"])
+
+    def connections() -> list[Any]:
+        return [found for found in front_end.net_connections("tcp") if found.status != psutil.CONN_LISTEN]
+
+    complete(server)  # is behind all of them, whatever it is told
+    wait_until(lambda: not connections() and is_idle(server))
+    assert complete(server).status == 200
+    wait_until(lambda: is_idle(server))
 
 
 @contextlib.contextmanager

@@ -254,7 +254,7 @@ def frames(connection: socket.socket) -> Iterator[list[Any]]:
 
 
 def test_what_a_client_that_does_not_read_has_missed_comes_together(llm: LLM, engine_path: Path) -> None:
-    params = SamplingParams(temperature=0, max_tokens=900, ignore_eos=True, logprobs=20)
+    params = SamplingParams(temperature=0, max_tokens=450, ignore_eos=True, logprobs=20)
     with socket.socket(socket.AF_UNIX) as stopped:
         stopped.connect(str(engine_path))
         stopped.sendall(frame([Submit(4, GenerationRequest("stopped", [5, 6], params))]))
@@ -275,7 +275,7 @@ def test_what_a_client_that_does_not_read_has_missed_comes_together(llm: LLM, en
                     apply_delta(output, delta)
             if output.finished:
                 break
-    assert count < 600
+    assert count < 300
     assert output.outputs == expected.outputs
 
 

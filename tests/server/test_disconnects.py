@@ -9,7 +9,7 @@ import pytest
 from npu_zoo.testing.serving import RunningServer
 
 from .raw_http import Connection, head, wait_until
-from .real_server import LONG, PATH, SHORT, complete, is_idle, metric, paused, running
+from .real_server import LONG, PATH, SHORT, is_idle, metric, paused, running, settle
 
 Leave = Callable[[Connection], None]
 LEAVES = pytest.mark.parametrize("leave", [Connection.close, Connection.reset, Connection.half_close])
@@ -20,8 +20,7 @@ def server(small_server: RunningServer) -> Iterator[RunningServer]:
     """A server that is idle before and after, and then still answers."""
     wait_until(lambda: is_idle(small_server))
     yield small_server
-    wait_until(lambda: is_idle(small_server))
-    assert complete(small_server).status == 200
+    settle(small_server)
 
 
 def aborted(server: RunningServer) -> float:

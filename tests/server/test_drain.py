@@ -27,7 +27,9 @@ def assert_ended(pids: list[int]) -> None:
     wait_until(lambda: not any(map(alive, pids)))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.long)]
+)
 def test_what_runs_finishes_and_what_is_new_is_refused(number: signal.Signals, code: int) -> None:
     with start() as server:
         pids = processes(server)
@@ -63,7 +65,10 @@ def test_what_runs_finishes_and_what_is_new_is_refused(number: signal.Signals, c
             Connection(server.url)
 
 
-@pytest.mark.parametrize(("grace", "number", "code"), [("0", signal.SIGTERM, 0), ("0.3", signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("grace", "number", "code"),
+    [pytest.param("0", signal.SIGTERM, 0, marks=pytest.mark.long), ("0.3", signal.SIGINT, 130)],
+)
 def test_what_runs_beyond_the_grace_period_gets_an_error_and_an_end(
     grace: str, number: signal.Signals, code: int
 ) -> None:

@@ -506,11 +506,10 @@ def test_a_request_does_not_count_beyond_its_last_event(thinker: OpenAI) -> None
         assert list(stream)[-1].choices[0].finish_reason
 
 
-def test_the_middle_is_filled_in(llm: LLM) -> None:
+def test_the_middle_is_filled_in(llm: LLM, small_server: RunningServer) -> None:
     params = SamplingParams(temperature=0, max_tokens=16)
     expected = llm.infill("def add(a, b):\n", "\n    return c", params)[0].outputs[0].text
-    options = ("--model", CODER, "--dtype", "float32", "--threads", "1", "--log-level", "error")
-    with RunningServer(options) as server, OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+    with OpenAI(base_url=f"{small_server.url}/v1", api_key="none") as client:
         answer = client.completions.create(
             model=CODER, prompt="def add(a, b):\n", suffix="\n    return c", temperature=0, max_tokens=16
         )

@@ -251,7 +251,7 @@ def test_an_engine_is_not_busy_without_requests(server: Server) -> None:
     assert idle(server.process.pid)
 
 
-@pytest.mark.parametrize("moment", ["loading", "generating"])
+@pytest.mark.parametrize("moment", ["loading", pytest.param("generating", marks=pytest.mark.long)])
 def test_nothing_outlives_the_supervisor(tmp_path: Path, moment: str) -> None:
     with server_of(tmp_path, engine={"tensor_parallel_size": 2}) as server:
         if moment == "generating":
@@ -290,7 +290,7 @@ def test_a_rank_that_is_killed_ends_its_engine(tmp_path: Path) -> None:
         wait_until(lambda: server.heard("failed: rank 1 on "))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.long), signal.SIGHUP])
 def test_running_requests_may_finish(number: signal.Signals, tmp_path: Path) -> None:
     with server_of(tmp_path) as server:
         server.wait_ready()
@@ -320,6 +320,7 @@ def test_a_server_that_was_started_to_outlive_its_terminal_does(tmp_path: Path) 
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.long  # with the real front end in test_drain.py, as are the next two
 def test_a_request_while_the_server_drains_is_refused(tmp_path: Path) -> None:
     with server_of(tmp_path) as server:
         server.wait_ready()
@@ -332,6 +333,7 @@ def test_a_request_while_the_server_drains_is_refused(tmp_path: Path) -> None:
         assert server.wait() == 130
 
 
+@pytest.mark.long
 def test_a_second_interrupt_ends_all_at_once(tmp_path: Path) -> None:
     with server_of(tmp_path) as server:
         server.wait_ready()
@@ -345,6 +347,7 @@ def test_a_second_interrupt_ends_all_at_once(tmp_path: Path) -> None:
         assert not any(map(alive, children))
 
 
+@pytest.mark.long
 def test_requests_beyond_the_grace_period_are_dropped(tmp_path: Path) -> None:
     with server_of(tmp_path, options={"grace_period": 0.05}) as server:
         server.wait_ready()
@@ -390,7 +393,7 @@ def test_an_engine_that_raises_by_mistake_at_its_first_start_ends_the_server(tmp
     assert server.heard("Traceback")
 
 
-@pytest.mark.parametrize("moment", ["start", "step"])
+@pytest.mark.parametrize("moment", [pytest.param("start", marks=pytest.mark.long), "step"])
 def test_an_engine_that_dies_again_and_again_ends_the_server(tmp_path: Path, moment: str) -> None:
     with server_of(tmp_path, changes=FAULTY, policy={"max_deaths": 1}) as server:
         engine = server.wait_ready()["engine"]

@@ -402,11 +402,11 @@ def test_pickles_that_are_none(path: Path, pickle: bytes, fault: str) -> None:
 @pytest.mark.parametrize(
     "pickle",
     [
-        b"N" + b"\x85" * 200_000,
-        b"N" + b"Q" * 200_000,
-        b"]" * 200_000 + b"a" * 199_999,
-        b"N" + b"q\0h\0\x86" * 100_000,  # a pair of the same, of pairs of the same: 2 ** 100_000 leaves
-        b"}" + b"N" + b"\x85" * 200_000 + b"Ns",
+        b"N" + b"\x85" * 50_000,
+        b"N" + b"Q" * 50_000,
+        b"]" * 50_000 + b"a" * 49_999,
+        b"N" + b"q\0h\0\x86" * 50_000,  # a pair of the same, of pairs of the same: 2 ** 50_000 leaves
+        b"}" + b"N" + b"\x85" * 50_000 + b"Ns",
     ],
     ids=["tuples", "identities", "lists", "pairs", "key"],
 )
