@@ -173,6 +173,8 @@ class _Outcome:
         if json is not None:
             require_record_place(json, "bench offline")
             self._model = ModelUnderTest.of(configs.asked)
+            if not json.exists():  # what is there is replaced by results alone
+                self._write_record(json)
         self._csv = MindieCsv(csv) if csv is not None else None
 
     def change(self, body: OfflineBody) -> None:
