@@ -20,6 +20,7 @@ from npu_zoo.core.errors import HardwareError, UsageError
 from npu_zoo.dispatch import resolve
 from npu_zoo.evaluation.offline.cases import Case, read_cases
 from npu_zoo.evaluation.offline.room import too_long
+from npu_zoo.platforms.detection import is_simulated
 from npu_zoo.settings import Settings
 
 if TYPE_CHECKING:
@@ -83,6 +84,9 @@ def offline(
     outcome = _Outcome(configs, shown, csv, json)
     try:
         _run(configs, plan, rounds, prompt_seed, outcome)
+    except KeyboardInterrupt:
+        note(f"interrupted; {len(outcome.body.cases)} of {len(plan.cases)} case(s) have finished")
+        raise
     finally:
         print_report(outcome.body, outcome.machine, simulated=outcome.simulated)
     if outcome.body.not_run:
@@ -163,10 +167,10 @@ class _Outcome:
     def __init__(self, configs: _Configs, arguments: dict[str, Any], csv: Path | None, json: Path | None) -> None:
         from npu_zoo.evaluation.offline.mindie import MindieCsv
         from npu_zoo.evaluation.offline.results import NotRun, OfflineBody
-        from npu_zoo.evaluation.record import ModelUnderTest, is_simulated, require_record_place
+        from npu_zoo.evaluation.record import ModelUnderTest, require_record_place
 
         self.machine: Machine | None = None
-        self.simulated = is_simulated(configs.asked)
+        self.simulated = is_simulated(configs.asked.device)
         refused = tuple(NotRun(**case._asdict(), reason=reason) for case, reason in configs.too_long)
         self.body = OfflineBody(not_run=refused)
         self._config, self._arguments, self._json = configs.asked, arguments, json
