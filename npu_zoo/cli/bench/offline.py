@@ -74,9 +74,11 @@ def offline(
     arguments: dict[str, Any] = {"cases": cases, "batch": batch, "rounds": rounds, "seed": prompt_seed}
     arguments |= {"max_batch_under": max_batch_under, "batch_limit": plan.batch_limit}
     configs = _resolve(settings.args, plan)
-    if follows() and configs.runnable:
-        with loaded(configs.asked):  # which works for the first rank until the run is over, and does not come back
-            return
+    if follows():
+        if configs.runnable:
+            with loaded(configs.asked):  # which works for the first rank until the run is over, and does not come back
+                return
+        return
     for text in plan.notes:
         note(text)
     tell_notes(configs.asked)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from npu_zoo.cli.output import print_fields, print_items, print_table
 from npu_zoo.cli.progress import SECONDS_BETWEEN_BARS, SECONDS_BETWEEN_LINES, progress_bar
-from npu_zoo.evaluation.offline.cases import Case
+from npu_zoo.evaluation.offline.cases import WARM_UP_TOKENS, Case
 
 if TYPE_CHECKING:
     from npu_zoo.evaluation.offline.results import CaseResult, Floor, NotRun, OfflineBody, Search
@@ -82,7 +82,7 @@ class BenchProgress(AbstractContextManager["BenchProgress"]):
     def _units(self, case: Case) -> float:
         """The work of a case with its warm-up, in steps of decoding."""
         prompts = (1 + self._rounds) * case.input * case.batch / PROMPT_TOKENS_PER_STEP
-        return prompts + self._rounds * case.output + min(case.output, 4)
+        return prompts + self._rounds * case.output + min(case.output, WARM_UP_TOKENS)
 
     def _verdict(self, result: CaseResult) -> str:
         if self._under_ms is None or result.non_first_token_s is None:

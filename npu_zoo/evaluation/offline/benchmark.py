@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from npu_zoo.core.engine import Engine
-from npu_zoo.evaluation.offline.cases import Case
+from npu_zoo.evaluation.offline.cases import WARM_UP_TOKENS, Case
 from npu_zoo.evaluation.offline.results import Bound, CaseResult, NotRun, OfflineBody, Sample, Search
 from npu_zoo.evaluation.offline.room import Room
 from npu_zoo.evaluation.offline.samples import (
-    WARM_UP_TOKENS,
     CaseError,
     PreemptedError,
     RandomPrompts,

@@ -10,6 +10,8 @@ from npu_zoo.core.errors import UsageError
 
 CASES_EXAMPLE = "[[2048,2048],[1024,1024]]"
 BATCH_EXAMPLE = "1,4 for all pairs, or [[1,4],[1,8]] with a list for each"
+WARM_UP_TOKENS = 4
+"""Output tokens of the run before a case's rounds: enough for every kind of step."""
 
 
 class Case(NamedTuple):

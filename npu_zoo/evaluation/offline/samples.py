@@ -14,9 +14,6 @@ from npu_zoo.engine.prompting import PromptEncoder
 from npu_zoo.evaluation.offline.cases import Case
 from npu_zoo.evaluation.offline.results import Sample
 
-WARM_UP_TOKENS = 4
-"""Output tokens of the run before a case's rounds: enough for every kind of step."""
-
 OnStep = Callable[[int, int], None]
 """Called after a step with how many first tokens and how many tokens in all came of it."""
 
