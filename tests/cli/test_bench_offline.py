@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +26,8 @@ def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "MATRIX_SHAPES", ((16, 16, 16),))
 
 
-def test_cases_become_tables_rows_and_a_record(cli: Callable, tmp_path: Path) -> None:
+def test_cases_become_tables_rows_and_a_record(cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("npu_zoo.cli.bench.offline_report.SECONDS_BETWEEN_LINES", 0)
     table, record = tmp_path / "results.csv", tmp_path / "results.json"
     arguments = ("--cases", "[[6,3],[8,4],[9999,9]]", "--batch", "1,2", "--csv", str(table), "--json", str(record))
     ran = cli(*OFFLINE, *arguments)
@@ -34,6 +36,7 @@ def test_cases_become_tables_rows_and_a_record(cli: Callable, tmp_path: Path) ->
     assert "[8,4] x 2" in ran.out
     assert "measured in this run" in ran.out.replace("\n            ", " ")
     assert "large to small" in ran.err
+    assert re.search(r"\[6,3\] x 2, round 1 of 1: [\d.]+ tokens/s, 0 s left", ran.err)
     assert max(map(len, ran.out.splitlines())) <= 80
 
     with table.open(newline="") as file:

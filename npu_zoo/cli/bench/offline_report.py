@@ -87,6 +87,8 @@ class BenchProgress(AbstractContextManager["BenchProgress"]):
     def _verdict(self, result: CaseResult) -> str:
         if self._under_ms is None or result.non_first_token_s is None:
             return ""
+        if not result.together:
+            return " (not all at once: the output is too short)"
         under = result.non_first_token_s * 1000 < self._under_ms
         return f" ({'under' if under else 'not under'} {self._under_ms:g} ms)"
 
@@ -124,16 +126,16 @@ def print_report(body: OfflineBody, machine: Machine | None, *, simulated: bool)
         print_table(_FLOORS, (row for result in shown.cases for row in _floor_rows(result)))
         print()
         print_fields(_meanings(machine, simulated=simulated))
-    apart = [result.case.name for result in body.cases if result.output > 1 and not result.together]
+    apart = [f"{result.case.name}: {_APART}" for result in body.cases if result.output > 1 and not result.together]
     if apart:
-        print_items(_APART, apart)
+        print_items("not of all sequences at once", apart)
     if body.not_run:
         print_items("did not run", map(_refusal, body.not_run))
 
 
 _APART = (
-    "first outputs ended before the last prompt was computed, so that token ms is of fewer sequences (give a larger "
-    "--max-num-batched-tokens, or longer outputs)"
+    "first outputs ended before the last prompt was computed; give a larger --max-num-batched-tokens, or more output "
+    "tokens"
 )
 _FIGURES = ("batch", "in", "out", "total s", "prefill ms", "token ms", "token/s", "E2E token/s")
 _FLOORS = ("case", "phase", "GiB", "GFLOP", "of bandwidth", "of peak", "limit")
@@ -189,6 +191,7 @@ def _search_row(search: Search) -> tuple[str, ...]:
 
 _LIMITS = {
     "latency": "the latency",
+    "output": "the output: too short for more at once",
     "memory": "room: more sequences do not fit at once",
     "batch_limit": "--batch-limit: larger ones were not tried",
     "interrupted": "interrupted: larger ones may hold, too",

@@ -113,7 +113,7 @@ class OfflineBenchmark:
                 self._keep_search(probes.search(probes.largest_held, "interrupted"))
             raise
         if largest < most:
-            bound = "memory" if largest + 1 in probes.preempted else "latency"
+            bound = probes.unfit.get(largest + 1, "latency")
         self._keep_search(probes.search(largest, bound))
 
     def _keep_search(self, search: Search) -> None:
@@ -142,12 +142,12 @@ class _Probes:
 
     Attributes:
         results: of those that ran.
-        preempted: those for which the room did not last.
+        unfit: those that are not of all sequences at once, and why.
     """
 
     def __init__(self, pair: Case, under_ms: float, measure: Callable[[Case], CaseResult]) -> None:
         self.results: list[CaseResult] = []
-        self.preempted: list[int] = []
+        self.unfit: dict[int, Bound] = {}
         self._pair, self._under_ms, self._measure = pair, under_ms, measure
 
     def holds(self, batch: int) -> bool:
@@ -155,8 +155,10 @@ class _Probes:
         try:
             self.results.append(self._measure(self._pair._replace(batch=batch)))
         except PreemptedError:
-            self.preempted.append(batch)
+            self.unfit[batch] = "memory"
             return False
+        if not self.results[-1].together:
+            self.unfit[batch] = "output"
         return self._is_under(self.results[-1])
 
     @property
@@ -176,4 +178,5 @@ class _Probes:
         )
 
     def _is_under(self, result: CaseResult) -> bool:
-        return result.non_first_token_s is not None and result.non_first_token_s * 1000 < self._under_ms
+        token_s = result.non_first_token_s
+        return result.together and token_s is not None and token_s * 1000 < self._under_ms

@@ -14,7 +14,7 @@ from npu_zoo.evaluation.offline.cases import Case
 from npu_zoo.evaluation.record import Machine
 from npu_zoo.evaluation.work import ModelWork, Work
 
-Bound = Literal["latency", "memory", "batch_limit", "interrupted"]
+Bound = Literal["latency", "memory", "output", "batch_limit", "interrupted"]
 """What ended a search."""
 
 
@@ -58,9 +58,17 @@ class Sample(_Part):
     @property
     def non_first_token_s(self) -> float | None:
         """The mean of those steps; of all steps after the prefill where there are none; None where it is the end."""
-        after = range(self.prefill_steps, len(self.steps))
-        chosen = self._full_steps() or list(after)
-        return statistics.fmean(self.steps[i] - self.steps[i - 1] for i in chosen) if chosen else None
+        steps = self._later_steps()
+        return statistics.fmean(self.steps[i] - self.steps[i - 1] for i in steps) if steps else None
+
+    @property
+    def tokens_per_step(self) -> float:
+        """The mean of what those steps give: of as many as the batch has where every request gets one; 0 of none."""
+        steps = self._later_steps()
+        return statistics.fmean(self.tokens[i] for i in steps) if steps else 0.0
+
+    def _later_steps(self) -> list[int]:
+        return self._full_steps() or list(range(self.prefill_steps, len(self.steps)))
 
     def _full_steps(self) -> list[int]:
         batch = len(self.first_tokens)
@@ -110,9 +118,10 @@ class CaseResult(_Part):
         prefill_average_s: that by the steps it took.
         non_first_token_s: of a step after that in which every request gets a token; None where ``output`` is 1.
         together: whether there were such steps, in every round; otherwise it is the mean of all later steps.
-        non_first_token_throughput: ``batch / non_first_token_s``, tokens/s; 0 where ``output`` is 1.
+        non_first_token_throughput: ``batch / non_first_token_s``, tokens/s, with what a step gave in place of ``batch``
+            where not all were together; 0 where ``output`` is 1.
         e2e_throughput: ``batch * output / total_s``, tokens/s.
-        prefill, decode: floors; of no decode where ``output`` is 1.
+        prefill, decode: floors, for all of the batch at once; none of decode where ``output`` is 1.
         samples: the rounds.
     """
 
@@ -138,18 +147,16 @@ class CaseResult(_Part):
     @classmethod
     def of(cls, case: Case, samples: Sequence[Sample], work: ModelWork) -> CaseResult:
         """The figures of a case's rounds, with floors that tell no times."""
-        total_s = statistics.median(sample.total_s for sample in samples)
-        prefill_s = statistics.median(sample.prefill_s for sample in samples)
-        steps = [sample.non_first_token_s for sample in samples]
-        token_s = statistics.median(step for step in steps if step is not None) if case.output > 1 else None
+        total_s, prefill_s = _median(s.total_s for s in samples), _median(s.prefill_s for s in samples)
+        token_s = _median(s.non_first_token_s or 0.0 for s in samples) if case.output > 1 else None
         return cls(
             **case._asdict(),
             total_s=total_s,
             prefill_s=prefill_s,
-            prefill_average_s=statistics.median(sample.prefill_s / sample.prefill_steps for sample in samples),
+            prefill_average_s=_median(s.prefill_s / s.prefill_steps for s in samples),
             non_first_token_s=token_s,
             together=all(sample.together for sample in samples),
-            non_first_token_throughput=case.batch / token_s if token_s else 0.0,
+            non_first_token_throughput=_median(s.tokens_per_step for s in samples) / token_s if token_s else 0.0,
             e2e_throughput=case.batch * case.output / total_s,
             prefill=Floor.of(work.prefill([case.input] * case.batch), prefill_s, None),
             decode=_decode_floor(case, token_s, work),
@@ -160,7 +167,7 @@ class CaseResult(_Part):
         """The same, with floors' times and shares on a machine that was measured."""
         prefill = Floor.of(Work(self.prefill.bytes, self.prefill.operations), self.prefill_s, machine)
         decode = self.decode
-        if decode is not None and self.non_first_token_s is not None:
+        if decode is not None and self.non_first_token_s is not None and self.together:
             seconds = self.non_first_token_s * (self.output - 1)
             decode = Floor.of(Work(decode.bytes, decode.operations), seconds, machine)
         return self.model_copy(update={"prefill": prefill, "decode": decode})
@@ -186,8 +193,9 @@ class Search(_Part):
     Attributes:
         under_ms: the limit of a non-first token's mean time.
         largest_batch: that held it; 0 where not even one sequence did.
-        limited_by: what ended it: the ``latency``, ``memory`` for keys and values (or the engine's other limits),
-            the ``batch_limit`` that was given, or that it was ``interrupted``.
+        limited_by: what ended it: the ``latency``, ``memory`` for keys and values (or the engine's other limits), an
+            ``output`` too short for larger batches to generate all at once, the ``batch_limit`` that was given, or that
+            it was ``interrupted``.
         probes: every batch that was run, in order.
     """
 
@@ -239,6 +247,10 @@ def mean(values: Iterable[float]) -> float:
     """The arithmetic mean; there must be one value."""
     listed = list(values)
     return math.fsum(listed) / len(listed)
+
+
+def _median(values: Iterable[float]) -> float:
+    return statistics.median(values)
 
 
 def _decode_floor(case: Case, token_s: float | None, work: ModelWork) -> Floor | None:

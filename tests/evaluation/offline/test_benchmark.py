@@ -215,6 +215,20 @@ def test_a_batch_that_loses_its_room_bounds_a_search(llm: LLM, timed: Any, monke
     assert (search.largest_batch, search.limited_by) == (2, "memory")
 
 
+def test_an_output_too_short_for_all_at_once_bounds_a_search(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(engine: Any, prompts: list[list[int]], output: int, on_step: Any) -> Sample:
+        batch = len(prompts)
+        tokens = (batch,) * output if batch < 4 else (1, *(batch - 1,) * output)
+        ends = tuple(1.0 + 0.001 * number for number in range(len(tokens)))
+        return Sample(first_tokens=(1.0,) * batch, steps=ends, tokens=tokens)
+
+    monkeypatch.setattr(benchmarks, "run_batch", run)
+    benchmark = OfflineBenchmark(llm.engine, 1, 0, Heard())
+    benchmark.search([Case(2, 6, 1)], 20, 8)
+    (search,) = benchmark.body.searches
+    assert (search.largest_batch, search.limited_by) == (3, "output")
+
+
 def test_a_search_without_an_answer_says_so(llm: LLM, timed: Any) -> None:
     timed(lambda batch: 1e9)
     benchmark = OfflineBenchmark(llm.engine, 1, 0, Heard())

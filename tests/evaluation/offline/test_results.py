@@ -33,6 +33,7 @@ SHAPE = ModelConfig(
     max_position_embeddings=512,
 )
 WORK = ModelWork(SHAPE, "float32")
+MACHINE = Machine(hardware="cpu", cpu="", cores=1, memory_gib=1, system="", python="", bandwidth=1e6, peak=1e7)
 # Two prompts in two steps: the first decodes once beside the second's prompt, both once together, the second alone.
 STAGGERED = Sample(first_tokens=(1.0, 3.0), steps=(1.0, 3.0, 3.5, 3.75), tokens=(1, 2, 2, 1))
 
@@ -62,6 +63,8 @@ def test_figures_of_one_round() -> None:
 def test_without_a_step_of_all_it_is_the_mean_of_later_steps() -> None:
     figures = result(Case(5, 2, 2), Sample(first_tokens=(1.0, 3.0), steps=(1.0, 3.0, 3.5), tokens=(1, 2, 1)))
     assert (figures.non_first_token_s, figures.together) == (0.5, False)
+    assert figures.non_first_token_throughput == 2.0
+    assert figures.on(MACHINE).decode == figures.decode
 
 
 def test_one_output_token_has_no_later_ones() -> None:
@@ -80,8 +83,7 @@ def test_rounds_are_told_by_their_medians() -> None:
 
 def test_shares_are_of_the_measured_machine() -> None:
     figures = result(Case(4, 3, 2), even(2, 2.0, 0.5, 3))
-    machine = Machine(hardware="cpu", cpu="", cores=1, memory_gib=1, system="", python="", bandwidth=1e6, peak=1e7)
-    measured = figures.on(machine)
+    measured = figures.on(MACHINE)
     assert measured.prefill.bandwidth_share == pytest.approx(WORK.prefill([4, 4]).bytes / 2.0 / 1e6)
     decode = WORK.decode([4, 4], 2)
     assert measured.decode is not None
