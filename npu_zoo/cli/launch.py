@@ -175,10 +175,12 @@ def _request(command: list[str]) -> Request | None:
     """What the command asks for; None where it takes no request."""
     from npu_zoo.cli.app import find_command
 
-    found = find_command(command[0])
+    found, name, rest = find_command(command[0]), command[0], command[1:]
+    while rest and hasattr(found, "commands"):
+        found, name, rest = found.commands.get(rest[0]), f"{name} {rest[0]}", rest[1:]
     if found is None:
-        raise UsageError(f"there is no command '{command[0]}' to launch; `npu-zoo --help` lists them")
-    with found.make_context(command[0], command[1:], resilient_parsing=True) as context:
+        raise UsageError(f"there is no command '{name}' to launch; `npu-zoo --help` lists them")
+    with found.make_context(name, rest, resilient_parsing=True) as context:
         values = dict(context.params)
     if "model" not in values:
         return None

@@ -39,7 +39,7 @@ class RunProgress(AbstractContextManager["RunProgress"]):
         self._running: dict[str, int] = {}
         self._start = self._last_shown = time.monotonic()
         self._end: float | None = None
-        self._bar = _bar("prompts", total) if bar and total > 1 and sys.stderr.isatty() else None
+        self._bar = progress_bar("prompts", total) if bar and total > 1 and sys.stderr.isatty() else None
 
     def __enter__(self) -> RunProgress:
         self._start = self._last_shown = time.monotonic()
@@ -113,7 +113,7 @@ class LoadingProgress(AbstractContextManager["LoadingProgress"]):
     """A bar for loading weights that goes away when it is done; nothing off a terminal."""
 
     def __init__(self) -> None:
-        self._bar = _bar("loading", 1) if sys.stderr.isatty() else None
+        self._bar = progress_bar("loading", 1) if sys.stderr.isatty() else None
 
     def __enter__(self) -> LoadingProgress:
         if self._bar:
@@ -130,7 +130,8 @@ class LoadingProgress(AbstractContextManager["LoadingProgress"]):
             self._bar.update(self._bar.task_ids[0], description=stage, completed=done, total=total or None, speed="")
 
 
-def _bar(description: str, total: int) -> Progress:
+def progress_bar(description: str, total: int) -> Progress:
+    """A bar on stderr with one task, whose field ``speed`` is a text; it goes away when it stops."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,10 +13,11 @@ import typer
 
 from npu_zoo.cli.help import json_output
 from npu_zoo.cli.interrupts import interrupt_guard
+from npu_zoo.cli.loading import follows, is_launched, loaded, tell_notes
 from npu_zoo.cli.offline import LineOptions, OfflineRun, PromptsFormat, format_name, tell_beginning, tell_end
 from npu_zoo.cli.options import request_options
 from npu_zoo.cli.output import note
-from npu_zoo.cli.progress import LoadingProgress, RunProgress
+from npu_zoo.cli.progress import RunProgress
 from npu_zoo.cli.prompt_file import PromptFile
 from npu_zoo.cli.prompts import EXAMPLE, NO_PROMPT, Prompt, PromptOptions
 from npu_zoo.cli.results import RESULT_KEYS, ResultWriter
@@ -27,10 +27,7 @@ from npu_zoo.core.engine import RequestOutput
 from npu_zoo.core.errors import UsageError
 from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.dispatch import resolve
-from npu_zoo.parallel.environment import LaunchEnvironment
-from npu_zoo.parallel.processes import exit_on_sigterm
 from npu_zoo.platforms.detection import is_simulated
-from npu_zoo.platforms.ports import MASTER_PORT
 from npu_zoo.settings import Settings
 
 if TYPE_CHECKING:
@@ -103,8 +100,8 @@ def run(
         settings.sampling_params(**DEFAULTS), structured_outputs=structured_outputs(json_schema, regex, choice, grammar)
     )
     config = resolve(settings.args)
-    if prompts_file and _follows():
-        with _started(config):  # which works for the first rank until the run is over, and does not come back
+    if prompts_file and follows():
+        with loaded(config):  # which works for the first rank until the run is over, and does not come back
             return
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(PromptFile(prompts_file)) if prompts_file else None
@@ -127,12 +124,12 @@ def _run_lines(
     if echo:
         raise UsageError("--echo is for text, and these results are JSON that holds the prompts; leave it out")
     lines = OfflineRun(file, options.open_format(form, config), config)
-    _tell_notes(config)
+    tell_notes(config)
     with lines.results(output) as results:
         tell_beginning(results, output)
         try:
-            if results.remaining or _is_launched():
-                with _started(config) as llm:
+            if results.remaining or is_launched():
+                with loaded(config) as llm:
                     lines.execute(llm.engine, results, timed=not is_simulated(config.device))
         finally:
             tell_end(results, output)
@@ -150,7 +147,7 @@ def _run_prompts(
 ) -> None:
     """Run a few prompts, which are written in their order."""
     prompts = options.collect()
-    _tell_notes(config)
+    tell_notes(config)
     if not prompts:
         prompts, echo = [_example(config)], True
     use_chat = _use_chat(chat, config, prompts)
@@ -159,58 +156,8 @@ def _run_prompts(
     writer = ResultWriter(
         prompts, as_json, echo, stream=alone and terminal, hold=terminal and not alone and sys.stderr.isatty()
     )
-    with _started(config) as llm:
+    with loaded(config) as llm:
         generate(llm, prompts, sampling_params, writer, chat=use_chat, timed=not is_simulated(config.device))
-
-
-@contextlib.contextmanager
-def _started(config: EngineConfig) -> Iterator[LLM]:
-    """A loaded model, until the end of the block."""
-    from npu_zoo.engine.llm import LLM
-
-    with exit_on_sigterm(), LoadingProgress() as loading:
-        llm = LLM.from_config(config, progress=loading)
-    with exit_on_sigterm(), llm:
-        if config.world_size > 1 or config.device != "cpu":
-            explained = llm.engine.explain()
-            _tell_port(explained["master_port"])
-            _tell_memory(explained, config)
-        yield llm
-
-
-def _is_launched() -> bool:
-    """Whether other ranks wait for this one to start, even where it has nothing left to do."""
-    return LaunchEnvironment.from_environ(os.environ) is not None
-
-
-def _follows() -> bool:
-    """Whether a launcher started this process as another rank than the first, which alone reads and writes files."""
-    environment = LaunchEnvironment.from_environ(os.environ)
-    return environment is not None and environment.rank > 0
-
-
-def _tell_notes(config: EngineConfig) -> None:
-    for text in config.notes:
-        note(text)
-
-
-def _tell_port(port: int | None) -> None:
-    """Where ranks have met, if it is not where they were to."""
-    if port is not None and port != int(os.environ.get("MASTER_PORT") or MASTER_PORT):
-        note(f"port {MASTER_PORT} is in use; the ranks meet at {port} (`npu-zoo ports` shows by whom)")
-
-
-def _tell_memory(explained: dict[str, Any], config: EngineConfig) -> None:
-    """How a device's memory is shared out, where the engine measured it."""
-    if explained.get("activation_bytes") is None:
-        return
-    weights, activations, cache = (
-        f"{explained[f'{name}_bytes'] / 2**30:,.2f} GiB" for name in ("parameter", "reserved", "kv_cache")
-    )
-    note(
-        f"memory of {config.hardware}: weights {weights}, {activations} kept for activations (measured), "
-        f"keys and values {cache} for {explained['kv_cache_tokens']:,} tokens"
-    )
 
 
 def _example(config: EngineConfig) -> Prompt:

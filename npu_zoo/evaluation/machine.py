@@ -49,22 +49,27 @@ def measure_machine(config: EngineConfig, *, divisor: int = 1) -> Machine:
     """The machine with what it was measured to do in a request's dtype, on its device and with its threads.
 
     The best of several kernels and repetitions, since anything else that runs can only make them slower. What one
-    device does is multiplied by their number; ranks on a CPU share one machine, and count once.
+    device does is multiplied by their number; ranks on a CPU share one machine, which gets the threads of all of them.
 
     Args:
         divisor: makes the work smaller, for a check of the code rather than of the machine.
     """
     import torch
 
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    count = 1 if config.device == "cpu" else config.world_size
+    threads = config.threads or torch.get_num_threads()
+    count, before = config.world_size, torch.get_num_threads()
+    if config.device == "cpu":
+        threads, count = min(threads * count, max(threads, len(os.sched_getaffinity(0)))), 1
+        torch.set_num_threads(threads)
     dtype, device = getattr(torch, config.dtype), torch.device(config.device)
-    described = describe_machine(config.hardware, torch.get_num_threads() if config.device == "cpu" else config.threads)
-    measured = {
-        "bandwidth": count * read_bandwidth(READ_BYTES // divisor, device),
-        "peak": count * matrix_peak(dtype, device, divisor),
-    }
+    described = describe_machine(config.hardware, threads if config.device == "cpu" else config.threads)
+    try:
+        measured = {
+            "bandwidth": count * read_bandwidth(READ_BYTES // divisor, device),
+            "peak": count * matrix_peak(dtype, device, divisor),
+        }
+    finally:
+        torch.set_num_threads(before)
     return described.model_copy(update=measured)
 
 
