@@ -11,9 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
+from npu_zoo.cli.loading import tell_notes
 from npu_zoo.cli.options import request_options
 from npu_zoo.cli.output import note, print_items, print_table
-from npu_zoo.evaluation.peers.cases import CATALOGUE, DEFAULT_CASES, named_cases
+from npu_zoo.core.errors import UsageError
+from npu_zoo.evaluation.offline.cases import CASES_EXAMPLE, read_cases
+from npu_zoo.evaluation.peers.cases import CATALOGUE, DEFAULT_CASES, Case, cases_of_lengths, named_cases
 from npu_zoo.evaluation.peers.comparison import Step
 from npu_zoo.evaluation.peers.engines import InstalledEngine, find_engines, parse_interpreters, parse_names
 from npu_zoo.evaluation.peers.process import PeerError
@@ -25,7 +28,11 @@ from npu_zoo.settings import Settings
 
 _ENGINES_HELP = "Engines, comma-separated; the first is compared with the others. Default: npu-zoo and all installed."
 _PYTHON_HELP = "The interpreter of the environment that has an engine; repeatable. Default: this one."
-_CASES_HELP = f"Cases, comma-separated: {', '.join(CATALOGUE)}. Default: {', '.join(DEFAULT_CASES)}."
+_CASES_HELP = (
+    f"Cases, comma-separated: {', '.join(CATALOGUE)}; or pairs of lengths, such as [[2048,2048],[256,256]]. "
+    f"Default: {', '.join(DEFAULT_CASES)}."
+)
+_BATCH_HELP = "Batch sizes of pairs: 1, or 1,4 for all, or [[1,4],[8]] with a list for each pair. Default: 1."
 _GGUF_HELP = "The model as llama.cpp takes it; its convert_hf_to_gguf.py makes one of a checkpoint."
 _JSON_HELP = "Write the record, with all samples, after every case."
 
@@ -40,6 +47,7 @@ def compare(
     engines: Annotated[str | None, _option(_ENGINES_HELP, "--engines", metavar="NAME,…")] = None,
     engine_python: Annotated[list[str] | None, _option(_PYTHON_HELP, "--engine-python", metavar="NAME=PYTHON")] = None,
     cases: Annotated[str | None, _option(_CASES_HELP, "--cases", metavar="CASE,…")] = None,
+    batch: Annotated[str | None, _option(_BATCH_HELP, "--batch", metavar="N,…")] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, metavar="N", rich_help_panel="Comparison")] = 3,
     gguf: Annotated[Path | None, _option(_GGUF_HELP, "--gguf", metavar="FILE")] = None,
     json_file: Annotated[Path | None, _option(_JSON_HELP, "--json", metavar="FILE")] = None,
@@ -52,7 +60,7 @@ def compare(
     args, config = checked_request(settings.args)
     if json_file:
         require_record_place(json_file, "bench compare")
-    chosen = named_cases(cases or ",".join(DEFAULT_CASES))
+    chosen = read_wanted(cases, batch)
     found, missing = _find_engines(engines, engine_python or [], gguf)
     session = Session.prepare(args, config, found, chosen, rounds=rounds, gguf=gguf)
     session.body.missing = missing
@@ -60,18 +68,30 @@ def compare(
         "engines": engines,
         "engine_python": engine_python,
         "cases": cases,
+        "batch": batch,
         "rounds": rounds,
         "gguf": gguf and str(gguf),
     }
     asked |= settings.args.model_dump(mode="json")
-    for text in config.notes:
-        note(text)
+    tell_notes(config)
     with exit_on_sigterm(), _reported(session):
         for _ in session.run(_Progress()):
             if json_file:
                 write_record(session.record({k: v for k, v in asked.items() if v is not None}), json_file)
     if not any(sample for case in session.body.cases for sample in case.rounds):
         raise PeerError("no engine came through any case; the reasons stand above")
+
+
+def read_wanted(cases: str | None, batch: str | None) -> list[Case]:
+    """Named cases, or prefill and decode of pairs of lengths."""
+    if cases is not None and cases.lstrip().startswith("["):
+        found = read_cases(cases, batch or "1")
+        for text in found.notes:
+            note(text)
+        return cases_of_lengths(found.cases)
+    if batch is not None:
+        raise UsageError(f"--batch {batch} goes with pairs of lengths, such as --cases '{CASES_EXAMPLE}'")
+    return named_cases(cases or ",".join(DEFAULT_CASES))
 
 
 def _find_engines(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
@@ -13,15 +12,13 @@ import typer
 from pydantic import JsonValue
 
 from npu_zoo.cli.evaluation.progress import EvalProgress
+from npu_zoo.cli.loading import follows, loaded, tell_notes
 from npu_zoo.cli.options import request_options
 from npu_zoo.cli.output import note, print_table
-from npu_zoo.cli.progress import LoadingProgress
 from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.engine import Progress
 from npu_zoo.core.errors import UsageError
 from npu_zoo.dispatch import resolve
-from npu_zoo.parallel.environment import LaunchEnvironment
-from npu_zoo.parallel.processes import exit_on_sigterm
 from npu_zoo.platforms.detection import is_simulated
 from npu_zoo.settings import Settings
 
@@ -96,8 +93,8 @@ def run_tasks(
     options = _options(names, data or [], limit, num_fewshot, chat, task_arg or [])
     run = EvalRun(resolve(settings.args), options, include_path)
     run.config_arguments = settings.args.model_dump(mode="json", exclude_none=True)
-    if _follows():
-        with _started(run.config):  # which works for the first rank until the run is over, and does not come back
+    if follows():
+        with loaded(run.config):  # which works for the first rank until the run is over, and does not come back
             return
     run.check()
     run.execute(json, save_logits, logit_positions)
@@ -113,8 +110,7 @@ class EvalRun:
 
     def check(self) -> None:
         """Read all data sets before a model is loaded."""
-        for text in self.config.notes:
-            note(text)
+        tell_notes(self.config)
         for task in self.tasks:
             task.check(self.options[task.name])
 
@@ -139,7 +135,7 @@ class EvalRun:
 
     def _run(self, logits: LogitFile | None, responses: ResponseFile | None) -> list[TaskResult]:
         results: list[TaskResult] = []
-        with _started(self.config) as llm, EvalProgress(timed=not is_simulated(self.config.device)) as progress:
+        with loaded(self.config) as llm, EvalProgress(timed=not is_simulated(self.config.device)) as progress:
             for task in self.tasks:
                 options = dataclasses.replace(
                     self.options[task.name], logits=logits, responses=responses, seed=self.config.seed
@@ -282,20 +278,3 @@ def _telling_what_is_kept(responses: ResponseFile | None) -> Iterator[None]:
         if responses is not None and responses.count:
             note(f"{responses.path} keeps {responses.count} answers; the same command goes on from there")
         raise
-
-
-@contextlib.contextmanager
-def _started(config: EngineConfig) -> Iterator[LLM]:
-    """A loaded model, until the end of the block."""
-    from npu_zoo.engine.llm import LLM
-
-    with exit_on_sigterm(), LoadingProgress() as loading:
-        llm = LLM.from_config(config, progress=loading)
-    with exit_on_sigterm(), llm:
-        yield llm
-
-
-def _follows() -> bool:
-    """Whether a launcher started this process as another rank than the first, which alone reads and writes files."""
-    environment = LaunchEnvironment.from_environ(os.environ)
-    return environment is not None and environment.rank > 0

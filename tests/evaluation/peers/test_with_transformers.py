@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from npu_zoo.cli.app import run_app
+from npu_zoo.cli.bench.compare import read_wanted
 from npu_zoo.core.config import EngineArgs
 from npu_zoo.core.errors import ConfigError, UsageError
 from npu_zoo.dispatch import resolve
@@ -123,3 +124,17 @@ def test_a_file_of_another_kind_is_kept(tmp_path: Path, capsys: pytest.CaptureFi
     assert run_app(["bench", "compare", "--model", MODEL, "--json", str(file)]) == 2
     assert "is no record" in capsys.readouterr().err
     assert file.read_text() == "{}"
+
+
+def test_pairs_of_lengths_are_prefill_and_decode(capsys: pytest.CaptureFixture[str]) -> None:
+    found = read_wanted("[[8,4], [16,1]]", "[[1,2],[1]]")
+    assert [(case.name, case.metric, case.count, case.prompt, case.output) for case in found] == [
+        ("prefill-1x16", "prefill", 1, (16, 16), (1, 1)),
+        ("prefill-1x8", "prefill", 1, (8, 8), (1, 1)),
+        ("decode-1x8+4", "decode", 1, (8, 8), (4, 4)),
+        ("prefill-2x8", "prefill", 2, (8, 8), (1, 1)),
+        ("decode-2x8+4", "decode", 2, (8, 8), (4, 4)),
+    ]
+    assert "pairs are run from large to small" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="--batch 4 goes with pairs of lengths"):
+        read_wanted("mixed", "4")
