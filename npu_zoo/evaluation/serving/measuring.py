@@ -198,8 +198,10 @@ class ServeBench:
         lengths = plan.input_lengths, plan.output_lengths
         if accepted.ids is not None:
             return Prepared(server, accepted.form, "ids", RandomIds(*lengths, accepted.ids), accepted.notes)
-        workload = RandomWords(*lengths, accepted.text_length)
-        return Prepared(server, accepted.form, "words", workload, accepted.notes)
+        notes, shortest = accepted.notes, accepted.text_length.shortest
+        if shortest > plan.input_lengths.low:
+            notes += (f"a prompt of one word has {shortest} tokens at this server, and none is shorter",)
+        return Prepared(server, accepted.form, "words", RandomWords(*lengths, accepted.text_length), notes)
 
     async def _ids(self, server: ServerIdentity) -> Sequence[int] | None:
         plan = self._plan

@@ -123,6 +123,11 @@ class TextLength(NamedTuple):
         per_word = max((many[1] - few[1]) / (many[0] - few[0]), 0.1)
         return cls(per_word, few[1] - per_word * few[0])
 
+    @property
+    def shortest(self) -> int:
+        """Tokens of a prompt of one word."""
+        return round(self.per_word + self.beside)
+
     def words(self, tokens: int) -> int:
         """Words for a number of tokens, one at least."""
         return max(1, round((tokens - self.beside) / self.per_word))
