@@ -66,10 +66,10 @@ def serve(
         str | None, typer.Option("--model", metavar="NAME", help="Its name there. Default: the first that it lists.")
     ] = None,
     endpoint: Annotated[
-        EndpointName, typer.Option("--endpoint", metavar="NAME", help="completions or chat.")
+        EndpointName, typer.Option("--endpoint", metavar="NAME", help="completions or chat. Default: completions.")
     ] = EndpointName.completions,
     timeout: Annotated[
-        float, typer.Option("--timeout", metavar="SECONDS", help="Longest time of one request.")
+        float, typer.Option("--timeout", metavar="SECONDS", help="Longest time of one request. Default: 600.")
     ] = 600.0,
     rate: Annotated[str | None, _option(_RATE, "--rate", _LOAD, "R,…")] = None,
     concurrency: Annotated[str | None, _option(_CONCURRENCY, "--concurrency", _LOAD, "N,…")] = None,
@@ -78,8 +78,10 @@ def serve(
     burst_size: Annotated[int | None, _option("Requests of a burst.", "--burst-size", _LOAD, "N")] = None,
     num_requests: Annotated[int | None, _option(_NUM, "--num-requests", _LOAD, "N")] = None,
     duration: Annotated[float | None, _option(_DURATION, "--duration", _LOAD, "SECONDS")] = None,
-    num_warmups: Annotated[int, _option("Requests sent before, and not measured.", "--num-warmups", _LOAD, "N")] = 1,
-    seed: Annotated[int, _option("Of arrivals and work.", "--seed", _LOAD, "N")] = 0,
+    num_warmups: Annotated[
+        int, _option("Requests sent before, and not measured. Default: 1.", "--num-warmups", _LOAD, "N")
+    ] = 1,
+    seed: Annotated[int, _option("Of arrivals and work. Default: 0.", "--seed", _LOAD, "N")] = 0,
     random_input: Annotated[
         str | None, _option("Length of random prompts in tokens. Default: 128.", "--random-input", _WORK, "LOW..HIGH")
     ] = None,
