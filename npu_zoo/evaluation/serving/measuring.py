@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,10 +22,20 @@ from npu_zoo.evaluation.serving.server import (
     Tokens,
     characters_per_token,
     find_accepted,
+    find_text_length,
     find_token_ids,
     identify,
 )
-from npu_zoo.evaluation.serving.work import Ask, Endpoint, GivenAsks, LengthRange, RandomIds, RandomWords, Workload
+from npu_zoo.evaluation.serving.work import (
+    Ask,
+    Endpoint,
+    GivenAsks,
+    LengthRange,
+    RandomIds,
+    RandomWords,
+    TextLength,
+    Workload,
+)
 
 INPUT_LENGTHS = LengthRange(128, 128)
 OUTPUT_LENGTHS = LengthRange(64, 64)
@@ -198,10 +208,9 @@ class ServeBench:
         lengths = plan.input_lengths, plan.output_lengths
         if accepted.ids is not None:
             return Prepared(server, accepted.form, "ids", RandomIds(*lengths, accepted.ids), accepted.notes)
-        notes, shortest = accepted.notes, accepted.text_length.shortest
-        if shortest > plan.input_lengths.low:
-            notes += (f"a prompt of one word has {shortest} tokens at this server, and none is shorter",)
-        return Prepared(server, accepted.form, "words", RandomWords(*lengths, accepted.text_length), notes)
+        length = await find_text_length(self._client, accepted.form)
+        notes = (*accepted.notes, *_notes_on_words(length, plan.input_lengths))
+        return Prepared(server, accepted.form, "words", RandomWords(*lengths, length or TextLength()), notes)
 
     async def _ids(self, server: ServerIdentity) -> Sequence[int] | None:
         plan = self._plan
@@ -222,6 +231,13 @@ class ServeBench:
         form = RequestForm(plan.endpoint, server.model, extra_body=plan.extra_body)
         texts_too = plan.tokens != "ids"
         return await find_accepted(self._client, form, ids=ids, ignore_eos=ignore_eos, texts_too=texts_too)
+
+
+def _notes_on_words(length: TextLength | None, wanted: LengthRange) -> Iterator[str]:
+    if length is None:
+        yield "the server does not count prompts; their lengths are one token a word"
+    elif length.shortest > wanted.low:
+        yield f"a prompt of one word has {length.shortest} tokens at this server, and none is shorter"
 
 
 def doubts(level: MeasuredLevel, *, full_length: bool) -> list[str]:

@@ -60,13 +60,11 @@ class Accepted:
     Attributes:
         form: of its requests.
         ids: token ids that prompts are drawn from; None where prompts are words.
-        text_length: of prompts of words.
         notes: what was found, in sentences.
     """
 
     form: RequestForm
     ids: Sequence[int] | None
-    text_length: TextLength
     notes: tuple[str, ...]
 
 
@@ -127,21 +125,27 @@ async def find_accepted(
     refused: list[str] = []
     for with_ids, eos, usage in _forms(ids is not None, ignore_eos, texts_too):
         tried = dataclasses.replace(form, ignore_eos=eos, include_usage=usage)
-        prompt = list(itertools.islice(itertools.cycle(ids), _FEW_WORDS)) if with_ids and ids else _few_words()
-        exchange, seen = await _try(client, tried, prompt)
+        kept = ids if with_ids else None
+        exchange, seen = await _try(client, tried, _few_words() if kept is None else _few_ids(kept))
+        said = seen.failure.message if seen.failure else ""
         if exchange.status not in _UNFIT:
             _require_open(client, exchange)
-            break
-        refused.append(seen.failure.message if seen.failure else "")
-    else:
-        raise ServerError(f"{client.address.host} refuses the requests: {refused[0]}")
-    kept = ids if with_ids else None
-    notes = [f"the warm-up request failed ({seen.failure.message})"] if seen.failure else []
-    notes += _said(tried, ids is not None and kept is None, eos or ignore_eos is False, refused)
-    length, counted = (TextLength(), True) if kept is not None else await _text_length(client, tried)
-    if not counted:
-        notes.append("the server does not count prompts; their lengths are one token a word")
-    return Accepted(tried, kept, length, tuple(notes))
+            notes = [f"the warm-up request failed ({said})"] if said else []
+            given_up = ids is not None and kept is None, ignore_eos is None and not eos, not usage
+            return Accepted(tried, kept, (*notes, *_given_up(*given_up, refused)))
+        refused.append(said)
+    raise ServerError(f"{client.address.host} refuses the requests: {refused[0]}")
+
+
+async def find_text_length(client: Client, form: RequestForm) -> TextLength | None:
+    """Tokens of words, from two prompts; None where the server does not count them."""
+    counts = []
+    for words in (_FEW_WORDS, _MANY_WORDS):
+        _, seen = await _try(client, form, _few_words(words))
+        if seen.prompt_tokens is None:
+            return None
+        counts.append((words, seen.prompt_tokens))
+    return TextLength.fitted(*counts)
 
 
 def _forms(ids: bool, ignore_eos: bool | None, texts_too: bool) -> Iterator[tuple[bool, bool, bool]]:
@@ -151,16 +155,19 @@ def _forms(ids: bool, ignore_eos: bool | None, texts_too: bool) -> Iterator[tupl
     return itertools.product(prompts, ends, [True, False])
 
 
-def _said(form: RequestForm, only_text: bool, eos_settled: bool, refused: Sequence[str]) -> list[str]:
+def _given_up(ids: bool, ignore_eos: bool, usage: bool, refused: Sequence[str]) -> Iterator[str]:
+    """What had to be left out, in sentences with the server's words on the first request that it refused."""
     why = f" (it says: {refused[0]})" if refused else ""
-    notes = []
-    if only_text:
-        notes.append(f"the server takes no token ids as a prompt, so prompts are words{why}")
-    if not eos_settled:
-        notes.append(f"the server takes no ignore_eos, so answers may end early{why}")
-    if not form.include_usage:
-        notes.append(f"the server takes no stream_options, so events are counted in place of tokens{why}")
-    return notes
+    if ids:
+        yield f"the server takes no token ids as a prompt, so prompts are words{why}"
+    if ignore_eos:
+        yield f"the server takes no ignore_eos, so answers may end early{why}"
+    if usage:
+        yield f"the server takes no stream_options, so events are counted in place of tokens{why}"
+
+
+def _few_ids(ids: Sequence[int]) -> list[int]:
+    return list(itertools.islice(itertools.cycle(ids), _FEW_WORDS))
 
 
 def _few_words(count: int = _FEW_WORDS) -> str:
@@ -180,17 +187,6 @@ def _require_open(client: Client, exchange: Exchange) -> None:
         raise ServerError(f"{client.address.host} answers {failure.message if failure else ''}{_KEY_HINT}")
     if failure and failure.kind in ("refused", "unreachable"):
         raise ServerError(f"{client.address.host} cannot be reached: {failure.message}; does the server run there?")
-
-
-async def _text_length(client: Client, form: RequestForm) -> tuple[TextLength, bool]:
-    """Tokens of words, from two prompts, and whether the server counted them."""
-    counts = []
-    for words in (_FEW_WORDS, _MANY_WORDS):
-        _, seen = await _try(client, form, _few_words(words))
-        if seen.prompt_tokens is None:
-            return TextLength(), False
-        counts.append((words, seen.prompt_tokens))
-    return TextLength.fitted(*counts), True
 
 
 async def _tokenize(client: Client, model: str, text: str) -> list[int] | None:
