@@ -122,14 +122,14 @@ class Stub(contextlib.AbstractContextManager["Stub"]):
 
     async def _close(self) -> None:
         self._server.close()
+        await _some_turns()  # in which connections that were just made come to their handlers
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
         for writer in self._writers:
             writer.transport.abort()
-        for _ in range(3):  # a transport closes its socket in a later turn of the loop
-            await asyncio.sleep(0)
+        await _some_turns()  # in which transports close their sockets
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.append(writer)
@@ -154,3 +154,8 @@ class Stub(contextlib.AbstractContextManager["Stub"]):
             await handler(Reply(writer, body, headers))
         finally:
             self.running -= 1
+
+
+async def _some_turns() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
