@@ -68,7 +68,7 @@ def count_text(values: int) -> str:
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Write an aligned table; where it is too wide for the terminal, cells wrap between words."""
     table = [list(columns), *(list(row) for row in rows)]
-    widths = _column_widths(table, _width())
+    widths = _column_widths(table, table_width())
     for number, row in enumerate(table):
         wrapped = [_wrap(cell, width) for cell, width in zip(row, widths, strict=True)]
         height = max(map(len, wrapped))
@@ -83,7 +83,7 @@ def print_fields(fields: Mapping[str, str]) -> None:
     """Write names and values, one pair a line, the values aligned and wrapped at the terminal's width."""
     indent = max(map(len, fields), default=0) + len(_GAP)
     for name, value in fields.items():
-        first, *rest = _wrap(value, max(20, _width() - indent))
+        first, *rest = _wrap(value, max(20, table_width() - indent))
         print(f"{name:<{indent}}{first}")
         for line in rest:
             print(" " * indent + line)
@@ -93,7 +93,7 @@ def print_items(title: str, items: Iterable[str]) -> None:
     """Write a title and a list below it, wrapped at the terminal's width."""
     print(f"{title}:")
     for item in items:
-        first, *rest = _wrap(item, _width() - len(_GAP))
+        first, *rest = _wrap(item, table_width() - len(_GAP))
         print(f"- {first}")
         for line in rest:
             print(_GAP + line)
@@ -119,7 +119,8 @@ def _wrap(text: str, width: int) -> list[str]:
     return [part for line in lines for part in line or [""]]
 
 
-def _width() -> int:
+def table_width() -> int:
+    """Columns of the terminal; of a pipe, what COLUMNS says or :data:`WIDTH_OF_A_PIPE`."""
     return shutil.get_terminal_size((WIDTH_OF_A_PIPE, 24)).columns
 
 

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import ipaddress
 import json
 import urllib.error
 import urllib.request
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, cast
-from urllib.parse import SplitResult, urlsplit
 
 from npu_zoo import __version__
 from npu_zoo.cli.answers import Answerer, AnswerState, ConversationTooLongError, Messages
 from npu_zoo.cli.interrupts import InterruptFlag
 from npu_zoo.cli.output import note
 from npu_zoo.cli.results import printable
-from npu_zoo.cli.sse import EventReader, EventTooLongError
-from npu_zoo.core.errors import ConfigError, NpuZooError
+from npu_zoo.core.errors import NpuZooError
+from npu_zoo.protocol.errors import error_text
+from npu_zoo.protocol.server_address import ServerAddress, bearer
+from npu_zoo.protocol.sse import EventReader, EventTooLongError
 
 CONNECT_TIMEOUT_S = 30.0
 """How long a server may take to list its models."""
@@ -51,15 +51,15 @@ class OpenAIServer:
     """
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
-        parts = _parsed(url)
-        self.host = parts.netloc
-        self._base = parts.geturl().rstrip("/").removesuffix("/v1") + "/v1"
+        address = ServerAddress.parse(url, "--server")
+        self.host = address.host
+        self._base = address.api
         self._headers = {"User-Agent": f"npu-zoo/{__version__}", "Accept-Encoding": "identity"}
         if api_key:
-            self._headers["Authorization"] = f"Bearer {_header_value(api_key)}"
-            if parts.scheme == "http" and not _is_loopback(parts.hostname):
+            self._headers["Authorization"] = bearer(api_key)
+            if not (address.encrypted or address.loopback):
                 note(f"the API key goes to {self.host} without encryption; use https where others can listen")
-        self._opener = _build_opener(direct=_is_loopback(parts.hostname))
+        self._opener = _build_opener(direct=address.loopback)
 
     def models(self) -> list[str]:
         """The names of the models it serves.
@@ -190,7 +190,7 @@ def _first_model(server: OpenAIServer) -> str:
 def _choice(data: Any, host: str) -> Mapping[str, Any]:
     """The first choice of a chunk or an answer; empty in chunks that have none, such as that of the usage."""
     if isinstance(data, dict) and data.get("error"):
-        raise ServerError(f"{host}: {_shown(_error_text(data))}")
+        raise ServerError(f"{host}: {_shown(error_text(data))}")
     choices = data.get("choices") if isinstance(data, dict) else None
     if not isinstance(choices, list):
         raise ServerError(f"{host} sends JSON that is no answer; does it speak OpenAI's API?")
@@ -207,7 +207,7 @@ def _refusal(error: urllib.error.HTTPError, host: str) -> NpuZooError:
         data = json.loads(error.read(_MAX_BODY))
     except (OSError, http.client.HTTPException, ValueError, RecursionError):
         data = {}
-    said = _error_text(data)
+    said = error_text(data)
     wait = str(error.headers.get("Retry-After") or "").strip()
     hints = {
         404: "" if said else "; does it speak OpenAI's API, and is --model one of its models?",
@@ -226,14 +226,6 @@ def _code(data: Any) -> Any:
     """What a program can tell OpenAI's error object by."""
     found = data.get("error") if isinstance(data, dict) else None
     return found.get("code") if isinstance(found, dict) else None
-
-
-def _error_text(data: Any) -> str:
-    """The message of OpenAI's error object, or of what others send in its place."""
-    found = data.get("error", data) if isinstance(data, dict) else data or ""
-    if isinstance(found, dict):
-        found = found.get("message") or found.get("detail") or ""
-    return found if isinstance(found, str) else json.dumps(found)
 
 
 def _shown(text: str) -> str:
@@ -258,33 +250,6 @@ def _read_limited(response: http.client.HTTPResponse) -> bytes:
 
 def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
-
-
-def _parsed(url: str) -> SplitResult:
-    try:
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        port_is_fine = parts.port is None or parts.port
-    except ValueError:
-        parts, port_is_fine = SplitResult("", "", "", "", ""), None
-    if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_fine:
-        raise ConfigError(f"--server {url!r} is no URL of a server, such as http://localhost:8000")
-    if "@" in parts.netloc or parts.query or parts.fragment:
-        raise ConfigError("--server takes host, port and path alone; a key goes into NPU_ZOO_API_KEY")
-    return parts
-
-
-def _header_value(key: str) -> str:
-    key = key.strip()
-    if not key.isascii() or not key.isprintable():
-        raise ConfigError("the API key holds characters that no key has; was the right variable named?")
-    return key
-
-
-def _is_loopback(host: str | None) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
-    except ValueError:
-        return False
 
 
 def _build_opener(*, direct: bool) -> urllib.request.OpenerDirector:

@@ -137,3 +137,11 @@ def _sentence(fault: ErrorDetails) -> str:
 
 def _encodable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def error_text(data: Any) -> str:
+    """The message of OpenAI's error object, or of what other servers send in its place; empty where there is none."""
+    found = data.get("error", data) if isinstance(data, dict) else data or ""
+    if isinstance(found, dict):
+        found = found.get("message") or found.get("detail") or ""
+    return found if isinstance(found, str) else json.dumps(found)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import random
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from harness.shapes import SHAPES
+
+from npu_zoo.evaluation.serving.observation import Failure, Observation, Status
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 IDLE = {
@@ -74,12 +74,40 @@ def test_metrics_are_summed_over_their_labels() -> None:
     assert benchmark("soak").metrics_of(text) == {"a_total": 5.0, "b": 0.5}
 
 
-def test_percentiles_are_those_of_the_standard_library() -> None:
-    serve = benchmark("serve")
-    values = [random.Random(0).random() for _ in range(57)]
-    expected = statistics.quantiles(values, n=100, method="inclusive")
-    for share in (0.5, 0.9, 0.99):
-        assert serve.percentile(values, share) == pytest.approx(expected[round(share * 100) - 1])
+def observation(index: int, tokens: int = 64, status: Status = "completed") -> Observation:
+    """A request that is sent at its index, in seconds, and takes two: half of one to its first token."""
+    failure = Failure(kind="closed", message="it broke") if status == "failed" else None
+    sent = float(index)
+    return Observation(
+        index=index,
+        sent=sent,
+        arrivals=(sent + 0.5, sent + 2.0),
+        characters=(1, 1),
+        ended=sent + 2.0,
+        status=status,
+        failure=failure,
+        output_tokens=tokens,
+        counted_by_server=True,
+    )
+
+
+def test_the_figures_of_a_level() -> None:
+    assert benchmark("serve").figures([observation(index) for index in range(3)]) == {
+        "requests": 3,
+        "seconds": 4.0,
+        "requests_per_s": 0.75,
+        "output_tokens_per_s": 48.0,
+        "ttft_ms": {"p50": 500.0, "p99": 500.0},
+        "tpot_ms": {"p50": 23.8, "p99": 23.8},
+    }
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"), [(observation(1, 63), "asked for 64"), (observation(1, 64, "failed"), "it broke")]
+)
+def test_a_level_that_is_not_what_was_asked_for_is_no_result(wrong: Observation, said: str) -> None:
+    with pytest.raises(RuntimeError, match=said):
+        benchmark("serve").figures([observation(0), wrong])
 
 
 def test_the_floor_of_one_client_is_the_weights_over_the_bandwidth() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npu_zoo.cli.sse import MAX_EVENT_CHARACTERS, EventTooLongError, read_events
+from npu_zoo.protocol.sse import MAX_EVENT_CHARACTERS, EventTooLongError, read_events
 
 
 @pytest.mark.parametrize(
