@@ -44,6 +44,9 @@ MOST_LATENESS_MS = 50.0
 """Requests of an open loop that are sent later than this (p99) were not the load that was asked for."""
 
 MOST_CPU_SHARE = 0.8
+LEAST_SECONDS = 1.0
+"""Of a level whose share of a processor core means something."""
+
 MOST_LENGTH_ERROR = 0.05
 
 Prompts = Literal["ids", "words", "file"]
@@ -251,7 +254,7 @@ def doubts(level: MeasuredLevel, *, full_length: bool) -> list[str]:
         notes.append(
             f"requests were sent up to {figures.lateness.p99:,.0f} ms late (p99): this client is too slow for the load"
         )
-    if level.client_cpu_share > MOST_CPU_SHARE:
+    if level.client_cpu_share > MOST_CPU_SHARE and figures.seconds >= LEAST_SECONDS:
         notes.append(
             f"this client used {level.client_cpu_share:.0%} of a processor core, so that times may be its own; "
             "run several, or on a faster machine"

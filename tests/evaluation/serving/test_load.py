@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from npu_zoo.evaluation.serving import stream
 from npu_zoo.evaluation.serving.arrivals import ClosedLoop, Load, OpenLoop
 from npu_zoo.evaluation.serving.client import Client
 from npu_zoo.evaluation.serving.figures import LevelFigures
-from npu_zoo.evaluation.serving.load import Level, LevelRun, Tally, run_level
+from npu_zoo.evaluation.serving.load import Level, LevelRun, run_level
 from npu_zoo.evaluation.serving.observation import Observation
 from npu_zoo.evaluation.serving.requests import RequestForm
 from npu_zoo.evaluation.serving.work import Ask
@@ -257,25 +257,23 @@ def test_a_duration_ends_the_sending_and_waits_for_what_runs(load: Load) -> None
 
 
 def test_being_stopped_keeps_what_there_is_and_blames_nobody() -> None:
+    stops: list[Callable[[], object]] = []
+
     async def handle(reply: Reply) -> None:
         if len(stub.generations()) <= 2:
             await completion()(reply)
             return
         await reply.begin_stream()
         await reply.event(token())
+        if len(stub.generations()) == 4:
+            stops[0]()
         await asyncio.sleep(60)
 
     async def stopped() -> LevelRun:
-        stop = asyncio.Event()
-
-        def on_change(tally: Tally) -> None:
-            if tally.completed == 2 and tally.sent == 4:
-                stop.set()
-
+        stop, loop = asyncio.Event(), asyncio.get_running_loop()
+        stops.append(lambda: loop.call_soon_threadsafe(stop.set))
         async with Client(ServerAddress.parse(stub.url, "--url")) as client:
-            asks = itertools.repeat(ASK)
-            form = Level(ClosedLoop(2), 100)
-            return await run_level(client, form, FORM, asks, stop=stop, on_change=on_change)
+            return await run_level(client, Level(ClosedLoop(2), 100), FORM, itertools.repeat(ASK), stop=stop)
 
     with Stub(completions=handle) as stub:
         ran = asyncio.run(stopped())

@@ -15,8 +15,10 @@ from npu_zoo.core.errors import NpuZooError, UsageError
 from npu_zoo.evaluation.serving.arrivals import ClosedLoop, OpenLoop
 from npu_zoo.evaluation.serving.client import Client
 from npu_zoo.evaluation.serving.figures import Goal, LevelFigures
-from npu_zoo.evaluation.serving.measuring import ServeBench, ServePlan
-from npu_zoo.evaluation.serving.result import ServeResult
+from npu_zoo.evaluation.serving.load import LevelRun
+from npu_zoo.evaluation.serving.measuring import ServeBench, ServePlan, doubts
+from npu_zoo.evaluation.serving.observation import Observation
+from npu_zoo.evaluation.serving.result import MeasuredLevel, ServeResult
 from npu_zoo.evaluation.serving.server import ServerError
 from npu_zoo.evaluation.serving.work import LengthRange
 from npu_zoo.protocol.server_address import ServerAddress
@@ -209,3 +211,32 @@ def test_the_record_holds_all_that_the_figures_come_from() -> None:
     headline = result.headline()
     assert headline["completed at rate 50"] == 6
     assert headline["ttft_p50_ms at rate 200"] == back.levels[1].figures.ttft.p50  # type: ignore[union-attr]
+
+
+def test_a_client_that_is_slow_itself_is_told() -> None:
+    seen = [
+        Observation(
+            index=index,
+            due=0.0,
+            sent=0.2,
+            arrivals=(1.0, 3.0),
+            characters=(1, 1),
+            ended=3.0,
+            status="completed",
+            prompt_tokens=11,
+            asked_prompt_tokens=10,
+            output_tokens=8,
+            max_tokens=9,
+            counted_by_server=True,
+        )
+        for index in range(2)
+    ]
+    level = MeasuredLevel.of(OpenLoop(4.0), LevelRun(seen, client_cpu_share=0.9), None)
+    assert [note.removeprefix("rate 4: ").split(":")[0].split(",")[0] for note in doubts(level, full_length=True)] == [
+        "requests were sent up to 200 ms late (p99)",
+        "this client used 90% of a processor core",
+        "4.00 tokens came in an event on average; inter-token latencies are of events",
+        "prompts had 22 tokens in all where 20 were asked for",
+        "answers had 16 tokens in all where 18 were asked for",
+    ]
+    assert len(doubts(level, full_length=False)) == 4
