@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,6 +71,24 @@ def measure_machine(config: EngineConfig, *, divisor: int = 1) -> Machine:
     finally:
         torch.set_num_threads(before)
     return described.model_copy(update=measured)
+
+
+def measure_apart(config: EngineConfig, cores: Sequence[int] = (), *, divisor: int = 1) -> Machine:
+    """:func:`measure_machine` in a process of its own, which is gone afterwards and leaves this one without torch.
+
+    Args:
+        cores: that it is bound to; all that may be used where there are none.
+    """
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    context = multiprocessing.get_context("spawn")
+    usable = os.sched_getaffinity(0)
+    with ProcessPoolExecutor(
+        1, mp_context=context, initializer=os.sched_setaffinity, initargs=(0, cores or usable)
+    ) as pool:
+        machine = pool.submit(measure_machine, config, divisor=divisor).result()
+    return machine.model_copy(update={"cores": len(usable)})
 
 
 def read_bandwidth(size: int, device: torch.device) -> float:

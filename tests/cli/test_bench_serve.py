@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from npu_zoo.evaluation.machine import describe_machine
 from npu_zoo.evaluation.record import read_record
 from npu_zoo.evaluation.serving.figures import LevelFigures
 from npu_zoo.evaluation.serving.result import ServeResult
@@ -52,6 +53,9 @@ NOBODY = ("bench", "serve", "--url", "http://127.0.0.1:1")
         (("--rate", "1", "--goodput", "speed:9"), "--goodput takes times"),
         (("--rate", "1", "--url", "ftp://a"), "--url 'ftp://a' is no URL"),
         (("--rate", "1", "--json", "/"), "/ is no file"),
+        (("--rate", "1", "--floor-dtype", "float32"), "--floor-dtype goes with --floor-model"),
+        (("--rate", "1", "--floor-model", "gpt"), "gpt"),
+        (("--rate", "1", "--url", "http://a.example", "--floor-model", "deepseek_coder"), "the server is on a.example"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_sent(cli: Cli, options: tuple[str, ...], said: str) -> None:
@@ -75,7 +79,9 @@ def test_without_aiohttp_the_extra_is_named(cli: Cli, monkeypatch: pytest.Monkey
     assert "pip install 'npu-zoo[bench]'" in ran.err
 
 
-def test_a_server_is_measured_and_recorded(cli: Cli, tmp_path: Path) -> None:
+def test_a_server_is_measured_and_recorded(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = describe_machine(threads=1).model_copy(update={"bandwidth": 1e10, "peak": 1e11})
+    monkeypatch.setattr("npu_zoo.evaluation.machine.measure_apart", lambda config: machine)
     file = tmp_path / "record.json"
     arguments = ("--model", "deepseek_coder", "--threads", "1", "--log-level", "error")
     with RunningServer(arguments) as server:
@@ -90,6 +96,8 @@ def test_a_server_is_measured_and_recorded(cli: Cli, tmp_path: Path) -> None:
             *work,
             "--goodput",
             "ttft:60000",
+            "--floor-model",
+            "deepseek_coder",
             "--json",
             str(file),
         )
@@ -98,7 +106,7 @@ def test_a_server_is_measured_and_recorded(cli: Cli, tmp_path: Path) -> None:
     assert "…" not in ran.out
     assert ran.out.startswith(f"deepseek_coder:demo at {server.url} (npu-zoo 0.1.0)\n")
     record = read_record(file, "bench serve")
-    assert record.machine is not None
+    assert record.machine == machine
     assert record.arguments["rate"] == "20,40"
     result = ServeResult.model_validate(record.body)
     assert result.prompts == "ids"
@@ -110,6 +118,10 @@ def test_a_server_is_measured_and_recorded(cli: Cli, tmp_path: Path) -> None:
         assert figures.goodput is not None
         assert LevelFigures.of(level.requests, figures.goodput.goal) == figures
         assert f"{figures.request_throughput:.2f} 100%" in ran.out
+        assert level.floor is not None
+        assert level.floor.bandwidth_share == pytest.approx(level.floor.bytes / figures.seconds / 1e10)
+        assert f"{level.floor.bandwidth_share:.1%}" in ran.out
+    assert "shares of 10.0 GB/s read and 100 GFLOP/s, measured beforehand (1 threads)" in ran.out
     assert record.figures == result.headline()
 
 

@@ -22,7 +22,7 @@ PAGE = (Path(__file__).resolve().parents[2] / "docs" / "bench-serve.md").read_te
 
 def test_the_commands_are_taken(accept: Callable[[list[str]], None]) -> None:
     commands = re.findall(r"^\$ npu-zoo (.*)$", PAGE, re.MULTILINE)
-    assert len(commands) == 4
+    assert len(commands) == 5
     for command in commands:
         accept(command.split())
 

@@ -14,7 +14,8 @@ from npu_zoo.cli.progress import SECONDS_BETWEEN_BARS, SECONDS_BETWEEN_LINES, pr
 from npu_zoo.evaluation.offline.cases import WARM_UP_TOKENS, Case
 
 if TYPE_CHECKING:
-    from npu_zoo.evaluation.offline.results import CaseResult, Floor, NotRun, OfflineBody, Search
+    from npu_zoo.evaluation.floor import Floor
+    from npu_zoo.evaluation.offline.results import CaseResult, NotRun, OfflineBody, Search
     from npu_zoo.evaluation.record import Machine
 
 PROMPT_TOKENS_PER_STEP = 32

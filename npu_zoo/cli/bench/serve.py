@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from npu_zoo.cli.bench.serve_floor import FloorOptions, measure_floor, with_floors
 from npu_zoo.cli.bench.serve_options import (
     ArrivalName,
     EndpointName,
@@ -30,7 +31,7 @@ from npu_zoo.evaluation.serving.requests import parse_extra_body
 from npu_zoo.protocol.server_address import ServerAddress
 
 if TYPE_CHECKING:
-    from npu_zoo.evaluation.record import Kind
+    from npu_zoo.evaluation.record import Kind, Machine
     from npu_zoo.evaluation.serving.measuring import ServePlan
     from npu_zoo.evaluation.serving.result import ServeResult
 
@@ -44,7 +45,7 @@ def _option(help_text: str, flag: str, panel: str, metavar: str | None = None) -
     return typer.Option(flag, help=help_text, metavar=metavar, rich_help_panel=panel)
 
 
-_LOAD, _WORK, _RESULT = "Load", "Work", "Result"
+_LOAD, _WORK, _FLOORS, _RESULT = "Load", "Work", "Floor", "Result"
 _RATE = "Open loop: requests a second, sent whatever the server does; several make a level each; inf sends all at once."
 _CONCURRENCY = "Closed loop: clients that each wait for an answer before they send again; several make a level each."
 _ARRIVAL = "poisson, or burst: several at once at even times. Default: poisson."
@@ -57,6 +58,7 @@ _IDS = "Token ids that random prompts are drawn from. Default: some that the ser
 _IGNORE_EOS = "Go on to the full length. Default: for random work where the server takes it."
 _EXTRA = "Members of each request, over all others, such as '{\"top_p\": 0.9}'."
 _GOODPUT = "Count requests within these milliseconds, such as ttft:500,tpot:50,e2e:5000."
+_FLOOR = "The model that the server runs on this machine, to show what the load needs at least."
 _JSON = "Write a record with the figures and every request's raw timestamps."
 
 
@@ -94,6 +96,10 @@ def serve(
     ignore_eos: Annotated[bool | None, _option(_IGNORE_EOS, "--ignore-eos/--no-ignore-eos", _WORK)] = None,
     extra_body: Annotated[str, _option(_EXTRA, "--extra-body", _WORK, "JSON")] = "{}",
     goodput: Annotated[str | None, _option(_GOODPUT, "--goodput", _RESULT, "NAME:MS,…")] = None,
+    floor_model: Annotated[str | None, _option(_FLOOR, "--floor-model", _FLOORS, "FAMILY[:VARIANT]")] = None,
+    floor_weights: Annotated[Path | None, _option("Its checkpoint.", "--floor-weights", _FLOORS, "DIR")] = None,
+    floor_dtype: Annotated[str | None, _option("Its compute dtype.", "--floor-dtype", _FLOORS, "NAME")] = None,
+    floor_threads: Annotated[int | None, _option("Its CPU threads.", "--floor-threads", _FLOORS, "N")] = None,
     json_file: Annotated[Path | None, _option(_JSON, "--json", _RESULT, "FILE")] = None,
 ) -> None:
     """Measure a server that speaks OpenAI's API: its times and throughput under load.
@@ -111,6 +117,7 @@ def serve(
         for text, default, option in ((random_input, "128", "--random-input"), (random_output, "64", "--random-output"))
     ]
     address = ServerAddress.parse(url, "--url")
+    served = FloorOptions(floor_model, floor_weights, floor_dtype, floor_threads).check(address)
     if json_file:
         from npu_zoo.evaluation.record import require_record_place
 
@@ -135,16 +142,20 @@ def serve(
         goal=goal,
         seed=seed,
     )
-    _finish(_measure(address, plan, timeout), arguments, json_file)
+    machine = measure_floor(served)
+    result = _measure(address, plan, timeout)
+    _finish(result and with_floors(result, served, machine), machine, arguments, json_file)
 
 
-def _finish(result: ServeResult | None, arguments: dict[str, Any], json_file: Path | None) -> None:
+def _finish(
+    result: ServeResult | None, machine: Machine | None, arguments: dict[str, Any], json_file: Path | None
+) -> None:
     """Show and write what there is, and end with the code that says how it went."""
     if result is None:
         raise typer.Exit(INTERRUPTED)
-    print_result(result)
+    print_result(result, machine)
     if json_file:
-        _write(result, arguments, json_file)
+        _write(result, machine, arguments, json_file)
     if result.interrupted:
         note("interrupted: the figures are of what was measured until then")
         raise typer.Exit(INTERRUPTED)
@@ -187,13 +198,13 @@ def _stopped_by_interrupt(stop: Callable[[], None]) -> Iterator[None]:
         loop.remove_signal_handler(signal.SIGINT)
 
 
-def _write(result: ServeResult, arguments: dict[str, Any], file: Path) -> None:
+def _write(result: ServeResult, machine: Machine | None, arguments: dict[str, Any], file: Path) -> None:
     from npu_zoo.evaluation.machine import describe_machine
     from npu_zoo.evaluation.record import ResultRecord, write_record
 
     record = ResultRecord(
         kind=KIND,
-        machine=describe_machine(),
+        machine=machine or describe_machine(),
         arguments=arguments,
         body=result.model_dump(mode="json"),
         figures=result.headline(),

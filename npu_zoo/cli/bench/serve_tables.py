@@ -11,6 +11,8 @@ from npu_zoo.cli.results import printable
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from npu_zoo.evaluation.floor import Floor
+    from npu_zoo.evaluation.record import Machine
     from npu_zoo.evaluation.serving.figures import Distribution, LevelFigures
     from npu_zoo.evaluation.serving.result import MeasuredLevel, ServeResult
 
@@ -18,8 +20,8 @@ _TIMES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2e": "end to end", "la
 _NONE = "-"
 
 
-def print_result(result: ServeResult) -> None:
-    """Write the levels, their times, and what failed."""
+def print_result(result: ServeResult, machine: Machine | None = None) -> None:
+    """Write the levels, their times, what failed, and floors where the server's machine was measured."""
     from rich.console import Console
 
     console = Console(width=table_width(), highlight=False)
@@ -28,6 +30,9 @@ def print_result(result: ServeResult) -> None:
     console.print(_load_table(levels))
     if any(_times_of(level.figures) for level in levels):
         console.print(_time_table(levels))
+    if machine is not None and any(level.floor for level in levels):
+        console.print(_floor_table(levels))
+        console.print(_machine_text(machine))
     if failures := _failure_rows(levels):
         console.print(_table("what failed", (_load_kind(levels), "kind", "requests", "message"), failures, numbers={2}))
 
@@ -102,6 +107,25 @@ def _marked_first(
 
 def _points(times: Distribution) -> list[str]:
     return [_number(value) for value in (times.mean, times.p50, times.p90, times.p99)]
+
+
+def _floor_table(levels: Sequence[MeasuredLevel]) -> Table:
+    """What each level needed at least, and its share of what the machine does."""
+    columns = (_load_kind(levels), "GiB", "GFLOP", "of bandwidth", "of peak", "limit")
+    rows = [[_label(level), *_floor_row(level.floor)] for level in levels if level.floor]
+    return _table("", columns, rows, numbers=range(1, 5))
+
+
+def _floor_row(floor: Floor) -> list[str]:
+    needed = [f"{floor.bytes / 2**30:,.2f}", f"{floor.operations / 1e9:,.1f}"]
+    shares = [_NONE if share is None else f"{share:.1%}" for share in (floor.bandwidth_share, floor.peak_share)]
+    return [*needed, *shares, floor.limit or _NONE]
+
+
+def _machine_text(machine: Machine) -> str:
+    bandwidth, peak = machine.bandwidth or 0.0, machine.peak or 0.0
+    threads = f" ({machine.threads} threads)" if machine.threads else ""
+    return f"shares of {bandwidth / 1e9:.1f} GB/s read and {peak / 1e9:,.0f} GFLOP/s, measured beforehand{threads}"
 
 
 def _failure_rows(levels: Sequence[MeasuredLevel]) -> list[list[str]]:

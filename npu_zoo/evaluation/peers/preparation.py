@@ -11,7 +11,7 @@ from typing import Any
 from npu_zoo.core.config import EngineArgs, EngineConfig
 from npu_zoo.core.errors import ConfigError, UsageError
 from npu_zoo.core.parallel import Split
-from npu_zoo.evaluation.machine import floor_seconds, measure_machine
+from npu_zoo.evaluation.machine import floor_seconds
 from npu_zoo.evaluation.peers.cases import Case, work_of
 from npu_zoo.evaluation.peers.comparison import cache_tokens
 from npu_zoo.evaluation.peers.engines import SUBJECT, InstalledEngine
@@ -127,24 +127,6 @@ def _cache_room(cases: Sequence[Case], config: EngineConfig) -> int:
     wanted = max(cache_tokens(case.requests(1, 0)) for case in cases) * per_token
     least = max(case.longest for case in cases) * per_token
     return max(KV_CACHE_LEAST, 2 * least, min(wanted, KV_CACHE_LIMIT))
-
-
-def measure_apart(config: EngineConfig, cores: Sequence[int], *, divisor: int = 1) -> Machine:
-    """What the machine does on the cores that engines run on; measured in a process that is gone afterwards.
-
-    Args:
-        divisor: see :func:`npu_zoo.evaluation.machine.measure_machine`.
-    """
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-
-    context = multiprocessing.get_context("spawn")
-    usable = os.sched_getaffinity(0)
-    with ProcessPoolExecutor(
-        1, mp_context=context, initializer=os.sched_setaffinity, initargs=(0, cores or usable)
-    ) as pool:
-        machine = pool.submit(measure_machine, config, divisor=divisor).result()
-    return machine.model_copy(update={"cores": len(usable)})
 
 
 def with_floor(result: CaseResult, case: Case, config: EngineConfig, machine: Machine) -> CaseResult:

@@ -13,13 +13,13 @@ from typing import Any
 from npu_zoo.core.config import EngineArgs, EngineConfig
 from npu_zoo.core.errors import UsageError
 from npu_zoo.dispatch import resolve
+from npu_zoo.evaluation.machine import measure_apart
 from npu_zoo.evaluation.peers.cases import Case
 from npu_zoo.evaluation.peers.comparison import Comparison, Conditions, Step
 from npu_zoo.evaluation.peers.engines import InstalledEngine
 from npu_zoo.evaluation.peers.preparation import (
     fitting_cases,
     load_options,
-    measure_apart,
     ordinary_tokens,
     usable_cores,
     with_floor,

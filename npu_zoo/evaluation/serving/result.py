@@ -6,12 +6,16 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from npu_zoo.evaluation.floor import Floor
+from npu_zoo.evaluation.record import Machine
 from npu_zoo.evaluation.serving.arrivals import Load, OpenLoop
 from npu_zoo.evaluation.serving.figures import Goal, LevelFigures
+from npu_zoo.evaluation.serving.floors import level_work
 from npu_zoo.evaluation.serving.load import LevelRun
 from npu_zoo.evaluation.serving.observation import Observation
 from npu_zoo.evaluation.serving.server import ServerIdentity
 from npu_zoo.evaluation.serving.work import Endpoint
+from npu_zoo.evaluation.work import ModelWork
 
 
 class MeasuredLevel(BaseModel):
@@ -24,6 +28,7 @@ class MeasuredLevel(BaseModel):
         client_cpu_share: processor time of the client per second; near 1, its own slowness is measured.
         interrupted: whether Ctrl-C ended it.
         requests: what was observed of each, raw.
+        floor: what the model needs at least for it; None where nobody said what the server runs.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -36,6 +41,7 @@ class MeasuredLevel(BaseModel):
     interrupted: bool
     figures: LevelFigures
     requests: tuple[Observation, ...]
+    floor: Floor | None = None
 
     @classmethod
     def of(cls, load: Load, run: LevelRun, goal: Goal | None) -> MeasuredLevel:
@@ -51,6 +57,11 @@ class MeasuredLevel(BaseModel):
             figures=LevelFigures.of(run.observations, goal),
             requests=tuple(run.observations),
         )
+
+    def on(self, model: ModelWork, machine: Machine) -> MeasuredLevel:
+        """The same, with its floor on a server's machine."""
+        work = level_work(model, self.requests, self.figures.peak_concurrency)
+        return self.model_copy(update={"floor": Floor.of(work, self.figures.seconds, machine)})
 
 
 class ServeResult(BaseModel):
@@ -80,6 +91,10 @@ class ServeResult(BaseModel):
     def interrupted(self) -> bool:
         """Whether Ctrl-C ended it."""
         return any(level.interrupted for level in self.levels)
+
+    def on(self, model: ModelWork, machine: Machine) -> ServeResult:
+        """The same, with every level's floor."""
+        return self.model_copy(update={"levels": tuple(level.on(model, machine) for level in self.levels)})
 
     def headline(self) -> dict[str, float]:
         """The few figures that others cite, with their units; of several levels each has its own."""
