@@ -17,7 +17,7 @@ def accept() -> Callable[[list[str]], None]:
 
     def take(words: list[str]) -> None:
         command, rest = root, words
-        while hasattr(command, "commands"):
+        while hasattr(command, "commands") and (rest[0] in command.commands or not command.invoke_without_command):
             command, rest = command.commands[rest[0]], rest[1:]
         command.make_context(" ".join(words), list(rest))
 
