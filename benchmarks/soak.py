@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
-import psutil
 from harness import machine
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -271,18 +270,27 @@ def metrics_of(text: str) -> dict[str, float]:
     return dict(found)
 
 
+def anonymous_mib(pid: int) -> float:
+    """A process's resident memory that no file stands behind."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) / 1024
+
+
 class Memory:
-    """Resident memory of a server's processes over time, in MiB."""
+    """Resident memory of a server's processes over time, in MiB, but for that of files.
+
+    What is mapped of a library is shared as long as another process has it, too, and says nothing of this one.
+    """
 
     def __init__(self, server: RunningServer) -> None:
-        self._processes = {name: psutil.Process(pid) for name, pid in server.children.items()}
+        self._processes = server.children
         self.samples: dict[str, list[float]] = {name: [] for name in self._processes}
 
     async def watch(self, until: float) -> None:
         """Take samples until a moment."""
         while time.monotonic() < until:
-            for name, process in self._processes.items():
-                self.samples[name].append(process.memory_full_info().uss / 2**20)
+            for name, pid in self._processes.items():
+                self.samples[name].append(anonymous_mib(pid))
             await asyncio.sleep(SECONDS_BETWEEN_SAMPLES)
 
     def growth(self) -> dict[str, tuple[float, float]]:
