@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -172,10 +173,21 @@ def require_record_place(path: Path, kind: Kind) -> None:
     Raises:
         UsageError: there is a file that is no record of this kind, or no file can be there.
     """
-    if path.is_dir() or (path.exists() and not path.is_file()):
-        raise UsageError(f"{path} is no file; name one for the record")
+    try:
+        _probe(path)
+    except OSError as error:
+        raise UsageError(f"the record {path} cannot be written: {error.strerror or error}; name another file") from None
     if path.exists() and path.stat().st_size:
         read_record(path, kind)
+
+
+def _probe(path: Path) -> None:
+    """Make the folder and a file in it, as writing would; the folder stays."""
+    if path.is_dir() or (path.exists() and not path.is_file()):
+        raise UsageError(f"{path} is no file; name one for the record")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-"):
+        pass
 
 
 def read_record(path: Path, kind: Kind | None = None) -> ResultRecord:

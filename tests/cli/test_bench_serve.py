@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from npu_zoo.evaluation.machine import describe_machine
-from npu_zoo.evaluation.record import read_record
+from npu_zoo.evaluation.record import ResultRecord, read_record, write_record
 from npu_zoo.evaluation.serving.figures import LevelFigures
 from npu_zoo.evaluation.serving.result import ServeResult
 from npu_zoo.testing.serving import RunningServer
@@ -44,6 +44,7 @@ NOBODY = ("bench", "serve", "--url", "http://127.0.0.1:1")
         (("--rate", "1", "--num-warmups", "-1"), "--num-warmups -1"),
         (("--rate", "1", "--duration", "nan"), "--duration nan"),
         (("--rate", "1", "--timeout", "0"), "--timeout 0"),
+        (("--rate", "1,inf", "--duration", "10"), "give --num-requests N"),
         (("--rate", "1", "--random-input", "9..3"), "--random-input 9..3"),
         (("--rate", "1", "--random-output", "x"), "--random-output takes a length"),
         (("--rate", "1", "--dataset", "none", "--random-input", "3"), "--random-input: goes with random work"),
@@ -165,6 +166,40 @@ def test_ctrl_c_keeps_what_was_measured(cli: Cli, tmp_path: Path) -> None:
     counts = [level.figures.completed, level.figures.failed, level.figures.cancelled]
     assert counts[1:] == [0, 1]
     assert counts[0] >= 1
+
+
+def test_ctrl_c_during_the_warm_up_leaves_an_earlier_record_as_it_was(cli: Cli, tmp_path: Path) -> None:
+    async def handle(reply: Reply) -> None:
+        if len(stub.generations()) <= 1:
+            await completion()(reply)
+            return
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.sleep(60)
+
+    file = tmp_path / "record.json"
+    write_record(ResultRecord(kind="bench serve", figures={"x": 1.0}), file)
+    work = ("--num-warmups", "2", "--tokens", "ids", "--token-id-range", "1..9")
+    with Stub(completions=handle) as stub:
+        ran = cli("bench", "serve", "--url", stub.url, "--concurrency", "1", *work, "--json", str(file))
+    assert (ran.code, ran.out) == (130, "")
+    assert read_record(file).figures == {"x": 1.0}
+
+
+def test_sigterm_keeps_the_levels_that_were_measured(cli: Cli, tmp_path: Path) -> None:
+    async def handle(reply: Reply) -> None:
+        if len(stub.generations()) <= 4:
+            await completion()(reply)
+            return
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(60)
+
+    file = tmp_path / "record.json"
+    work = ("--num-requests", "2", "--tokens", "ids", "--token-id-range", "1..9")
+    with Stub(completions=handle) as stub, pytest.raises(SystemExit, match="143"):
+        cli("bench", "serve", "--url", stub.url, "--concurrency", "1,2", *work, "--json", str(file))
+    result = ServeResult.model_validate(read_record(file, "bench serve").body)
+    assert [(level.name, level.figures.completed) for level in result.levels] == [("concurrency 1", 2)]
+    assert result.interrupted
 
 
 def test_ctrl_c_while_the_server_is_silent(cli: Cli) -> None:

@@ -38,7 +38,7 @@ def test_the_lines_are_taken(tmp_path: Path) -> None:
     (lines,) = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
     file = tmp_path / "prompts.jsonl"
     file.write_text(lines)
-    assert len(read_dataset(file)) == 3
+    assert len(read_dataset(file).asks) == 3
 
 
 def test_the_record_is_read_as_shown(tmp_path: Path) -> None:

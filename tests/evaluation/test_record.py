@@ -64,6 +64,15 @@ def test_nothing_else_is_written_over(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["notes.json"]
 
 
+@pytest.mark.parametrize("place", ["/proc/record.json", "notes/record.json", f"{'long' * 99}.json"])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_runs(tmp_path: Path, place: str) -> None:
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(UsageError, match="cannot be written"):
+        require_record_place(tmp_path / place, "eval")
+    require_record_place(tmp_path / "made" / "record.json", "eval")
+    assert list((tmp_path / "made").iterdir()) == []
+
+
 def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nothing\.json cannot be read: No such file"):
         read_record(tmp_path / "nothing.json")

@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import importlib.util
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -26,11 +27,14 @@ from npu_zoo.cli.bench.serve_progress import ServeProgress
 from npu_zoo.cli.bench.serve_tables import print_result
 from npu_zoo.cli.output import note
 from npu_zoo.core.errors import ConfigError, UsageError
+from npu_zoo.evaluation.serving.arrivals import Load, OpenLoop
 from npu_zoo.evaluation.serving.figures import Goal
 from npu_zoo.evaluation.serving.requests import parse_extra_body
+from npu_zoo.parallel.processes import exit_on_sigterm
 from npu_zoo.protocol.server_address import ServerAddress
 
 if TYPE_CHECKING:
+    from npu_zoo.core.config import EngineConfig
     from npu_zoo.evaluation.record import Kind, Machine
     from npu_zoo.evaluation.serving.measuring import ServePlan
     from npu_zoo.evaluation.serving.result import ServeResult
@@ -110,6 +114,7 @@ def serve(
     arguments = {name: _plain(value) for name, value in locals().items() if value is not None}
     loads = parse_loads(rate, concurrency, arrival, burstiness, burst_size)
     _check_amounts(num_requests, duration, num_warmups, timeout)
+    _check_end(loads, num_requests, duration)
     _check_work(dataset, random_input, random_output, token_id_range, tokens, endpoint)
     extra, goal = parse_extra_body(extra_body), Goal.parse(goodput) if goodput else None
     lengths = [
@@ -118,11 +123,11 @@ def serve(
     ]
     address = ServerAddress.parse(url, "--url")
     served = FloorOptions(floor_model, floor_weights, floor_dtype, floor_threads).check(address)
+    _require_aiohttp()
     if json_file:
         from npu_zoo.evaluation.record import require_record_place
 
         require_record_place(json_file, KIND)
-    _require_aiohttp()
     from npu_zoo.evaluation.serving.measuring import ServePlan
 
     plan = ServePlan(
@@ -142,20 +147,44 @@ def serve(
         goal=goal,
         seed=seed,
     )
-    machine = measure_floor(served)
-    result = _measure(address, plan, timeout)
-    _finish(result and with_floors(result, served, machine), machine, arguments, json_file)
+    with exit_on_sigterm():
+        report = _Report(served, measure_floor(served), arguments, json_file)
+        with report:
+            _measure(address, plan, timeout, report.keep)
+    _finish(report.result)
 
 
-def _finish(
-    result: ServeResult | None, machine: Machine | None, arguments: dict[str, Any], json_file: Path | None
-) -> None:
-    """Show and write what there is, and end with the code that says how it went."""
+class _Report(contextlib.AbstractContextManager["_Report"]):
+    """What there is: written after each level, and shown at the end, whatever ends it.
+
+    Args:
+        served: the model whose floors are shown, and ``machine`` what was measured for them; None for none.
+        file: that the record is written to.
+    """
+
+    def __init__(
+        self, served: EngineConfig | None, machine: Machine | None, arguments: dict[str, Any], file: Path | None
+    ) -> None:
+        self.result: ServeResult | None = None
+        self._served, self._machine = served, machine
+        self._arguments, self._file = arguments, file
+        self._client_machine = machine or (_describe_client() if file else None)
+
+    def keep(self, result: ServeResult) -> None:
+        """Take what was measured so far."""
+        self.result = with_floors(result, self._served, self._machine)
+        if self._file:
+            _write(self.result, self._client_machine, self._arguments, self._file)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.result is not None:
+            print_result(self.result, self._machine)
+
+
+def _finish(result: ServeResult | None) -> None:
+    """End with the code that says how it went."""
     if result is None:
         raise typer.Exit(INTERRUPTED)
-    print_result(result, machine)
-    if json_file:
-        _write(result, machine, arguments, json_file)
     if result.interrupted:
         note("interrupted: the figures are of what was measured until then")
         raise typer.Exit(INTERRUPTED)
@@ -163,23 +192,33 @@ def _finish(
         raise typer.Exit(FAILED)
 
 
-def _measure(address: ServerAddress, plan: ServePlan, timeout: float) -> ServeResult | None:
-    """Run the benchmark; None where it is interrupted before anything is measured."""
-    from npu_zoo.evaluation.serving.client import Client
+def _measure(address: ServerAddress, plan: ServePlan, timeout: float, keep: Callable[[ServeResult], None]) -> None:
+    """Run the benchmark; nothing is kept where it is interrupted before anything is measured."""
+    from npu_zoo.evaluation.serving.client import Client, raise_file_limit
     from npu_zoo.evaluation.serving.measuring import ServeBench
 
+    raise_file_limit()
     key = api_key()
     if key and not (address.encrypted or address.loopback):
         note(f"the API key goes to {address.host} without encryption; use https where others can listen")
 
     async def run(progress: ServeProgress) -> ServeResult | None:
         async with Client(address, key, timeout=timeout) as client:
-            bench = ServeBench(client, plan, on_note=progress.note, on_level=progress.begin, on_change=progress.update)
+            bench = ServeBench(
+                client,
+                plan,
+                on_note=progress.note,
+                on_level=progress.begin,
+                on_change=progress.update,
+                on_result=keep,
+            )
             with _stopped_by_interrupt(bench.stop):
                 return await bench.run()
 
     with ServeProgress() as progress:
-        return asyncio.run(run(progress))
+        result = asyncio.run(run(progress))
+    if result is not None:
+        keep(result)
 
 
 @contextlib.contextmanager
@@ -199,17 +238,22 @@ def _stopped_by_interrupt(stop: Callable[[], None]) -> Iterator[None]:
 
 
 def _write(result: ServeResult, machine: Machine | None, arguments: dict[str, Any], file: Path) -> None:
-    from npu_zoo.evaluation.machine import describe_machine
     from npu_zoo.evaluation.record import ResultRecord, write_record
 
     record = ResultRecord(
         kind=KIND,
-        machine=machine or describe_machine(),
+        machine=machine,
         arguments=arguments,
         body=result.model_dump(mode="json"),
         figures=result.headline(),
     )
     write_record(record, file)
+
+
+def _describe_client() -> Machine:
+    from npu_zoo.evaluation.machine import describe_machine
+
+    return describe_machine()
 
 
 def _require_aiohttp() -> None:
@@ -225,6 +269,15 @@ def _check_amounts(num_requests: int | None, duration: float | None, num_warmups
     for name, seconds in (("--duration", duration), ("--timeout", timeout)):
         if seconds is not None and not 0 < seconds < float("inf"):
             raise UsageError(f"{name} {seconds:g} is no number of seconds above 0")
+
+
+def _check_end(loads: Sequence[Load], num_requests: int | None, duration: float | None) -> None:
+    endless = any(isinstance(load, OpenLoop) and load.finite_rate is None for load in loads)
+    if endless and duration is not None and num_requests is None:
+        raise UsageError(
+            f"--rate inf sends all requests at once, and --duration {duration:g} does not say how many; "
+            "give --num-requests N"
+        )
 
 
 def _check_work(

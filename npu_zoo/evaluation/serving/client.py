@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
+import os
+import resource
 import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -128,6 +131,13 @@ class Client(contextlib.AbstractAsyncContextManager["Client"]):
             return response.status, None
 
 
+def raise_file_limit() -> None:
+    """Let this process have as many connections as it may: the soft limit of open files becomes the hard one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def failure_of(error: Exception, *, answered: bool) -> Failure:
     """What an exception of the client's says about the request.
 
@@ -135,6 +145,8 @@ def failure_of(error: Exception, *, answered: bool) -> Failure:
         answered: whether the answer had begun.
     """
     said = shown(str(error) or type(error).__name__)
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return Failure(kind="client", message=f"this client has too many open files: {os.strerror(error.errno)}")
     if isinstance(error, asyncio.TimeoutError):
         where = "the answer did not end" if answered else "there was no answer"
         return Failure(kind="time-out", message=f"{where} in time")

@@ -6,19 +6,31 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from npu_zoo.core.errors import UsageError
 from npu_zoo.evaluation.serving.work import Ask
 
 _JSONL = 'an object with "prompt" or "messages"'
+_NO_FIRST_TURN = "they do not begin with a human's turn and an answer to it"
 _HUMAN, _ANSWERS = ("human", "user"), ("gpt", "assistant", "chatgpt", "bard")
 
 CHARACTERS_PER_TOKEN = 4.0
 """Of English text, about, where a server does not tell its own."""
 
 
-def read_dataset(path: Path) -> list[Ask]:
+class Dataset(NamedTuple):
+    """What a file holds.
+
+    Attributes:
+        left_out: what of it is not sent, in a sentence; None where all is.
+    """
+
+    asks: list[Ask]
+    left_out: str | None = None
+
+
+def read_dataset(path: Path) -> Dataset:
     """The requests of a file: a JSON list is read as conversations, anything else as JSON lines.
 
     Raises:
@@ -31,10 +43,11 @@ def read_dataset(path: Path) -> list[Ask]:
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 at byte {error.start}") from None
     is_list = text.lstrip().startswith("[")
-    asks = list(_conversations(path, text) if is_list else _lines(path, text))
-    if not asks:
-        raise UsageError(f"{path} holds no prompt; a line is {_JSONL}, or the file a ShareGPT-style list")
-    return asks
+    found = _conversations(path, text) if is_list else Dataset(list(_lines(path, text)))
+    if not found.asks:
+        why = f"; {found.left_out}" if found.left_out else ""
+        raise UsageError(f"{path} holds no prompt; a line is {_JSONL}, or the file a ShareGPT-style list{why}")
+    return found
 
 
 def with_answer_lengths(asks: Sequence[Ask], characters_per_token: float = CHARACTERS_PER_TOKEN) -> list[Ask]:
@@ -88,8 +101,15 @@ def _is_count(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _conversations(path: Path, text: str) -> Iterator[Ask]:
+def _conversations(path: Path, text: str) -> Dataset:
     """First turns with the lengths of their answers; conversations that do not begin so are left out, as is usual."""
+    asks = list(_first_turns(path, text))
+    kept = [ask for ask in asks if ask is not None]
+    left_out = f"{len(asks) - len(kept):,} of {len(asks):,} conversations were left out: {_NO_FIRST_TURN}"
+    return Dataset(kept, left_out if len(kept) < len(asks) else None)
+
+
+def _first_turns(path: Path, text: str) -> Iterator[Ask | None]:
     try:
         entries = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -100,6 +120,8 @@ def _conversations(path: Path, text: str) -> Iterator[Ask]:
             raise UsageError(f'{path}, entry {number}: it is {{"conversations": [{{"from": …, "value": …}}, …]}}')
         if len(turns) >= 2 and turns[0]["from"] in _HUMAN and turns[1]["from"] in _ANSWERS and turns[0]["value"]:
             yield Ask(turns[0]["value"], answer=turns[1]["value"])
+        else:
+            yield None
 
 
 def _is_turn(turn: Any) -> bool:

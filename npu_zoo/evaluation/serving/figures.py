@@ -67,8 +67,13 @@ class Goal(BaseModel):
         return cls(**times)
 
     def is_met(self, observation: Observation) -> bool:
-        """Whether a request completed within all of them; one token alone has no time per token to miss."""
+        """Whether a request completed within all of them; one token alone has no time per token to miss.
+
+        Where several tokens came without text their time is not known, and not within any.
+        """
         if observation.status != "completed":
+            return False
+        if self.tpot is not None and observation.tpot is None and observation.output_tokens > 1:
             return False
         pairs = ((getattr(observation, name), getattr(self, name)) for name in type(self).model_fields)
         return all(most is None or seconds is None or seconds * 1e3 <= most for seconds, most in pairs)
@@ -118,7 +123,7 @@ class LevelFigures(BaseModel):
         tokens_per_event: output tokens per event with text; above 1, inter-token latencies are those of events.
         peak_concurrency: most requests under way at once.
         ttft: time to the first token.
-        tpot: time per output token after the first, of requests with several.
+        tpot: time per output token after the first, of requests with several and with text.
         itl: times between events with text, of all requests together.
         e2e: time to the end of the answer.
         lateness: how much later than due requests were sent; None in a closed loop.

@@ -159,7 +159,7 @@ class _Sender:
 
     async def _open(self, load: OpenLoop) -> None:
         for due in load.send_times(self._level.source("arrivals")):
-            prepared = None if self._over(due) else self._next()
+            prepared = None if self._over(max(due, self._now())) else self._next()
             if prepared is None:
                 break
             # At an infinite rate too, others get their turn between two sendings.

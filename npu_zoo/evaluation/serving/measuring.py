@@ -11,7 +11,7 @@ from typing import Any, Literal
 from npu_zoo.core.errors import UsageError
 from npu_zoo.evaluation.serving.arrivals import ClosedLoop, Load
 from npu_zoo.evaluation.serving.client import Client
-from npu_zoo.evaluation.serving.datasets import CHARACTERS_PER_TOKEN, read_dataset, with_answer_lengths
+from npu_zoo.evaluation.serving.datasets import CHARACTERS_PER_TOKEN, Dataset, read_dataset, with_answer_lengths
 from npu_zoo.evaluation.serving.figures import Goal, LevelFigures
 from npu_zoo.evaluation.serving.load import Level, LevelRun, OnChange, run_level
 from npu_zoo.evaluation.serving.requests import RequestForm
@@ -27,7 +27,6 @@ from npu_zoo.evaluation.serving.server import (
     identify,
 )
 from npu_zoo.evaluation.serving.work import (
-    Ask,
     Endpoint,
     GivenAsks,
     LengthRange,
@@ -106,6 +105,7 @@ class ServeBench:
         on_note: told what a reader of the figures has to know, once it is known.
         on_level: told before each level.
         on_change: told how far a level is.
+        on_result: given what there is after each level.
     """
 
     def __init__(
@@ -116,10 +116,11 @@ class ServeBench:
         on_note: Callable[[str], None] = lambda note: None,
         on_level: Callable[[Load], None] = lambda load: None,
         on_change: OnChange = lambda tally: None,
+        on_result: Callable[[ServeResult], None] = lambda result: None,
     ) -> None:
         self._client, self._plan = client, plan
-        self._asks = _read_asks(plan)
-        self._on_note, self._on_level, self._on_change = on_note, on_level, on_change
+        self._dataset = _read_asks(plan)
+        self._on_note, self._on_level, self._on_change, self._on_result = on_note, on_level, on_change, on_result
         self._stop = asyncio.Event()
         self._notes: list[str] = []
 
@@ -128,7 +129,7 @@ class ServeBench:
         self._stop.set()
 
     async def run(self) -> ServeResult | None:
-        """Run every level; None where it is stopped before the first one.
+        """Run every level; None where it is stopped before the first one has a request.
 
         Raises:
             ServerError: the server cannot be reached, or takes no such requests.
@@ -140,21 +141,33 @@ class ServeBench:
         for note in prepared.notes:
             self._tell(note)
         await self._run_level(prepared, ClosedLoop(1), "warm-up", self._plan.num_warmups)
-        levels = []
+        levels: list[MeasuredLevel] = []
         for number, load in enumerate(self._plan.loads):
-            if self._stop.is_set():
+            if self._stop.is_set() or (level := await self._measure(prepared, load, number)) is None:
                 break
-            self._on_level(load)
-            run = await self._run_level(prepared, load, f"level {number}", self._plan.num_requests, self._on_change)
-            levels.append(MeasuredLevel.of(load, run, self._plan.goal))
-            for note in doubts(levels[-1], full_length=prepared.form.ignore_eos):
-                self._tell(note)
+            levels.append(level)
+            self._on_result(self._result(prepared, levels))
         self._tell_of_repetition(prepared.workload)
+        return self._result(prepared, levels) if levels else None
+
+    async def _measure(self, prepared: Prepared, load: Load, number: int) -> MeasuredLevel | None:
+        """A level's figures; None where it was stopped before it sent anything."""
+        self._on_level(load)
+        run = await self._run_level(prepared, load, f"level {number}", self._plan.num_requests, self._on_change)
+        if run.interrupted and not run.observations:
+            return None
+        level = MeasuredLevel.of(load, run, self._plan.goal)
+        for note in doubts(level, full_length=prepared.form.ignore_eos):
+            self._tell(note)
+        return level
+
+    def _result(self, prepared: Prepared, levels: Sequence[MeasuredLevel]) -> ServeResult:
         return ServeResult(
             server=prepared.server,
             endpoint=prepared.form.endpoint,
             prompts=prepared.prompts,
             ignore_eos=prepared.form.ignore_eos,
+            interrupted=self._stop.is_set() or len(levels) < len(self._plan.loads),
             notes=tuple(self._notes),
             levels=tuple(levels),
         )
@@ -190,18 +203,18 @@ class ServeBench:
 
     async def _prepare(self) -> Prepared:
         server = await identify(self._client, self._plan.model)
-        if self._asks is not None:
-            return await self._prepare_given(server, self._asks)
+        if self._dataset is not None:
+            return await self._prepare_given(server, self._dataset)
         return await self._prepare_random(server)
 
-    async def _prepare_given(self, server: ServerIdentity, asks: list[Ask]) -> Prepared:
-        answers = [ask.answer for ask in asks if ask.answer is not None]
+    async def _prepare_given(self, server: ServerIdentity, dataset: Dataset) -> Prepared:
+        answers = [ask.answer for ask in dataset.asks if ask.answer]
         counted = await characters_per_token(self._client, server.model, answers) if answers else None
-        notes = []
+        notes = [dataset.left_out] if dataset.left_out else []
         if answers and counted is None:
             notes.append("the server counts no tokens beforehand; answers' lengths are taken as 4 characters a token")
         accepted = await self._accepted(server, None, ignore_eos=bool(self._plan.ignore_eos))
-        workload = GivenAsks(with_answer_lengths(asks, counted or CHARACTERS_PER_TOKEN))
+        workload = GivenAsks(with_answer_lengths(dataset.asks, counted or CHARACTERS_PER_TOKEN))
         return Prepared(server, accepted.form, "file", workload, (*notes, *accepted.notes))
 
     async def _prepare_random(self, server: ServerIdentity) -> Prepared:
@@ -259,8 +272,20 @@ def doubts(level: MeasuredLevel, *, full_length: bool) -> list[str]:
             f"this client used {level.client_cpu_share:.0%} of a processor core, so that times may be its own; "
             "run several, or on a faster machine"
         )
-    notes += _doubts_of_tokens(figures, full_length)
+    notes += [*_doubts_of_requests(level), *_doubts_of_tokens(figures, full_length)]
     return [f"{level.name}: {note}" for note in notes]
+
+
+def _doubts_of_requests(level: MeasuredLevel) -> Iterator[str]:
+    unsent = sum(one.failure is not None and one.failure.kind == "client" for one in level.requests)
+    if unsent:
+        yield (
+            f"{unsent:,} requests failed at this client, and not at the server: it may not have more files open; "
+            "raise its limit (ulimit -Hn), or lower the load"
+        )
+    silent = sum(one.status == "completed" and not one.has_text for one in level.requests)
+    if silent:
+        yield f"{silent:,} answers came without text: their TTFT is to the answer's end, and they have no TPOT"
 
 
 def _doubts_of_tokens(figures: LevelFigures, full_length: bool) -> list[str]:
@@ -280,11 +305,11 @@ def _doubts_of_tokens(figures: LevelFigures, full_length: bool) -> list[str]:
     return notes
 
 
-def _read_asks(plan: ServePlan) -> list[Ask] | None:
+def _read_asks(plan: ServePlan) -> Dataset | None:
     """The requests of the file, which are all looked at before anything is sent."""
     if plan.dataset is None:
         return None
-    asks = read_dataset(plan.dataset)
-    for ask in asks:
+    dataset = read_dataset(plan.dataset)
+    for ask in dataset.asks:
         ask.body(plan.endpoint)
-    return asks
+    return dataset

@@ -8,10 +8,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 Status = Literal["completed", "failed", "cancelled"]
-FailureKind = Literal["refused", "unreachable", "status", "closed", "time-out", "malformed", "error"]
+FailureKind = Literal["refused", "unreachable", "status", "closed", "time-out", "malformed", "error", "client"]
 """``refused``: nobody listens. ``unreachable``: no connection for another reason. ``status``: another HTTP status than
 200. ``closed``: the connection or the stream ended before the answer did. ``malformed``: what came is no stream of
-answers. ``error``: the stream held an error."""
+answers. ``error``: the stream held an error. ``client``: this client could not send it, whatever the server does."""
 
 
 class Failure(BaseModel):
@@ -76,6 +76,11 @@ class Observation(BaseModel):
         return [at for at, size in zip(self.arrivals, self.characters, strict=True) if size]
 
     @property
+    def has_text(self) -> bool:
+        """Whether an event had text."""
+        return any(self.characters)
+
+    @property
     def ttft(self) -> float | None:
         """Seconds from sending to the first text; to the answer's end where it has none."""
         return min(self.text_arrivals, default=self.arrivals[-1]) - self.sent if self.arrivals else None
@@ -87,8 +92,8 @@ class Observation(BaseModel):
 
     @property
     def tpot(self) -> float | None:
-        """Seconds per output token after the first; None where there is only one."""
-        if self.ttft is None or self.e2e is None or self.output_tokens < 2:
+        """Seconds per output token after the first; None where there is only one, or no text."""
+        if not self.has_text or self.ttft is None or self.e2e is None or self.output_tokens < 2:
             return None
         return (self.e2e - self.ttft) / (self.output_tokens - 1)
 

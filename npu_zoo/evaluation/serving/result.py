@@ -70,6 +70,7 @@ class ServeResult(BaseModel):
     Attributes:
         prompts: ``ids`` or ``words`` of random lengths, or ``file``.
         ignore_eos: whether answers went on to their full length.
+        interrupted: whether something ended it before all of its levels were measured to their end.
         notes: what a reader of the figures has to know.
     """
 
@@ -79,6 +80,7 @@ class ServeResult(BaseModel):
     endpoint: Endpoint
     prompts: Literal["ids", "words", "file"]
     ignore_eos: bool
+    interrupted: bool = False
     notes: tuple[str, ...] = ()
     levels: tuple[MeasuredLevel, ...] = ()
 
@@ -86,11 +88,6 @@ class ServeResult(BaseModel):
     def failed(self) -> bool:
         """Whether a level has not a single completed request."""
         return any(level.figures.failed and not level.figures.completed for level in self.levels)
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether Ctrl-C ended it."""
-        return any(level.interrupted for level in self.levels)
 
     def on(self, model: ModelWork, machine: Machine) -> ServeResult:
         """The same, with every level's floor."""

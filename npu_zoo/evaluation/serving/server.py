@@ -25,6 +25,9 @@ Tokens = Literal["auto", "ids", "text"]
 
 _KEY_HINT = "; put your key into NPU_ZOO_API_KEY or OPENAI_API_KEY"
 _UNFIT = (400, 404, 415, 422, 501)
+_FAILING = 500
+"""What some servers say to members that they do not know; one that says it to every form is measured as it is."""
+_NO_ANSWER = (aiohttp.ClientError, asyncio.TimeoutError, OSError)
 _FEW_WORDS, _MANY_WORDS = 8, 72
 _SAMPLED_ANSWERS = 16
 
@@ -102,11 +105,14 @@ async def find_token_ids(client: Client, model: str) -> list[int] | None:
 
 
 async def characters_per_token(client: Client, model: str, texts: Sequence[str]) -> float | None:
-    """Of a sample of texts, as the server's /tokenize counts; None where it has none."""
+    """Of a sample of texts, none of them empty, as the server's /tokenize counts; None where it has none."""
     sample = sorted(texts, key=len)[:: max(1, len(texts) // _SAMPLED_ANSWERS)]
-    counted = [await _tokenize(client, model, text) for text in sample]
-    tokens = sum(len(ids) for ids in counted if ids)
-    return sum(map(len, sample)) / tokens if tokens and all(counted) else None
+    tokens = 0
+    for text in sample:
+        if (ids := await _tokenize(client, model, text)) is None:
+            return None
+        tokens += len(ids)
+    return sum(map(len, sample)) / tokens if tokens else None
 
 
 async def find_accepted(
@@ -123,6 +129,7 @@ async def find_accepted(
         ServerError: it refuses every form, or cannot be reached.
     """
     refused: list[str] = []
+    failing: Accepted | None = None
     for with_ids, eos, usage in _forms(ids is not None, ignore_eos, texts_too):
         tried = dataclasses.replace(form, ignore_eos=eos, include_usage=usage)
         kept = ids if with_ids else None
@@ -132,8 +139,13 @@ async def find_accepted(
             _require_open(client, exchange)
             notes = [f"the warm-up request failed ({said})"] if said else []
             given_up = ids is not None and kept is None, ignore_eos is None and not eos, not usage
-            return Accepted(tried, kept, (*notes, *_given_up(*given_up, refused)))
+            found = Accepted(tried, kept, (*notes, *_given_up(*given_up, refused)))
+            if exchange.status != _FAILING:
+                return found
+            failing = failing or found
         refused.append(said)
+    if failing:
+        return failing
     raise ServerError(f"{client.address.host} refuses the requests: {refused[0]}")
 
 
@@ -196,7 +208,9 @@ async def _tokenize(client: Client, model: str, text: str) -> list[int] | None:
         {"content": text},
     )
     for body in bodies:
-        status, data = await _read(client, "/tokenize", body)
+        status, data = await _read_optional(client, "/tokenize", body)
+        if status is None:
+            return None
         tokens = data.get("tokens") if isinstance(data, dict) and status == 200 else None
         if isinstance(tokens, list) and tokens and all(isinstance(token, int) for token in tokens):
             return tokens
@@ -204,14 +218,22 @@ async def _tokenize(client: Client, model: str, text: str) -> list[int] | None:
 
 
 async def _version(client: Client) -> str | None:
-    status, data = await _read(client, "/version")
+    status, data = await _read_optional(client, "/version")
     return _text(data.get("version")) if status == 200 and isinstance(data, dict) else None
 
 
-async def _read(client: Client, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, Any]:
+async def _read_optional(client: Client, path: str, body: Mapping[str, Any] | None = None) -> tuple[int | None, Any]:
+    """As :func:`_read`, of a route that a server need not have; no status where it gives no answer there."""
     try:
         return await client.read(path, body)
-    except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+    except _NO_ANSWER:
+        return None, None
+
+
+async def _read(client: Client, path: str) -> tuple[int, Any]:
+    try:
+        return await client.read(path)
+    except _NO_ANSWER as error:
         said = failure_of(error, answered=False).message
         raise ServerError(
             f"{client.address.host} gives no answer at {path}: {said}; does the server run there?"

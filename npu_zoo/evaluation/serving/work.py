@@ -62,6 +62,11 @@ class Ask:
         """Whether the prompt is messages."""
         return not isinstance(self.prompt, str) and bool(self.prompt) and not isinstance(self.prompt[0], int)
 
+    @property
+    def is_ids(self) -> bool:
+        """Whether the prompt is token ids."""
+        return not isinstance(self.prompt, str) and not self.is_conversation
+
     def body(self, endpoint: Endpoint) -> dict[str, Any]:
         """The members of a request that say what is asked.
 
@@ -73,6 +78,8 @@ class Ask:
             if self.is_conversation:
                 raise UsageError("messages go to /v1/chat/completions; give --endpoint chat")
             return {"prompt": self.prompt, **body}
+        if self.is_ids:
+            raise UsageError("token ids go to /v1/completions; give --endpoint completions, or texts")
         return {"messages": self.prompt if self.is_conversation else self._turn(), **body}
 
     def _turn(self) -> list[Message]:

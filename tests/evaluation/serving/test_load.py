@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import math
+import os
+import resource
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +17,7 @@ import pytest
 from npu_zoo.core.errors import ConfigError
 from npu_zoo.evaluation.serving import stream
 from npu_zoo.evaluation.serving.arrivals import ClosedLoop, Load, OpenLoop
-from npu_zoo.evaluation.serving.client import Client
+from npu_zoo.evaluation.serving.client import Client, raise_file_limit
 from npu_zoo.evaluation.serving.figures import LevelFigures
 from npu_zoo.evaluation.serving.load import Level, LevelRun, run_level
 from npu_zoo.evaluation.serving.observation import Observation
@@ -37,7 +40,7 @@ def run(
             asks: Iterator[Ask] = itertools.repeat(ASK)
             return await run_level(client, Level(load, count, duration), FORM, asks, **options)
 
-    return asyncio.run(level())
+    return asyncio.run(asyncio.wait_for(level(), 60))
 
 
 def one(handler: Handler, **options: Any) -> Observation:
@@ -244,6 +247,32 @@ def test_a_closed_loop_has_so_many_under_way_and_no_more() -> None:
     assert LevelFigures.of(observations).peak_concurrency == 3
     assert [seen.index for seen in observations] == list(range(10))
     assert {seen.lateness for seen in observations} == {None}
+
+
+def test_a_duration_ends_a_load_that_is_due_at_once() -> None:
+    ran = run("http://127.0.0.1:1", OpenLoop(math.inf), None, duration=0.05)
+    assert ran.observations
+    assert not ran.interrupted
+
+
+def test_this_client_s_limit_of_open_files_is_not_the_server_s_failure() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def level() -> LevelRun:
+        async with Client(ServerAddress.parse("http://127.0.0.1:1", "--url")) as client:
+            os.close(free := os.dup(0))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+            return await run_level(client, Level(ClosedLoop(1), 1), FORM, itertools.repeat(ASK))
+
+    try:
+        (seen,) = asyncio.run(level()).observations
+        raise_file_limit()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (limits[1], limits[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert seen.failure is not None
+    assert seen.failure.kind == "client"
+    assert "too many open files" in seen.failure.message
 
 
 @pytest.mark.parametrize("load", [ClosedLoop(2), OpenLoop(100.0)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from npu_zoo.evaluation.serving.client import Client
 from npu_zoo.evaluation.serving.figures import Goal, LevelFigures
 from npu_zoo.evaluation.serving.load import LevelRun
 from npu_zoo.evaluation.serving.measuring import ServeBench, ServePlan, doubts
-from npu_zoo.evaluation.serving.observation import Observation
+from npu_zoo.evaluation.serving.observation import Failure, Observation
 from npu_zoo.evaluation.serving.result import MeasuredLevel, ServeResult
 from npu_zoo.evaluation.serving.server import ServerError
 from npu_zoo.evaluation.serving.work import LengthRange
@@ -127,6 +128,30 @@ def test_what_was_asked_for_is_not_given_up() -> None:
         bench(stub.url, tokens="ids")
 
 
+async def hang_up(reply: Reply) -> None:
+    """Close the connection without an answer."""
+
+
+def test_routes_that_a_server_need_not_have_may_close_the_connection() -> None:
+    with Stub(completions=completion(), version=hang_up, tokenize=hang_up) as stub:
+        result = bench(stub.url)
+    assert (result.prompts, result.server.version) == ("words", None)
+    assert result.levels[0].figures.completed == 4
+
+
+def test_a_form_that_breaks_the_server_gives_way_to_a_simpler_one() -> None:
+    broken = status(500, "Server Error", {"error": {"message": "KeyError"}})
+
+    async def handle(reply: Reply) -> None:
+        await (broken if "stream_options" in reply.body else completion())(reply)
+
+    with Stub(completions=handle) as stub:
+        result = bench(stub.url)
+    assert result.levels[0].figures.completed == 4
+    assert "the server takes no stream_options" in result.notes[0]
+    assert "KeyError" in result.notes[0]
+
+
 def test_chats_send_one_turn() -> None:
     async def chat(reply: Reply) -> None:
         words = len(reply.body["messages"][0]["content"].split())
@@ -163,6 +188,18 @@ def test_answers_of_conversations_are_as_long_as_the_server_s_tokens_say(tmp_pat
     with Stub(completions=completion(), **handlers) as stub:
         bench(stub.url, dataset=file)
     assert {body["max_tokens"] for body in sent(stub)} == {40 if counts else 20}
+
+
+def test_conversations_with_empty_answers_are_counted_too_and_others_told(tmp_path: Path) -> None:
+    file = tmp_path / "work.json"
+    human, system = {"from": "human", "value": "hi"}, {"from": "system", "value": "be kind"}
+    turns = [[human, {"from": "gpt", "value": text}] for text in ("x " * 40, "")]
+    file.write_text(json.dumps([{"conversations": one} for one in [*turns, [system, human]]]))
+    with Stub(completions=completion(), tokenize=tokenize) as stub:
+        result = bench(stub.url, dataset=file)
+    assert {body["max_tokens"] for body in sent(stub)} == {40, 1}
+    assert result.notes[0].startswith("1 of 3 conversations were left out: ")
+    assert not any("counts no tokens" in note for note in result.notes)
 
 
 @pytest.mark.parametrize(
@@ -240,3 +277,15 @@ def test_a_client_that_is_slow_itself_is_told() -> None:
         "answers had 16 tokens in all where 18 were asked for",
     ]
     assert len(doubts(level, full_length=False)) == 4
+
+
+def test_answers_without_text_and_requests_that_the_client_could_not_send_are_told() -> None:
+    silent = Observation(
+        index=0, sent=0, arrivals=(1.0,), characters=(0,), ended=1, status="completed", counted_by_server=True
+    )
+    unsent = Observation(index=1, sent=0, ended=1, status="failed", failure=Failure(kind="client", message="m"))
+    notes = doubts(MeasuredLevel.of(ClosedLoop(1), LevelRun([silent, unsent, unsent]), None), full_length=False)
+    assert [note.partition(": ")[2].split(":")[0] for note in notes] == [
+        "2 requests failed at this client, and not at the server",
+        "1 answers came without text",
+    ]

@@ -64,6 +64,8 @@ def test_bodies_of_both_routes() -> None:
     assert json.loads(form.encode(Ask(turn, 7))) == {**body, "max_tokens": 7}
     with pytest.raises(UsageError, match="--endpoint chat"):
         RequestForm("completions", "m").encode(Ask(turn))
+    with pytest.raises(UsageError, match="--endpoint completions"):
+        form.encode(Ask([32, 14]))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "1", '{"n": 2}', '{"stream": false}', '{"prompt": "x"}'])
@@ -77,7 +79,7 @@ def test_json_lines(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "hi"}]
     lines: list[Any] = [{"prompt": "a\u2028b", "max_tokens": 3}, {"messages": messages}, {"prompt": [1, 2]}]
     file.write_text("\ufeff" + "\n\n".join(map(json.dumps, lines)) + "\r\n", encoding="utf-8")
-    assert read_dataset(file) == [Ask("a\u2028b", 3), Ask(messages), Ask([1, 2])]
+    assert read_dataset(file) == ([Ask("a\u2028b", 3), Ask(messages), Ask([1, 2])], None)
 
 
 def test_conversations_give_first_turns_and_the_lengths_of_their_answers(tmp_path: Path) -> None:
@@ -85,7 +87,9 @@ def test_conversations_give_first_turns_and_the_lengths_of_their_answers(tmp_pat
     human, gpt = {"from": "human", "value": "hi"}, {"from": "gpt", "value": "x" * 40}
     turns = [[human, gpt, human], [gpt, human], [human], []]
     file.write_text(json.dumps([{"id": "1", "conversations": one} for one in turns]))
-    (ask,) = read_dataset(file)
+    (ask,), left_out = read_dataset(file)
+    assert left_out is not None
+    assert left_out.startswith("3 of 4 conversations were left out: ")
     assert with_answer_lengths([ask, Ask("b")]) == [Ask("hi", 10, answer="x" * 40), Ask("b")]
     assert with_answer_lengths([ask], 1000.0)[0].max_tokens == 1
 
@@ -107,6 +111,7 @@ def test_conversations_give_first_turns_and_the_lengths_of_their_answers(tmp_pat
         (b'[{"conversations": []}, {"text": 1}]', "work, entry 2: it is"),
         (b'[{"conversations": [{"from": "human"}]}]', "work, entry 1: it is"),
         (b'[{"conversations": [', "work: no JSON"),
+        (b'[{"conversations": []}]', "1 of 1 conversations were left out"),
         (b"", "holds no prompt"),
         (b"\xff", "not UTF-8 at byte 0"),
         (b'{"prompt": "' + b"[" * 10 + b'"}\n' + b"[" * 10**5, "work:2: no JSON"),
