@@ -50,7 +50,9 @@ def _offline_body(speed: float = 1.0, batches: tuple[int, ...] = (1, 2, 4, 8)) -
     return {"cases": cases, "not_run": [], "searches": [search], "complete": True}
 
 
-def level(name: str, ttft: float, tpot: float, *, failed: int = 0, interrupted: bool = False, **more: Any) -> dict[str, Any]:
+def level(
+    name: str, ttft: float, tpot: float, *, failed: int = 0, interrupted: bool = False, **more: Any
+) -> dict[str, Any]:
     def times(p50: float) -> dict[str, float]:
         return {"count": 9, "mean": p50, "p50": p50, "p90": 1.4 * p50, "p99": 2.1 * p50}
 
