@@ -81,6 +81,23 @@ def test_ctrl_c_keeps_what_has_finished(cli: Callable, tmp_path: Path, monkeypat
     assert (len(body.cases), body.complete) == (1, False)
 
 
+def test_a_machine_that_cannot_be_measured_leaves_the_times(
+    cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> float:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(machine, "matrix_peak", fail)
+    record = tmp_path / "results.json"
+    ran = cli(*OFFLINE, "--cases", "[6,3]", "--json", str(record))
+    assert ran.code == 0
+    assert "could not be measured, so no shares of it are told: RuntimeError: no such kernel" in ran.err
+    assert "the machine was not measured" in ran.out
+    kept = read_record(record)
+    assert kept.machine is not None
+    assert (kept.machine.bandwidth, kept.body["complete"]) == (None, True)
+
+
 def test_cases_that_memory_does_not_hold_leave_the_others(cli: Callable) -> None:
     ran = cli(*OFFLINE, "--cases", "[[64,64],[8,4]]", "--block-size", "16", "--kv-cache-memory", "100KB")
     assert ran.code == 1
@@ -93,6 +110,7 @@ def test_cases_that_memory_does_not_hold_leave_the_others(cli: Callable) -> None
     [
         (("--cases", "[[8,-4]]"), "the entry [8, -4] holds -4"),
         (("--max-batch-under", "0"), "give milliseconds above 0"),
+        (("--max-batch-under", "inf"), "give milliseconds above 0"),
         (("--max-batch-under", "5", "--batch", "4"), "leave --batch out"),
         (("--batch-limit", "4"), "goes with --max-batch-under"),
         (("--csv", __file__), "has other columns than MindIE's"),

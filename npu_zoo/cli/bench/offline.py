@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +118,7 @@ def _read_plan(cases: str, batch: str | None, under_ms: float | None, batch_limi
         return _Plan(*read_cases(cases, batch or "1"), None, None)
     if batch is not None:
         raise UsageError("--max-batch-under searches the batch; leave --batch out (--batch-limit bounds the search)")
-    if not under_ms > 0:
+    if not 0 < under_ms < math.inf:
         raise UsageError(f"--max-batch-under {under_ms:g} is no time; give milliseconds above 0")
     limit = batch_limit or DEFAULT_BATCH_LIMIT
     return _Plan(*read_cases(cases, str(limit)), under_ms, limit)
@@ -194,12 +195,16 @@ class _Outcome:
             self._write_record(self._json)
 
     def measure(self) -> None:
-        """Measure the machine, which has to be idle; a simulated one is not."""
+        """Measure the machine, which has to be idle; a simulated one is not. Where that fails there are no shares."""
         from npu_zoo.evaluation.machine import measure_machine
 
-        if not self.simulated:
-            note("measuring what the machine can do, for the shares of it")
+        if self.simulated:
+            return
+        note("measuring what the machine can do, for the shares of it")
+        try:
             self.machine = measure_machine(self._config)
+        except Exception as error:  # whatever a device's software raises, the cases' times stand without it
+            note(f"the machine could not be measured, so no shares of it are told: {type(error).__name__}: {error}")
 
     def _write_record(self, path: Path) -> None:
         from npu_zoo.evaluation.machine import describe_machine

@@ -25,7 +25,7 @@ def plot(
     Several records are drawn together, each under its file's name. The page needs no network and no other file.
     """
     from npu_zoo.evaluation.plots.output import require_plot_place, write_html, write_png
-    from npu_zoo.evaluation.plots.selection import charts_of, read_given
+    from npu_zoo.evaluation.plots.selection import read_given, select
 
     if png is None and page is None:
         raise UsageError("nothing is asked for; name a file: --png FILE, --html FILE, or both")
@@ -34,7 +34,9 @@ def plot(
     for path in filter(None, (png, page)):
         require_plot_place(path)
     given = read_given(records)
-    charts = charts_of(given)
+    charts, left_out = select(given)
+    for text in left_out:
+        note(text)
     if png:
         write_png(charts, png)
         note(f"wrote {png}")

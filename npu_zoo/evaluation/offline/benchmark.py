@@ -11,6 +11,7 @@ from npu_zoo.evaluation.offline.results import Bound, CaseResult, NotRun, Offlin
 from npu_zoo.evaluation.offline.room import Room
 from npu_zoo.evaluation.offline.samples import (
     CaseError,
+    MemoryExhaustedError,
     PreemptedError,
     RandomPrompts,
     ordinary_ids,
@@ -154,7 +155,7 @@ class _Probes:
         """Run one; whether it is under the limit."""
         try:
             self.results.append(self._measure(self._pair._replace(batch=batch)))
-        except PreemptedError:
+        except (MemoryExhaustedError, PreemptedError):
             self.unfit[batch] = "memory"
             return False
         if not self.results[-1].together:

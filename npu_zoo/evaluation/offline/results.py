@@ -160,9 +160,9 @@ class Search(_Part):
     Attributes:
         under_ms: the limit of a non-first token's mean time.
         largest_batch: that held it; 0 where not even one sequence did.
-        limited_by: what ended it: the ``latency``, ``memory`` for keys and values (or the engine's other limits), an
-            ``output`` too short for larger batches to generate all at once, the ``batch_limit`` that was given, or that
-            it was ``interrupted``.
+        limited_by: what ended it: the ``latency``, ``memory`` for keys and values or for a step (or the engine's other
+            limits), an ``output`` too short for larger batches to generate all at once, the ``batch_limit`` that was
+            given, or that it was ``interrupted``.
         probes: every batch that was run, in order.
     """
 

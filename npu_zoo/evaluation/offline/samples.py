@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 
@@ -18,12 +19,21 @@ OnStep = Callable[[int, int], None]
 """Called after a step with how many first tokens and how many tokens in all came of it."""
 
 
+_SHORTAGES = ("out of memory", "allocate memory", "not enough memory")
+_LETTERS = 160
+"""Of an allocator's message that are shown."""
+
+
 class CaseError(NpuZooError):
     """A case ran, and not as it was to run, so that its times are not those of the case."""
 
 
 class PreemptedError(CaseError):
     """Room for keys and values did not last for the whole batch at once."""
+
+
+class MemoryExhaustedError(CaseError):
+    """There was no memory for what a step computes."""
 
 
 class RandomPrompts:
@@ -62,7 +72,7 @@ def run_batch(engine: Engine, prompts: Sequence[Sequence[int]], output: int, on_
     """Generate so many tokens for each prompt, all prompts at once; what an exception leaves is aborted.
 
     Raises:
-        CaseError: they did not run together, or a cache had part of them.
+        CaseError: they did not run together, there was no memory for a step, or a cache had part of them.
         EngineError: an output has another length.
     """
     batch = _Batch(engine, len(prompts))
@@ -72,11 +82,27 @@ def run_batch(engine: Engine, prompts: Sequence[Sequence[int]], output: int, on_
             engine.add_request(request_id, list(prompt), params)
         while engine.has_unfinished_requests():
             on_step(*batch.step())
-    except BaseException:
+    except BaseException as error:
         for request_id in batch.request_ids:
             engine.abort_request(request_id)
+        if _is_out_of_memory(error):
+            raise _exhausted(error) from None
         raise
     return batch.sample(output)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed; devices' and the CPU's allocators of torch say so in a RuntimeError."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(s in text for s in _SHORTAGES))
+
+
+def _exhausted(error: BaseException) -> MemoryExhaustedError:
+    told = textwrap.shorten(str(error), _LETTERS, placeholder=" …") or type(error).__name__
+    return MemoryExhaustedError(
+        f"a step ran out of memory ({told}); take a smaller batch, or give a smaller --max-num-batched-tokens or "
+        "--kv-cache-memory"
+    )
 
 
 class _Batch:

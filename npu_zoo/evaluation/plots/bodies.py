@@ -34,6 +34,7 @@ class OfflineCase(_Part):
     input: int
     output: int
     batch: int
+    together: bool
     prefill_s: float
     non_first_token_s: float | None
     non_first_token_throughput: float
@@ -46,6 +47,16 @@ class OfflineCase(_Part):
     def name(self) -> str:
         """As on the command line."""
         return f"[{self.input},{self.output}]"
+
+    @property
+    def label(self) -> str:
+        """With the batch."""
+        return f"{self.name} x{self.batch}"
+
+    @property
+    def apart(self) -> bool:
+        """Whether no step after the first tokens had all sequences, so that there is no time of one."""
+        return self.output > 1 and not self.together
 
     @property
     def e2e_rounds(self) -> list[float]:
@@ -63,8 +74,9 @@ class OfflineSearch(_Part):
 
     @property
     def times(self) -> list[tuple[int, float]]:
-        """Each batch that was run with its seconds per token after the first."""
-        return sorted((probe.batch, probe.non_first_token_s) for probe in self.probes if probe.non_first_token_s)
+        """Each batch that ran at once with its seconds per token after the first."""
+        found = [(probe.batch, probe.non_first_token_s) for probe in self.probes if not probe.apart]
+        return sorted((batch, seconds) for batch, seconds in found if seconds)
 
 
 class OfflineBody(_Part):
@@ -90,11 +102,12 @@ class LevelFigures(_Part):
 
 
 class Level(_Part):
-    """A level of load of `bench serve`."""
+    """A level of load of `bench serve`; one without rate and concurrency was sent all at once."""
 
     name: str
     rate: float | None = None
     concurrency: int | None = None
+    interrupted: bool
     figures: LevelFigures
 
 

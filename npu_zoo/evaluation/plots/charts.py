@@ -142,10 +142,11 @@ class WorkPoint:
 
 @dataclass(frozen=True)
 class RooflineChart:
-    """Where cases lie under the roofs of their machines."""
+    """Where cases lie under the roofs of their machines; ``note`` as in :class:`LineChart`."""
 
     title: str
     points: tuple[WorkPoint, ...]
+    note: str = ""
     columns: Row = ("case", "phase", "operations/byte", "operations/s", "share of the roof", "machine")
 
     @property

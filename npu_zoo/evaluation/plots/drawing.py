@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import io
 import re
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,9 @@ COLOURS = ("#3b7dd8", "#d9730d", "#2e9e5b", "#c2559d", "#1799a6", "#d14b48", "#8
 
 _MARKERS = "osD^vPX*"
 _WIDTH, _DPI = 7.5, 150
+_NOTE_LETTERS, _NOTE_LINE = 105, 0.17
+"""A note's letters in a line, and a line's height in inches."""
+
 _INK, _PAPER = "#1a1f24", "#ffffff"
 
 
@@ -105,8 +109,12 @@ def _height(chart: Chart) -> float:
     if isinstance(chart, RatioChart):
         return 1.5 + 0.22 * len(chart.ratios) + 0.12 * len(chart.cases)
     if isinstance(chart, RooflineChart):
-        return 5.0 + 0.16 * max(0, len(chart.points) - 10)
-    return 3.6 + 0.18 * (len(chart.series) // 3)
+        return 5.0 + 0.16 * max(0, len(chart.points) - 10) + _NOTE_LINE * len(_note_lines(chart))
+    return 3.6 + 0.18 * (len(chart.series) // 3) + _NOTE_LINE * len(_note_lines(chart))
+
+
+def _note_lines(chart: LineChart | RooflineChart) -> list[str]:
+    return textwrap.wrap(chart.note, _NOTE_LETTERS)
 
 
 @functools.singledispatch
@@ -123,7 +131,7 @@ def _(chart: LineChart, figure: Any) -> None:
         _line(axes, series.points, series.name, place, dashed=series.dashed)
     if chart.limit is not None:
         axes.axhline(chart.limit, color=_INK, linestyle=":", linewidth=1, label="allowed")
-    axes.set_xlabel("\n".join(filter(None, (chart.x_label, chart.note))))
+    axes.set_xlabel("\n".join((chart.x_label, *_note_lines(chart))))
     axes.set_ylabel(chart.y_label)
     _scale(axes, chart)
     _legend(axes, figure)
@@ -166,7 +174,7 @@ def _(chart: RooflineChart, figure: Any) -> None:
     axes.set_xlim(low, high)
     bottom = min(point.operations_per_s for point in chart.points)
     axes.set_ylim(bottom / 3, 2.5 * max(roof.peak for roof in chart.roofs))
-    axes.set_xlabel("operations per byte that the work needs")
+    axes.set_xlabel("\n".join(("operations per byte that the work needs", *_note_lines(chart))))
     axes.set_ylabel("operations/s")
     _legend(axes, figure)
     label_points(axes, chart, figure, _INK)

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from npu_zoo.core.errors import UsageError
 from npu_zoo.evaluation.plots.bodies import (
@@ -67,11 +68,22 @@ def read_given(paths: Sequence[Path]) -> list[Given]:
     ]
 
 
-def charts_of(given: Sequence[Given]) -> list[Chart]:
+class Selection(NamedTuple):
+    """What records give.
+
+    Attributes:
+        left_out: what charts do not show, or in part, with the reason; their notes say it too.
+    """
+
+    charts: tuple[Chart, ...]
+    left_out: tuple[str, ...]
+
+
+def select(given: Sequence[Given]) -> Selection:
     """All charts that some records give.
 
     Raises:
-        UsageError: a record's body is not whole, or they give none.
+        UsageError: a record's body is not whole, or they give none; says why.
     """
     offline = [(one, body_of(one.record, one.path, OfflineBody)) for one in given if one.record.kind == PLOTTED[0]]
     serve = [(one, body_of(one.record, one.path, ServeBody)) for one in given if one.record.kind == PLOTTED[1]]
@@ -79,10 +91,13 @@ def charts_of(given: Sequence[Given]) -> list[Chart]:
     charts: list[Chart] = [*_throughput(offline), *_searches(offline), *_latency(serve), *_ratios(peers)]
     points = [*_offline_work(offline), *_peer_work(peers)]
     if points:
-        charts.append(RooflineChart("Roofline position", tuple(points)))
+        charts.append(RooflineChart("Roofline position", tuple(points), _apart(_cases(offline))))
+    apart = _apart([*_cases(offline), *_probes(_all_searches(offline))])
+    left_out = tuple(filter(None, (apart, *_unplaced(serve), _timeless(serve, "ttft", "tpot"))))
     if not charts:
-        raise UsageError("the records hold no figures that can be plotted; none of their cases came through")
-    return charts
+        why = "; ".join(left_out) or "none of their cases came through"
+        raise UsageError(f"the records hold no figures that can be plotted: {why}")
+    return Selection(tuple(charts), left_out)
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -95,35 +110,63 @@ def _throughput(bodies: Sequence[tuple[Given, OfflineBody]]) -> Iterator[LineCha
     """Rates by batch, a series for each pair of lengths; end to end with the spread over rounds."""
     after_first = [
         Series(name, tuple(Point(case.batch, case.non_first_token_throughput) for case in cases), name)
-        for name, cases in _by_lengths(bodies)
+        for name, cases in _by_lengths(bodies, lambda case: not case.apart)
         if any(case.non_first_token_throughput for case in cases)
     ]
     whole = [
         Series(name, tuple(spread(case.batch, case.e2e_throughput, case.e2e_rounds) for case in cases), name)
         for name, cases in _by_lengths(bodies)
     ]
+    note = _apart(_cases(bodies))
     for title, series in (("Throughput after the first token", after_first), ("End-to-end throughput", whole)):
         if series:
-            yield LineChart(f"{title} against batch", "batch", "tokens/s", tuple(series), "log")
+            yield LineChart(f"{title} against batch", "batch", "tokens/s", tuple(series), "log", note=note)
 
 
-def _by_lengths(bodies: Sequence[tuple[Given, OfflineBody]]) -> Iterator[tuple[str, list[OfflineCase]]]:
+def _by_lengths(
+    bodies: Sequence[tuple[Given, OfflineBody]], shown: Callable[[OfflineCase], bool] = lambda case: True
+) -> Iterator[tuple[str, list[OfflineCase]]]:
     for given, body in bodies:
-        lengths = dict.fromkeys((case.input, case.output) for case in body.cases)
+        lengths = dict.fromkeys((case.input, case.output) for case in filter(shown, body.cases))
         for pair in lengths:
-            cases = [case for case in body.cases if (case.input, case.output) == pair]
+            cases = [case for case in filter(shown, body.cases) if (case.input, case.output) == pair]
             yield given.named(cases[0].name), sorted(cases, key=lambda case: case.batch)
+
+
+def _cases(bodies: Sequence[tuple[Given, OfflineBody]]) -> list[tuple[Given, OfflineCase]]:
+    return [(given, case) for given, body in bodies for case in body.cases]
+
+
+def _apart(cases: Iterable[tuple[Given, OfflineCase]]) -> str:
+    """Cases without a time per token."""
+    names = [given.named(case.label) for given, case in cases if case.apart]
+    return _told(names, "not all sequences ran at once, so there is no time per token")
+
+
+def _told(names: Iterable[str], what: str) -> str:
+    """Something about some names, each of which is said once; empty where there are none."""
+    listed = ", ".join(dict.fromkeys(names))
+    return f"{listed}: {what}" if listed else ""
+
+
+def _all_searches(bodies: Sequence[tuple[Given, OfflineBody]]) -> list[tuple[Given, OfflineSearch]]:
+    return [(given, search) for given, body in bodies for search in body.searches]
+
+
+def _probes(searches: Iterable[tuple[Given, OfflineSearch]]) -> list[tuple[Given, OfflineCase]]:
+    return [(given, probe) for given, search in searches for probe in search.probes]
 
 
 def _searches(bodies: Sequence[tuple[Given, OfflineBody]]) -> Iterator[LineChart]:
     """A chart for each limit of latency that was searched under."""
-    limits = dict.fromkeys(search.under_ms for _, body in bodies for search in body.searches)
-    for limit in limits:
-        found = [(one, search) for one, body in bodies for search in body.searches if search.under_ms == limit]
-        series = [_search_series(one, search) for one, search in found if search.times]
+    searches = _all_searches(bodies)
+    for limit in dict.fromkeys(search.under_ms for _, search in searches):
+        found = [(one, search) for one, search in searches if search.under_ms == limit]
+        series = tuple(_search_series(one, search) for one, search in found if search.times)
         if series:
             title = f"Time per token against batch, {limit:g} ms allowed"
-            yield LineChart(title, "batch", "ms per token after the first", tuple(series), "log", limit)
+            note = _apart(_probes(found))
+            yield LineChart(title, "batch", "ms per token after the first", series, "log", limit, note)
 
 
 def _search_series(given: Given, search: OfflineSearch) -> Series:
@@ -141,19 +184,40 @@ def _latency(bodies: Sequence[tuple[Given, ServeBody]]) -> Iterator[LineChart]:
         for metric, measure in titles.items():
             series = [found for one, body in bodies for found in _percentiles(one, body.levels, metric, load)]
             if series:
-                title = f"{measure} against {x_label}"
-                yield LineChart(title, x_label, "ms", tuple(series), scale, note=_failures(bodies, load))
+                note = "; ".join(filter(None, (_failures(bodies, load), *_unplaced(bodies), _timeless(bodies, metric))))
+                yield LineChart(f"{measure} against {x_label}", x_label, "ms", tuple(series), scale, note=note)
 
 
 def _failures(bodies: Sequence[tuple[Given, ServeBody]], load: Callable[[Level], float | None]) -> str:
     """Levels whose times leave requests out, since those failed."""
     told = [
-        f"{level.figures.failed} at {given.named(level.name)}"
-        for given, body in bodies
-        for level in body.levels
-        if level.figures.failed and load(level) is not None
+        f"{level.figures.failed} at {name}"
+        for name, level in _levels(bodies)
+        if level.figures.failed and load(level) is not None and not level.interrupted
     ]
     return f"failed requests, which have no times: {', '.join(told)}" if told else ""
+
+
+def _unplaced(bodies: Sequence[tuple[Given, ServeBody]]) -> Iterator[str]:
+    """Levels that no chart shows."""
+    whole = [(name, level) for name, level in _levels(bodies) if not level.interrupted]
+    names = (name for name, level in whole if level.rate is None and level.concurrency is None)
+    yield _told(names, "sent all at once, which has no place on an axis")
+    yield _told((name for name, level in _levels(bodies) if level.interrupted), "interrupted, and not drawn")
+
+
+def _timeless(bodies: Sequence[tuple[Given, ServeBody]], *metrics: str) -> str:
+    """Levels that have none of some times."""
+    names = [
+        name
+        for name, level in _levels(bodies)
+        if not level.interrupted and all(getattr(level.figures, metric) is None for metric in metrics)
+    ]
+    return _told(names, "none of these times" if len(metrics) == 1 else "no times")
+
+
+def _levels(bodies: Sequence[tuple[Given, ServeBody]]) -> list[tuple[str, Level]]:
+    return [(given.named(level.name), level) for given, body in bodies for level in body.levels]
 
 
 def _percentiles(
@@ -162,7 +226,7 @@ def _percentiles(
     found: list[tuple[float, Times]] = []
     for level in levels:
         x, times = load(level), getattr(level.figures, metric)
-        if x is not None and times is not None:
+        if x is not None and times is not None and not level.interrupted:
             found.append((x, times))
     found.sort(key=lambda pair: pair[0])
     for point in ("p50", "p99") if found else ():
@@ -196,8 +260,8 @@ def _offline_work(bodies: Sequence[tuple[Given, OfflineBody]]) -> Iterator[WorkP
     for given, body in bodies:
         roof = _roof(given)
         for case in body.cases if roof else ():
-            label, floors = given.named(f"{case.name} x{case.batch}"), [("prefill", case.prefill, case.prefill_s)]
-            if case.decode and case.non_first_token_s:
+            label, floors = given.named(case.label), [("prefill", case.prefill, case.prefill_s)]
+            if case.decode and case.non_first_token_s and not case.apart:
                 floors.append(("decode", case.decode, case.non_first_token_s * (case.output - 1)))
             for phase, floor, seconds in floors:
                 assert roof is not None

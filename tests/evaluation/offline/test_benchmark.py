@@ -151,6 +151,37 @@ def test_prompts_from_the_prefix_cache_are_no_measurement(llm: LLM) -> None:
         run_batch(llm.engine, prompts, 2, ignore)
 
 
+@pytest.mark.parametrize("error", [RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()])
+def test_a_step_without_memory_ends_its_case_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    step, running = llm.engine.step, llm.engine.stats
+
+    def limited() -> Any:
+        outputs = step()
+        if running().num_running >= 3:
+            raise error
+        return outputs
+
+    monkeypatch.setattr(llm.engine, "step", limited)
+    benchmark = OfflineBenchmark(llm.engine, 1, 5, Heard())
+    benchmark.run([Case(3, 4, 3), Case(3, 4, 2)])
+    assert [refused.case for refused in benchmark.body.not_run] == [Case(3, 4, 3)]
+    assert "a step ran out of memory (" in benchmark.body.not_run[0].reason
+    assert [result.case for result in benchmark.body.cases] == [Case(3, 4, 2)]
+    benchmark.search([Case(2, 6, 1)], 1e6, 8)
+    assert [(s.largest_batch, s.limited_by) for s in benchmark.body.searches] == [(2, "memory")]
+    assert running().num_running == 0
+
+
+def test_other_errors_of_a_step_are_not_hidden(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> Any:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(llm.engine, "step", fail)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        OfflineBenchmark(llm.engine, 1, 0, Heard()).run([Case(3, 4, 2)])
+    assert not llm.engine.has_unfinished_requests()
+
+
 def test_an_interrupt_keeps_what_has_finished_and_leaves_the_engine_empty(llm: LLM) -> None:
     cases = [Case(4, 8, 2), Case(4, 4, 2)]
     heard, kept = Heard(interrupt_at=(cases[1], 1)), [OfflineBody()]

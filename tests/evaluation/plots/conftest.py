@@ -50,12 +50,14 @@ def _offline_body(speed: float = 1.0, batches: tuple[int, ...] = (1, 2, 4, 8)) -
     return {"cases": cases, "not_run": [], "searches": [search], "complete": True}
 
 
-def level(name: str, ttft: float, tpot: float, *, failed: int = 0, **more: Any) -> dict[str, Any]:
+def level(
+    name: str, ttft: float, tpot: float, *, failed: int = 0, interrupted: bool = False, **more: Any
+) -> dict[str, Any]:
     def times(p50: float) -> dict[str, float]:
         return {"count": 9, "mean": p50, "p50": p50, "p90": 1.4 * p50, "p99": 2.1 * p50}
 
     figures = {"failed": failed, "request_throughput": 1.0, "ttft": times(ttft), "tpot": times(tpot)}
-    return {"name": name, "loop": "open", "figures": figures, "requests": [], **more}
+    return {"name": name, "loop": "open", "interrupted": interrupted, "figures": figures, "requests": [], **more}
 
 
 def serve_body(scale: float = 1.0) -> dict[str, Any]:

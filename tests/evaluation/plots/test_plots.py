@@ -18,13 +18,13 @@ from npu_zoo.cli.app import run_app
 from npu_zoo.core.errors import ConfigError, UsageError
 from npu_zoo.evaluation.plots import drawing
 from npu_zoo.evaluation.plots.charts import Chart, LineChart, Point, RatioChart, RooflineChart
-from npu_zoo.evaluation.plots.selection import charts_of, read_given
+from npu_zoo.evaluation.plots.selection import read_given, select
 
 Record = Callable[..., Path]
 
 
 def charts(*paths: Path) -> dict[str, Chart]:
-    return {chart.title: chart for chart in charts_of(read_given(paths))}
+    return {chart.title: chart for chart in select(read_given(paths)).charts}
 
 
 def test_throughput_is_shown_by_batch_with_a_series_for_each_pair_of_lengths(record: Record) -> None:
@@ -55,10 +55,55 @@ def test_latency_is_shown_by_load_open_and_closed_loops_apart(record: Record) ->
     assert [point.x for point in p50.points] == [0.5, 1, 2, 4, 8]
     assert p50.points[2].y == pytest.approx(80 + 9 * 8)
     assert p99.points[2].y == pytest.approx(2.1 * (80 + 9 * 8))
-    assert chart.note == ""
+    assert chart.note == "rate inf: sent all at once, which has no place on an axis"
     closed = found["Time to the first token against clients at once"]
     assert isinstance(closed, LineChart)
-    assert closed.note == "failed requests, which have no times: 1 at 64 clients"
+    assert closed.note.startswith("failed requests, which have no times: 1 at 64 clients; rate inf: ")
+
+
+def test_levels_that_are_not_drawn_are_named(
+    record: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    body: Any = read_given([record("bench serve")])[0].record.body
+    body["levels"][4]["interrupted"] = True
+    body["levels"][0]["figures"]["tpot"] = None
+    path = record("bench serve", body=body)
+    ttft, tpot = list(charts(path).values())[:2]
+    assert isinstance(ttft, LineChart)
+    assert isinstance(tpot, LineChart)
+    assert [point.x for point in ttft.series[0].points] == [0.5, 1, 2, 4]
+    assert ttft.note.endswith("rate 8: interrupted, and not drawn")
+    assert [point.x for point in tpot.series[0].points] == [1, 2, 4]
+    assert tpot.note.endswith("; rate 0.5: none of these times")
+    assert run_app(["bench", "plot", str(path), "--png", str(tmp_path / "p.png")]) == 0
+    assert "note: rate 8: interrupted, and not drawn" in capsys.readouterr().err
+    path = record("bench serve", body={"levels": body["levels"][-1:]})
+    with pytest.raises(UsageError, match="can be plotted: rate inf: sent all at once"):
+        charts(path)
+
+
+def test_cases_whose_sequences_did_not_run_at_once_have_no_time_per_token(
+    record: Record, offline_body: Callable[..., Any]
+) -> None:
+    body = offline_body(batches=(1, 4))
+    probes = body["searches"][0]["probes"]
+    for case in (body["cases"][1], probes[3], probes[4]):  # [2048,2048] x4, [512,512] x8 and x6
+        case["together"] = False
+    one_token = {**body["cases"][0], "output": 1, "together": False, "non_first_token_throughput": 0, "decode": None}
+    body["cases"].append(one_token)  # has no later token
+    whole, after, search, roofline = charts(record("bench offline", body=body)).values()
+    whole, after = sorted((whole, after), key=lambda chart: chart.title)
+    assert isinstance(whole, LineChart)
+    assert isinstance(after, LineChart)
+    assert isinstance(search, LineChart)
+    assert isinstance(roofline, RooflineChart)
+    reason = ": not all sequences ran at once, so there is no time per token"
+    assert whole.note == after.note == roofline.note == f"[2048,2048] x4{reason}"
+    assert [[point.x for point in chart.series[0].points] for chart in (whole, after)] == [[1, 4], [1]]
+    assert [point.x for point in search.series[0].points] == [1, 2, 4, 5]
+    assert search.note == f"[512,512] x8, [512,512] x6{reason}"
+    found = [point.group for point in roofline.points if point.label == "[2048,2048] x4"]
+    assert found == ["prefill"]
 
 
 def test_ratios_are_of_rounds_and_above_1_where_ours_is_better(record: Record) -> None:
