@@ -16,6 +16,7 @@ from npu_zoo.evaluation.peers.cases import Case, work_of
 from npu_zoo.evaluation.peers.comparison import cache_tokens
 from npu_zoo.evaluation.peers.engines import SUBJECT, InstalledEngine
 from npu_zoo.evaluation.peers.result import CaseResult, NeededWork
+from npu_zoo.evaluation.peers.table import figure_text
 from npu_zoo.evaluation.peers.worker.driver import LoadOptions
 from npu_zoo.evaluation.record import Machine
 from npu_zoo.evaluation.work import ModelWork, Work
@@ -145,12 +146,12 @@ def cache_notes(cases: Sequence[Case], config: EngineConfig, room: int) -> list[
     """Which cases may take more keys and values at once than an engine gets room for, in bytes."""
     per_token = ModelWork.of(config).cache_per_token
     needed = {case.name: cache_tokens(case.requests(1, 0)) * per_token for case in cases if not case.fresh}
-    larger = [f"{name} {size / 2**30:,.1f} GiB" for name, size in needed.items() if size > room]
+    larger = [f"{name} {figure_text(size / 2**30)} GiB" for name, size in needed.items() if size > room]
     if not larger:
         return []
     return [
-        f"an engine's cache has {room / 2**30:,.1f} GiB, and all sequences at once may take more ({', '.join(larger)}"
-        "); --kv-cache-memory sets it"
+        f"an engine's cache has {figure_text(room / 2**30)} GiB, and all sequences at once may take more "
+        f"({', '.join(larger)}); --kv-cache-memory sets it"
     ]
 
 

@@ -91,6 +91,15 @@ def test_a_large_batch_runs_at_once_unless_asked_otherwise(args: EngineArgs) -> 
     assert (options.max_num_seqs, options.max_num_batched_tokens) == (8, 128)
 
 
+def test_our_own_driver_tells_preemptions(args: EngineArgs) -> None:
+    room = 6 * 16 * ModelWork.of(resolve(args)).cache_per_token
+    small = args.model_copy(update={"kv_cache_memory": room, "block_size": 16})
+    case = Case("crowded", "crowded", "decode", 4, (8, 8), (40, 40))
+    own = make_driver("npu-zoo")
+    own.load(load_options([InstalledEngine("npu-zoo")], small, resolve(small), [case])["npu-zoo"])
+    assert own.run(case.requests(100, 0)).preemptions > 0
+
+
 def test_cases_that_may_not_fit_into_the_cache_are_named(args: EngineArgs) -> None:
     cases, config = [CATALOGUE["decode-1"], CATALOGUE["decode-8"]], resolve(args)
     room = ModelWork.of(config).cache_per_token * 1000
