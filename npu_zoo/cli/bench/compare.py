@@ -21,7 +21,7 @@ from npu_zoo.evaluation.peers.comparison import Step
 from npu_zoo.evaluation.peers.engines import InstalledEngine, find_engines, parse_interpreters, parse_names
 from npu_zoo.evaluation.peers.process import PeerError
 from npu_zoo.evaluation.peers.session import Session, checked_request
-from npu_zoo.evaluation.peers.table import HEADS, remarks, table_rows
+from npu_zoo.evaluation.peers.table import HEADS, WORK_HEADS, remarks, table_rows, work_rows
 from npu_zoo.evaluation.record import require_record_place, write_record
 from npu_zoo.parallel.processes import exit_on_sigterm
 from npu_zoo.settings import Settings
@@ -115,6 +115,9 @@ def _reported(session: Session) -> Iterator[None]:
     finally:
         if session.body.cases:
             print_table(HEADS, table_rows(session.body))
+            print()
+            print("Needed at least:")
+            print_table(WORK_HEADS, work_rows(session.body))
         lines = [*remarks(session.body), *_measured(session)]
         if lines:
             print()

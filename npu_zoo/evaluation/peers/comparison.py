@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from npu_zoo.evaluation.peers.cases import Case
 from npu_zoo.evaluation.peers.engines import InstalledEngine
-from npu_zoo.evaluation.peers.process import PeerError, PeerProcess
+from npu_zoo.evaluation.peers.process import PeerError, PeerProcess, RunRefused
 from npu_zoo.evaluation.peers.result import Agreement, CaseResult
 from npu_zoo.evaluation.peers.worker.driver import LoadOptions, Request
 from npu_zoo.evaluation.peers.worker.timeline import Run
@@ -121,7 +121,8 @@ class Comparison:
             done = work()
         except PeerError as error:
             result.failures[name] = f"{part}: {error}"
-            self._drop(name)
+            if not isinstance(error, RunRefused):
+                self._drop(name)
             done = None
         told = " failed" if name in result.failures else ""
         self._on_step(Step(f"{result.title}, {part}: {name}{told}", self._done, self._total))
@@ -137,12 +138,11 @@ class Comparison:
             except PeerError as error:
                 self._unloadable[name] = str(error)
                 raise
-        self._loaded[name].run(requests, case.static_batch)
+        self._loaded[name].run(requests, case.static_batch, case.longest)
 
     def _run(self, name: str, requests: list[Request], case: Case) -> Run:
-        run = self._loaded[name].run(requests, case.static_batch)
-        if run.cached_tokens and not case.shared_prefix:
-            raise PeerError(f"it took {run.cached_tokens} tokens of new prompts from its prefix cache")
+        run = self._loaded[name].run(requests, case.static_batch, case.longest)
+        _require_as_asked(run, case)
         return run
 
     def _drop(self, name: str) -> None:
@@ -191,6 +191,27 @@ class Comparison:
 def cache_tokens(requests: Sequence[Request]) -> int:
     """Tokens that a cache needs room for so that requests run all at once."""
     return sum(len(request.prompt) + request.max_tokens + KV_SLACK_TOKENS for request in requests)
+
+
+def _require_as_asked(run: Run, case: Case) -> None:
+    """Refuse a run that had part of its prompts, or a batch that did not run at once; a total may take several waves.
+
+    Raises:
+        RunRefused: so it was.
+    """
+    if run.cached_tokens and not case.shared_prefix:
+        raise RunRefused(f"it took {run.cached_tokens} tokens of new prompts from its prefix cache")
+    if run.preemptions and case.metric != "total":
+        raise RunRefused(
+            f"sequences lost their room and were computed again ({run.preemptions} preemptions), so that the batch did "
+            "not run at once; take a smaller batch, or give --kv-cache-memory"
+        )
+    if run.ended_at_all_started and case.metric == "decode":
+        raise RunRefused(
+            f"{run.ended_at_all_started} of {case.count} sequences had ended when the last got its first token, so "
+            "that the batch did not run at once; take a smaller batch or more output tokens, or give larger "
+            "--max-num-seqs, --max-num-batched-tokens or --kv-cache-memory"
+        )
 
 
 def _round(number: int) -> str:

@@ -16,6 +16,7 @@ from npu_zoo.evaluation.peers.cases import Case, work_of
 from npu_zoo.evaluation.peers.comparison import cache_tokens
 from npu_zoo.evaluation.peers.engines import SUBJECT, InstalledEngine
 from npu_zoo.evaluation.peers.result import CaseResult, NeededWork
+from npu_zoo.evaluation.peers.table import figure_text
 from npu_zoo.evaluation.peers.worker.driver import LoadOptions
 from npu_zoo.evaluation.record import Machine
 from npu_zoo.evaluation.work import ModelWork, Work
@@ -41,18 +42,29 @@ def usable_cores(threads: int) -> tuple[int, ...]:
 
 
 def fitting_cases(cases: Sequence[Case], config: EngineConfig) -> tuple[list[Case], dict[str, str]]:
-    """The cases that the model is long enough for, and why others are not among them.
+    """The cases that the model is long enough for and that can be measured on its device, and why others cannot.
 
     Raises:
         UsageError: there is none.
     """
-    limit = config.max_model_len
-    skipped = {c.name: f"needs {c.longest:,} tokens, and the model takes {limit:,}" for c in cases if c.longest > limit}
+    reasons = {case.name: _obstacle(case, config) for case in cases}
+    skipped = {name: reason for name, reason in reasons.items() if reason}
     kept = [case for case in cases if case.name not in skipped]
     if not kept:
-        reasons = "; ".join(f"{name} {reason}" for name, reason in skipped.items())
-        raise UsageError(f"no case fits: {reasons}; give shorter ones in --cases, or a longer --max-model-len")
+        told = "; ".join(f"{name} {reason}" for name, reason in skipped.items())
+        raise UsageError(f"no case fits: {told}; give other or shorter ones in --cases, or a longer --max-model-len")
     return kept, skipped
+
+
+def _obstacle(case: Case, config: EngineConfig) -> str:
+    """Why a case cannot be measured; empty where it can."""
+    if case.longest > config.max_model_len:
+        return f"needs {case.longest:,} tokens, and the model takes {config.max_model_len:,}"
+    if case.metric == "memory" and config.device != "cpu":
+        return f"measures resident memory, and the weights are in that of a {config.device} device"
+    if case.metric in ("memory", "cache") and config.world_size > 1:
+        return f"measures one process, and the model is split over {config.world_size}"
+    return ""
 
 
 def ordinary_tokens(config: EngineConfig) -> int:
@@ -85,14 +97,15 @@ def load_options(
         ConfigError: llama.cpp is among the engines, and ``gguf`` is no GGUF file.
     """
     longest = max(case.longest for case in cases)
+    max_num_seqs = args.max_num_seqs or max(config.max_num_seqs, *(case.count for case in cases))
     common: dict[str, Any] = {
         "weights": config.weights,
         "dtype": config.dtype,
         "max_model_len": config.max_model_len if config.max_model_len_asked else longest,
         "device": config.device,
         "threads": config.threads,
-        "max_num_seqs": config.max_num_seqs,
-        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": args.max_num_batched_tokens or max(config.max_num_batched_tokens, max_num_seqs),
         "kv_cache_memory": config.kv_cache_memory or _cache_room(cases, config),
     }
     own: dict[str, dict[str, Any]] = {SUBJECT: {"settings": _own_settings(args, config)}}
@@ -127,6 +140,19 @@ def _cache_room(cases: Sequence[Case], config: EngineConfig) -> int:
     wanted = max(cache_tokens(case.requests(1, 0)) for case in cases) * per_token
     least = max(case.longest for case in cases) * per_token
     return max(KV_CACHE_LEAST, 2 * least, min(wanted, KV_CACHE_LIMIT))
+
+
+def cache_notes(cases: Sequence[Case], config: EngineConfig, room: int) -> list[str]:
+    """Which cases may take more keys and values at once than an engine gets room for, in bytes."""
+    per_token = ModelWork.of(config).cache_per_token
+    needed = {case.name: cache_tokens(case.requests(1, 0)) * per_token for case in cases if not case.fresh}
+    larger = [f"{name} {figure_text(size / 2**30)} GiB" for name, size in needed.items() if size > room]
+    if not larger:
+        return []
+    return [
+        f"an engine's cache has {figure_text(room / 2**30)} GiB, and all sequences at once may take more "
+        f"({', '.join(larger)}); --kv-cache-memory sets it"
+    ]
 
 
 def with_floor(result: CaseResult, case: Case, config: EngineConfig, machine: Machine) -> CaseResult:

@@ -29,6 +29,10 @@ class PeerError(EngineError):
     """An engine under comparison raised, or its process ended."""
 
 
+class RunRefused(PeerError):
+    """A run's times are not those of its case; its process goes on."""
+
+
 class PeerProcess:
     """An engine's process, with its threads set before anything is imported.
 
@@ -102,13 +106,18 @@ class PeerProcess:
         """Load the engine."""
         self.call("load", options=dataclasses.asdict(options))
 
-    def run(self, requests: Sequence[Request], static_batch: int = 0) -> Run:
+    def run(self, requests: Sequence[Request], static_batch: int = 0, longest: int = 0) -> Run:
         """Run requests.
+
+        Args:
+            static_batch: rows of one batch where the driver cannot batch continuously; 0 takes all at once.
+            longest: tokens that each sequence gets room for at least.
 
         Raises:
             PeerError: as :meth:`call`, and when a request got another number of tokens than it asked for.
         """
-        run = Run(**self.call("run", requests=list(map(dataclasses.asdict, requests)), static_batch=static_batch))
+        given = list(map(dataclasses.asdict, requests))
+        run = Run(**self.call("run", requests=given, static_batch=static_batch, longest=longest))
         wanted = [request.max_tokens for request in requests]
         if run.output_lengths != wanted:
             raise PeerError(f"it returned {run.output_lengths} tokens where {wanted} were asked for")

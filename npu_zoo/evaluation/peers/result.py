@@ -92,6 +92,10 @@ class CaseResult(_Part):
         fields = {name: getattr(case, name) for name in names}
         return cls(**fields, shared_prefix=case.shared_prefix, static_batch=case.static_batch)
 
+    def preemptions_of(self, engine: str) -> int:
+        """How often a request of an engine lost its room in all rounds, as far as it tells."""
+        return sum(int(runs[engine].get("preemptions", 0)) for runs in self.runs if engine in runs)
+
     def median_of(self, engine: str) -> float | None:
         """An engine's figure; None where it has none."""
         found = [sample[engine] for sample in self.rounds if engine in sample]
@@ -116,13 +120,15 @@ class ComparisonBody(_Part):
     Attributes:
         engines: the first is the one that the others are compared with.
         missing: engines that were not there, and how to install them.
-        skipped: cases that the model is too short for, and why.
+        skipped: cases that cannot be measured with this model or on its device, and why.
+        notes: what else bears on the figures.
     """
 
     engines: list[EngineEntry]
     rounds: int
     missing: dict[str, str] = Field(default_factory=dict)
     skipped: dict[str, str] = Field(default_factory=dict)
+    notes: list[str] = Field(default_factory=list)
     cases: list[CaseResult] = Field(default_factory=list)
 
     @property

@@ -18,6 +18,7 @@ from npu_zoo.evaluation.peers.cases import Case
 from npu_zoo.evaluation.peers.comparison import Comparison, Conditions, Step
 from npu_zoo.evaluation.peers.engines import InstalledEngine
 from npu_zoo.evaluation.peers.preparation import (
+    cache_notes,
     fitting_cases,
     load_options,
     ordinary_tokens,
@@ -98,7 +99,8 @@ class Session:
             EngineEntry(name=e.name, python=e.python, versions=e.versions, options=dataclasses.asdict(options[e.name]))
             for e in engines
         ]
-        body = ComparisonBody(engines=entries, rounds=rounds, skipped=skipped)
+        notes = cache_notes(kept, config, max(option.kv_cache_memory for option in options.values()))
+        body = ComparisonBody(engines=entries, rounds=rounds, skipped=skipped, notes=notes)
         return cls(args, config, list(engines), options, kept, conditions, body)
 
     def run(self, on_step: Callable[[Step], None] = lambda step: None, *, divisor: int = 1) -> Iterator[CaseResult]:

@@ -8,6 +8,7 @@ from statistics import median
 from npu_zoo.evaluation.peers.result import CaseResult, ComparisonBody
 
 HEADS = ("case", "engine", "median", "ratio (spread)", "of floor")
+WORK_HEADS = ("case", "GiB", "GFLOP", "tokens")
 
 
 def table_rows(body: ComparisonBody) -> list[tuple[str, ...]]:
@@ -24,6 +25,20 @@ def _case_rows(case: CaseResult, body: ComparisonBody) -> Iterator[tuple[str, ..
         yield next(titles, ""), engine.name, told, ratio, share_text(case.share(engine.name))
     if case.floor is not None:
         yield "", "floor", f"{figure_text(case.floor)} {case.unit}", "", case.limit
+
+
+def work_rows(body: ComparisonBody) -> list[tuple[str, ...]]:
+    """Rows under :data:`WORK_HEADS`: what each case needs at least, which its floor is made of."""
+    return [
+        (case.title, figure_text(work.bytes / 2**30), _positive(work.operations / 1e9), _positive(work.tokens))
+        for case in body.cases
+        if (work := case.work) is not None
+    ]
+
+
+def _positive(value: float) -> str:
+    """A figure; nothing where the case has none of it."""
+    return f"{value:,}" if value and isinstance(value, int) else figure_text(value) if value else "-"
 
 
 def figure_text(value: float) -> str:
@@ -47,6 +62,8 @@ def remarks(body: ComparisonBody) -> list[str]:
     """What the table does not hold: agreement of greedy tokens, failures, what was left out."""
     found = [line for engine in body.engines[1:] for line in _agreement_lines(body, engine.name)]
     found += [f"{name} failed in {case.name}, {why}" for case in body.cases for name, why in case.failures.items()]
+    found += [line for case in body.cases for line in _preemption_lines(body, case)]
+    found += body.notes
     found += [f"{name} is left out: it {why}" for name, why in body.skipped.items()]
     return found + [f"{name} is not there: {how}" for name, how in body.missing.items()]
 
@@ -60,6 +77,13 @@ def _agreement_lines(body: ComparisonBody, engine: str) -> Iterator[str]:
     line = f"greedy tokens of {engine} are {body.subject}'s in {equal} of {len(compared)} cases' first requests"
     told = [f"{name} from token {_position(f.first_difference)} of {f.tokens}" for name, f in differing.items()]
     yield line + (f"; they differ in {', '.join(told)}" if told else "")
+
+
+def _preemption_lines(body: ComparisonBody, case: CaseResult) -> Iterator[str]:
+    for engine in body.engines:
+        count = case.preemptions_of(engine.name)
+        if count:
+            yield f"{engine.name} took room from running sequences in {case.name} ({count} preemptions in all rounds)"
 
 
 def _position(index: int | None) -> int:

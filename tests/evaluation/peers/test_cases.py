@@ -88,6 +88,7 @@ def test_decoding_starts_when_the_last_request_has_its_first_token() -> None:
     assert (run.first_token, run.all_started, run.end) == (10.5, 11.5, 12.5)
     assert run.tokens_at_all_started == 5
     assert run.output_lengths == [3, 1, 2]
+    assert run.ended_at_all_started == 2
 
 
 def test_figures_of_a_run() -> None:

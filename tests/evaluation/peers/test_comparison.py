@@ -30,6 +30,7 @@ class FakeProcess:
     fails_on: Callable[[str, str], bool]
     cached_tokens: int
     differing: str
+    waves: dict[str, int]
 
     def __enter__(self) -> FakeProcess:
         return self
@@ -43,12 +44,14 @@ class FakeProcess:
     def load(self, options: LoadOptions) -> None:
         self._do("load", options)
 
-    def run(self, requests: list[Request], static_batch: int = 0) -> Run:
+    def run(self, requests: list[Request], static_batch: int = 0, longest: int = 0) -> Run:
         self._do("run", requests)
+        self.diary.append((self.name, "longest", longest))
         seconds, lengths = SECONDS[self.name], [request.max_tokens for request in requests]
         token_ids = [[0] * (length - 1) + [int(self.name == self.differing)] for length in lengths]
         moments = [100.0 + seconds * part for part in (0, 1, 1, 3)]
-        return Run(moments[0], moments[1], moments[2], len(lengths), moments[3], lengths, self.cached_tokens, token_ids)
+        times = (moments[0], moments[1], moments[2], len(lengths), moments[3])
+        return Run(*times, lengths, self.cached_tokens, token_ids, **self.waves)
 
     def peak_memory(self) -> int:
         return 2**31
@@ -70,7 +73,7 @@ class Compare:
         self.process: type[FakeProcess] = type(
             "Process",
             (FakeProcess,),
-            {"diary": [], "fails_on": staticmethod(lambda *_: False), "cached_tokens": 0, "differing": ""},
+            {"diary": [], "fails_on": staticmethod(lambda *_: False), "cached_tokens": 0, "differing": "", "waves": {}},
         )
 
     def __call__(self, *cases: Case, rounds: int = 2, engines: Sequence[str] = tuple(SECONDS)) -> list[CaseResult]:
@@ -172,6 +175,27 @@ def test_a_case_that_hits_a_prefix_cache_is_refused_unless_sharing_is_its_point(
     new, shared = compare(SHORT, CATALOGUE["shared-prefix"], engines=("npu-zoo",))
     assert "took 16 tokens of new prompts from its prefix cache" in new.failures["npu-zoo"]
     assert shared.failures == {}
+
+
+@pytest.mark.parametrize(
+    ("waves", "told"),
+    [({"preemptions": 3}, "3 preemptions"), ({"ended_at_all_started": 1}, "1 of 2 sequences had ended")],
+    ids=["lost room", "two waves"],
+)
+def test_a_decode_batch_that_did_not_run_at_once_is_refused(waves: dict[str, int], told: str, compare: Compare) -> None:
+    compare.process.waves = waves
+    decode, total = compare(SHORT, CATALOGUE["mixed"], engines=("npu-zoo",))
+    assert told in decode.failures["npu-zoo"]
+    assert "did not run at once" in decode.failures["npu-zoo"]
+    assert decode.rounds == [{}, {}]
+    assert total.failures == {}
+    assert total.preemptions_of("npu-zoo") == 2 * waves.get("preemptions", 0)
+    assert len(compare.of("load")) == 1, "its process is as good as before"
+
+
+def test_the_warm_up_makes_the_room_that_the_rounds_need(compare: Compare) -> None:
+    compare(SHORT, engines=("npu-zoo",))
+    assert compare.of("longest") == [("npu-zoo", 4 + 5)] * 3
 
 
 def test_greedy_tokens_are_compared_with_the_first_engine_s(compare: Compare) -> None:

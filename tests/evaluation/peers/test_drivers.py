@@ -129,6 +129,15 @@ def test_llama_cpp_makes_room_for_its_batches_only(llama: FakeLlama) -> None:
     assert (context.n_threads, context.n_threads_batch) == (2, 2)
 
 
+def test_llama_cpp_keeps_the_context_that_a_warm_up_left(llama: FakeLlama) -> None:
+    driver = make_driver("llama.cpp")
+    driver.load(OPTIONS)
+    driver.run([Request([1], 1), Request([2], 1)], 2, longest=8)
+    (context,) = llama.contexts
+    driver.run(REQUESTS, 2, longest=8)
+    assert llama.contexts[0] is context
+
+
 def test_llama_cpp_s_failures_are_raised(llama: FakeLlama) -> None:
     with pytest.raises(RuntimeError, match="cannot load damaged"):
         make_driver("llama.cpp").load(LoadOptions("damaged", "float32", 8))
@@ -143,12 +152,18 @@ class FakeVllmEngine:
     def __init__(self) -> None:
         self.requests: dict[str, tuple[list[int], Any, int]] = {}
         self.steps = 0
+        # The engine's own requests leave this mapping when they finish.
+        self.scheduled: dict[str, Any] = {}
+        self.engine_core = SimpleNamespace(
+            engine_core=SimpleNamespace(scheduler=SimpleNamespace(requests=self.scheduled))
+        )
 
     def add_request(self, request_id: str, prompt: Any, params: Any) -> None:
         assert params.temperature == 0.0
         assert params.ignore_eos
         assert params.output_kind == "delta"
         self.requests[request_id] = (list(prompt["prompt_token_ids"]), params, 0)
+        self.scheduled[f"{request_id}-a1b2"] = SimpleNamespace(num_preemptions=0)
 
     def has_unfinished_requests(self) -> bool:
         return bool(self.requests)
@@ -158,6 +173,7 @@ class FakeVllmEngine:
         outputs = []
         for key, (sequence, params, count) in list(self.requests.items()):
             if key == "2" and self.steps == 1:
+                self.scheduled["2-a1b2"].num_preemptions += 1
                 continue
             sequence.append(continuation(sequence))
             finished = count + 1 == params.max_tokens
@@ -168,7 +184,7 @@ class FakeVllmEngine:
                 SimpleNamespace(request_id=key, outputs=[delta], finished=finished, num_cached_tokens=cached)
             )
             if finished:
-                del self.requests[key]
+                del self.requests[key], self.scheduled[f"{key}-a1b2"]
         return outputs
 
 
@@ -195,7 +211,7 @@ def test_vllm_s_steps_are_put_together(vllm: Any) -> None:
     generated, counts = seen_counts("vllm", 0)
     assert generated.token_ids == [expected(request) for request in REQUESTS]
     assert counts == {"0": [1, 2, 3], "1": [1], "2": [1, 2]}
-    assert generated.cached_tokens == 3
+    assert (generated.cached_tokens, generated.preemptions) == (3, 1)
     (started,) = vllm.started
     assert (started["model"], started["dtype"], started["max_model_len"]) == ("model.gguf", "float32", 64)
 

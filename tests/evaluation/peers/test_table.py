@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from npu_zoo.evaluation.peers.cases import CATALOGUE
-from npu_zoo.evaluation.peers.result import Agreement, CaseResult, ComparisonBody, EngineEntry
-from npu_zoo.evaluation.peers.table import HEADS, figure_text, remarks, table_rows
+from npu_zoo.evaluation.peers.result import Agreement, CaseResult, ComparisonBody, EngineEntry, NeededWork
+from npu_zoo.evaluation.peers.table import HEADS, WORK_HEADS, figure_text, remarks, table_rows, work_rows
 
 
 def body(*cases: CaseResult, engines: tuple[str, ...] = ("npu-zoo", "vllm"), **fields: Any) -> ComparisonBody:
@@ -63,6 +63,31 @@ def test_where_greedy_tokens_differ_is_said_counted_from_one() -> None:
 def test_what_took_no_part_is_said() -> None:
     found = body(missing={"llama.cpp": "pip install it"}, skipped={"mixed": "needs 641 tokens"})
     assert remarks(found) == ["mixed is left out: it needs 641 tokens", "llama.cpp is not there: pip install it"]
+
+
+def test_what_the_floor_is_made_of_is_shown() -> None:
+    work = NeededWork(bytes=3 * 2**30, operations=25 * 10**9, tokens=1234)
+    held = NeededWork(bytes=2**29, operations=0, tokens=0)
+    rows = work_rows(body(result("decode-1", [], work=work), result("memory", [], work=held), result("mixed", [])))
+    assert rows == [
+        ("decode, batch 1", "3.00", "25.0", "1,234"),
+        ("peak memory, 8 x 512 prompt, 16 new", "0.50", "-", "-"),
+    ]
+    assert all(len(row) == len(WORK_HEADS) for row in rows)
+
+
+def test_preemptions_of_a_total_and_notes_are_told() -> None:
+    runs = [{"npu-zoo": {"preemptions": 2}, "vllm": {}}, {"npu-zoo": {"preemptions": 1}}]
+    assert remarks(body(result("mixed", [], runs=runs), notes=["the cache is small"])) == [
+        "npu-zoo took room from running sequences in mixed (3 preemptions in all rounds)",
+        "the cache is small",
+    ]
+
+
+def test_a_body_from_before_notes_is_read() -> None:
+    old = body().model_dump(mode="json")
+    del old["notes"]
+    assert ComparisonBody.model_validate(old) == body()
 
 
 def test_the_body_survives_a_file() -> None:

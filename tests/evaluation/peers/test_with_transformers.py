@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,13 @@ from npu_zoo.evaluation.machine import describe_machine
 from npu_zoo.evaluation.peers import session
 from npu_zoo.evaluation.peers.cases import CATALOGUE, Case
 from npu_zoo.evaluation.peers.engines import InstalledEngine
-from npu_zoo.evaluation.peers.preparation import fitting_cases, load_options, ordinary_tokens, usable_cores
+from npu_zoo.evaluation.peers.preparation import (
+    cache_notes,
+    fitting_cases,
+    load_options,
+    ordinary_tokens,
+    usable_cores,
+)
 from npu_zoo.evaluation.peers.result import ComparisonBody
 from npu_zoo.evaluation.peers.worker.driver import make_driver
 from npu_zoo.evaluation.record import Machine, read_record
@@ -57,6 +64,49 @@ def test_cases_that_do_not_fit_are_left_out(args: EngineArgs) -> None:
     assert skipped == {"mixed": "needs 640 tokens, and the model takes 200"}
     with pytest.raises(UsageError, match="no case fits: mixed needs 640 tokens"):
         fitting_cases([CATALOGUE["mixed"]], config)
+
+
+@pytest.mark.parametrize(
+    ("update", "told"),
+    [
+        ({"device": "cuda"}, {"memory": "resident memory, and the weights are in that of a cuda device"}),
+        ({"world_size": 2}, dict.fromkeys(("memory", "cache"), "one process, and the model is split over 2")),
+    ],
+    ids=["on a device", "split"],
+)
+def test_what_a_process_does_not_hold_is_not_measured(update: dict[str, Any], told: dict[str, str]) -> None:
+    config: Any = SimpleNamespace(**{"max_model_len": 4096, "device": "cpu", "world_size": 1, **update})
+    kept, skipped = fitting_cases([CATALOGUE[name] for name in ("memory", "cache", "start")], config)
+    assert {name: reason.removeprefix("measures ") for name, reason in skipped.items()} == told
+    assert [case.name for case in kept] == [name for name in ("memory", "cache", "start") if name not in told]
+
+
+def test_a_large_batch_runs_at_once_unless_asked_otherwise(args: EngineArgs) -> None:
+    config, engines = resolve(args), [InstalledEngine("npu-zoo")]
+    cases = [Case("large", "large", "decode", 3000, (4, 4), (5, 5))]
+    options = load_options(engines, args, config, cases)["npu-zoo"]
+    assert (options.max_num_seqs, options.max_num_batched_tokens) == (3000, 3000)
+    asked = args.model_copy(update={"max_num_seqs": 8, "max_num_batched_tokens": 128})
+    options = load_options(engines, asked, resolve(asked), cases)["npu-zoo"]
+    assert (options.max_num_seqs, options.max_num_batched_tokens) == (8, 128)
+
+
+def test_our_own_driver_tells_preemptions(args: EngineArgs) -> None:
+    room = 6 * 16 * ModelWork.of(resolve(args)).cache_per_token
+    small = args.model_copy(update={"kv_cache_memory": room, "block_size": 16})
+    case = Case("crowded", "crowded", "decode", 4, (8, 8), (40, 40))
+    own = make_driver("npu-zoo")
+    own.load(load_options([InstalledEngine("npu-zoo")], small, resolve(small), [case])["npu-zoo"])
+    assert own.run(case.requests(100, 0)).preemptions > 0
+
+
+def test_cases_that_may_not_fit_into_the_cache_are_named(args: EngineArgs) -> None:
+    cases, config = [CATALOGUE["decode-1"], CATALOGUE["decode-8"]], resolve(args)
+    room = ModelWork.of(config).cache_per_token * 1000
+    (note,) = cache_notes(cases, config, room)
+    assert "decode-8" in note
+    assert "decode-1 " not in note
+    assert cache_notes(cases, config, 3 * room) == []
 
 
 def test_prompts_hold_no_special_tokens(args: EngineArgs) -> None:
@@ -99,6 +149,7 @@ def test_the_command_compares_and_keeps_a_record(
     assert run_app([*command, "--cases", "decode-1,prefill-1x2048", "--max-model-len", "512", "--json", str(file)]) == 0
     out, err = capfd.readouterr()
     assert "decode, batch 1" in out
+    assert "Needed at least:" in out
     assert "prefill-1x2048 is left out: it needs 2,049 tokens" in out
     assert "greedy tokens of transformers are npu-zoo's in 1 of 1 cases' first requests" in out
     assert "4/4 decode, batch 1, round 1: transformers; 0 s left" in err

@@ -49,10 +49,17 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class Generated:
-    """Output ids per request, in the requests' order, and prompt tokens that came from a prefix cache."""
+    """What came of requests.
+
+    Attributes:
+        token_ids: output ids per request, in the requests' order.
+        cached_tokens: prompt tokens that came from a prefix cache.
+        preemptions: how often a request lost its room and was computed again, as far as the engine tells.
+    """
 
     token_ids: list[list[int]]
     cached_tokens: int = 0
+    preemptions: int = 0
 
 
 class Driver(ABC):
@@ -70,8 +77,14 @@ class Driver(ABC):
             static_batch: rows of one batch where the driver cannot batch continuously; 0 takes all at once.
         """
 
-    def prepare(self, requests: list[Request], static_batch: int) -> None:  # noqa: B027 (most need no room made)
-        """Make room for requests; this is not timed."""
+    def prepare(  # noqa: B027 (most need no room made)
+        self, requests: list[Request], static_batch: int, longest: int = 0
+    ) -> None:
+        """Make room for requests; this is not timed.
+
+        Args:
+            longest: tokens that each sequence gets room for at least, so that a warm-up leaves what later runs need.
+        """
 
     def cache_bytes(self, requests: list[Request]) -> float:
         """Bytes of the cache's tensors over the tokens that they hold, or have room for, with these requests.
@@ -81,9 +94,9 @@ class Driver(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} does not tell the size of its cache")
 
-    def run(self, requests: list[Request], static_batch: int = 0) -> Run:
-        """Generate and take the times."""
-        self.prepare(requests, static_batch)
+    def run(self, requests: list[Request], static_batch: int = 0, longest: int = 0) -> Run:
+        """Generate and take the times; see :meth:`prepare` and :meth:`generate`."""
+        self.prepare(requests, static_batch, longest)
         gc.collect()
         events: list[Event] = []
 
@@ -92,7 +105,7 @@ class Driver(ABC):
 
         start = time.monotonic()
         generated = self.generate(requests, static_batch, on_tokens)
-        return summarise(start, events, generated.token_ids, generated.cached_tokens)
+        return summarise(start, events, generated.token_ids, generated.cached_tokens, generated.preemptions)
 
 
 DRIVERS = {

@@ -34,10 +34,10 @@ class LlamaCppDriver(Driver):
         self.batch: Any = self.api.llama_batch_init(options.max_num_batched_tokens, 0, 1)
         self.room = (0, 0)
 
-    def prepare(self, requests: list[Request], static_batch: int) -> None:
+    def prepare(self, requests: list[Request], static_batch: int, longest: int = 0) -> None:
         """A context with as many sequences as a batch has, each with room for the longest; the model stays loaded."""
         sequences = max(map(len, static_batches(requests, static_batch)))
-        length = max(len(self._ids(request.prompt)) + request.max_tokens for request in requests)
+        length = max(longest, *(len(self._ids(request.prompt)) + request.max_tokens for request in requests))
         if self.room == (sequences, length):
             return
         if self.context:

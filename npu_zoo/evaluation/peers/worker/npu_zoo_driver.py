@@ -41,7 +41,8 @@ class NpuZooDriver(Driver):
 
         outputs = self.llm.generate(prompts, params, on_output=on_output)
         cached = sum(output.metrics.cached_tokens for output in outputs)
-        return Generated([list(output.outputs[0].token_ids) for output in outputs], cached)
+        preemptions = sum(output.metrics.preemptions for output in outputs)
+        return Generated([list(output.outputs[0].token_ids) for output in outputs], cached, preemptions)
 
     def cache_bytes(self, requests: list[Request]) -> float:
         """See :meth:`Driver.cache_bytes`; the cache is allocated at once, for as many tokens as it has room for."""

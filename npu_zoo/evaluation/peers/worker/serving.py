@@ -25,9 +25,10 @@ class Worker:
         """Load the engine."""
         self.driver.load(LoadOptions(**options))
 
-    def run(self, requests: list[dict[str, Any]], static_batch: int) -> dict[str, Any]:
+    def run(self, requests: list[dict[str, Any]], static_batch: int, longest: int) -> dict[str, Any]:
         """Run requests; the fields of a :class:`~.timeline.Run`."""
-        return dataclasses.asdict(self.driver.run([Request(**request) for request in requests], static_batch))
+        run = self.driver.run([Request(**request) for request in requests], static_batch, longest)
+        return dataclasses.asdict(run)
 
     def cache_bytes(self, requests: list[dict[str, Any]]) -> float:
         """Bytes of cache per token."""

@@ -20,6 +20,8 @@ class Run:
         end: when the last token arrived.
         cached_tokens: prompt tokens that came from a prefix cache.
         token_ids: the outputs.
+        preemptions: how often a request lost its room and was computed again.
+        ended_at_all_started: requests that had their last token by ``all_started``.
     """
 
     start: float
@@ -30,22 +32,31 @@ class Run:
     output_lengths: list[int]
     cached_tokens: int
     token_ids: list[list[int]]
+    preemptions: int = 0
+    ended_at_all_started: int = 0
 
 
-def summarise(start: float, events: Sequence[Event], token_ids: list[list[int]], cached_tokens: int = 0) -> Run:
+def summarise(
+    start: float,
+    events: Sequence[Event],
+    token_ids: list[list[int]],
+    cached_tokens: int = 0,
+    preemptions: int = 0,
+) -> Run:
     """Reduce a run's events, which are in order of time, to its :class:`Run`.
 
     Raises:
         ValueError: the events do not account for every request and token.
     """
     counts: dict[Hashable, int] = {}
-    all_started, tokens_at_all_started = 0.0, 0
+    at_all_started: dict[Hashable, int] = {}
+    all_started = 0.0
     for moment, request, count in events:
         new = request not in counts
         counts[request] = count
         # Requests that start in one step carry nearly the same time; what follows the last of them is decoding.
         if new and len(counts) == len(token_ids):
-            all_started, tokens_at_all_started = moment, sum(counts.values())
+            all_started, at_all_started = moment, dict(counts)
     lengths = [len(ids) for ids in token_ids]
     if len(counts) != len(lengths) or sum(counts.values()) != sum(lengths):
         raise ValueError(
@@ -53,5 +64,14 @@ def summarise(start: float, events: Sequence[Event], token_ids: list[list[int]],
             f"but {sum(counts.values())} tokens of {len(counts)} requests were seen to arrive"
         )
     return Run(
-        start, events[0][0], all_started, tokens_at_all_started, events[-1][0], lengths, cached_tokens, token_ids
+        start=start,
+        first_token=events[0][0],
+        all_started=all_started,
+        tokens_at_all_started=sum(at_all_started.values()),
+        end=events[-1][0],
+        output_lengths=lengths,
+        cached_tokens=cached_tokens,
+        token_ids=token_ids,
+        preemptions=preemptions,
+        ended_at_all_started=sum(count == counts[request] for request, count in at_all_started.items()),
     )

@@ -38,7 +38,7 @@ class VllmDriver(Driver):
             prompt: Any = request.prompt if text else {"prompt_token_ids": request.prompt}
             self.engine.add_request(str(index), prompt, self._params(request))
         token_ids: list[list[int]] = [[] for _ in requests]
-        cached = 0
+        cached, held = 0, self._held()
         while self.engine.has_unfinished_requests():
             for output in self.engine.step():
                 got = token_ids[int(output.request_id)]
@@ -46,7 +46,12 @@ class VllmDriver(Driver):
                     got.extend(output.outputs[0].token_ids)
                     on_tokens(output.request_id, len(got))
                 cached += (output.num_cached_tokens or 0) if output.finished else 0
-        return Generated(token_ids, cached)
+        return Generated(token_ids, cached, sum(getattr(request, "num_preemptions", 0) for request in held))
+
+    def _held(self) -> list[Any]:
+        """The scheduler's own requests, which count their preemptions; none where this version has no such place."""
+        core = getattr(getattr(self.engine, "engine_core", None), "engine_core", None)
+        return list(getattr(getattr(core, "scheduler", None), "requests", {}).values())
 
     def _params(self, request: Request) -> Any:
         return self.vllm.SamplingParams(
