@@ -194,7 +194,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         seen[repr(request.args)] += 1
         seed = (self._seed if params.seed is None else params.seed) + occurrence
         params = dataclasses.replace(params, stop=stop, seed=seed)
-        return Completion(prompt, params, self._finisher(until), self._sink(request))
+        return Completion(prompt, params, self._finisher(until), self._sink(request), until)
 
     def _finisher(self, until: list[str]) -> Callable[[str], str]:
         """What the harness does with a text: it ends before the first stop, and reasoning is no part of it."""
