@@ -138,7 +138,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         """
         windows = [self._windows(text) for text in texts]
         questions = [
-            Score(context, predicted, sink if number == 0 else None)
+            Score(context, predicted, sink if number == 0 else None, greedy=False)
             for text, sink in zip(windows, sinks or [None] * len(texts), strict=True)
             for number, (context, predicted) in enumerate(text)
         ]
