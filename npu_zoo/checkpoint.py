@@ -5,7 +5,8 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from npu_zoo.registry import load_code
 
 MAX_CONFIG_BYTES = 8 * 1024 * 1024
 _READ = (".json", ".jinja", ".model", ".tiktoken", ".txt")  # settings, chat templates, tokenizers
+_BLOCK, _BLOCKS = 64 * 1024, 256
+"""What is read of a file of tensors: so many bytes, so many times."""
 _RANK = "rank_"
 """How directories begin that hold the files of one rank each."""
 
@@ -170,16 +173,41 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def fingerprints(directory: Path) -> dict[str, str | int]:
-    """What tells a checkpoint from another without reading its tensors, by file name.
+def fingerprints(directory: Path) -> dict[str, str]:
+    """What tells a checkpoint from another, by file name; files of ranks count, too.
 
-    Settings, templates and tokenizers count by the SHA-256 of their contents, all other files by their size in bytes.
+    Settings, templates and tokenizers count by the SHA-256 of their contents. All other files, which may hold hundreds
+    of gigabytes, count by that of their size and of a sample: the first and the last 64 KiB and 254 blocks evenly
+    between them, which is all of a file of up to 16 MiB. Two states of one training differ nearly everywhere and are
+    told apart; a change of a few values alone may not be.
 
     Raises:
         OSError: the directory or a file cannot be read.
     """
-    return {path.name: _fingerprint(path) for path in sorted(directory.iterdir()) if path.is_file()}
+    files = [path for path in directory.iterdir() if path.is_file()]
+    ranks = [path for path in directory.iterdir() if path.name.startswith(_RANK) and path.is_dir()]
+    files += [path for rank in ranks for path in rank.iterdir() if path.is_file()]
+    return {path.relative_to(directory).as_posix(): _fingerprint(path) for path in sorted(files)}
 
 
-def _fingerprint(path: Path) -> str | int:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.suffix in _READ else path.stat().st_size
+def _fingerprint(path: Path) -> str:
+    if path.suffix in _READ:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        digest = hashlib.sha256(str(size).encode())
+        for start in _sampled(size):
+            file.seek(start)
+            digest.update(file.read(_BLOCK))
+    return digest.hexdigest()
+
+
+def _sampled(size: int) -> Iterator[int]:
+    """Where the sampled blocks of a file begin, which lie on multiples of a block's size but for the last one."""
+    if size <= _BLOCK * _BLOCKS:
+        yield from range(0, size, _BLOCK)
+        return
+    last = size - _BLOCK
+    for number in range(_BLOCKS - 1):
+        yield last * number // (_BLOCKS - 1) // _BLOCK * _BLOCK
+    yield last

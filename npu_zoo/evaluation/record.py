@@ -66,7 +66,7 @@ class ModelUnderTest(_Part):
     """The checked request that ran, and what its matrix row can be told by.
 
     Attributes:
-        weights: a digest of the checkpoint's :func:`npu_zoo.checkpoint.fingerprints`.
+        weights: a digest of the checkpoint's :func:`npu_zoo.checkpoint.fingerprints`, for which contents are sampled.
         shape: the hyperparameters that an evidence record shows, :data:`npu_zoo.testing.validation.records.SHOWN`.
         split: ranks by kind of parallelism, such as ``tp2``.
         row: :func:`npu_zoo.core.evidence.row_digest` of the row that offers the request.

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
 from npu_zoo.cli.evaluation.progress import EvalProgress
+from npu_zoo.cli.evaluation.tasks import answers_key
+from npu_zoo.core.config import EngineArgs, EngineConfig
+from npu_zoo.dispatch import resolve
+from npu_zoo.evaluation import record
 from npu_zoo.evaluation.record import read_record
 
 pytest.importorskip("lm_eval")
@@ -51,13 +56,13 @@ def test_an_interrupted_eval_goes_on(cli: Cli, command: list[str], tmp_path: Pat
     assert "holds 3 answers of an interrupted run" in ran.err
     assert "loglikelihood: 8/8" in ran.err
     assert {path.name for path in tmp_path.iterdir()} == {"boolq.jsonl", "r"}
-    record = read_record(tmp_path / "r", "eval")
-    assert record.model is not None
-    assert record.model.name == "deepseek_coder:demo"
-    samples = record.body["samples"]
+    written = read_record(tmp_path / "r", "eval")
+    assert written.model is not None
+    assert written.model.name == "deepseek_coder:demo"
+    samples = written.body["samples"]
     assert isinstance(samples, list)
     right = [sample["correct"] for sample in samples if isinstance(sample, dict)]
-    assert record.figures["boolq_acc"] == sum(map(bool, right)) / len(ROWS)
+    assert written.figures["boolq_acc"] == sum(map(bool, right)) / len(ROWS)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +80,32 @@ def test_bad_requests_are_refused(cli: Cli, options: list[str], message: str) ->
     ran = cli("eval", "--model", "deepseek_coder", *options)
     assert ran.code == 2
     assert message in " ".join(ran.err.split())
+
+
+@pytest.mark.parametrize("place", ["r", "../{}/r", "r.responses"])
+def test_a_record_is_not_replaced_by_logits(cli: Cli, command: list[str], tmp_path: Path, place: str) -> None:
+    ran = cli(*command, "--save-logits", str(tmp_path / place.format(tmp_path.name)))
+    assert ran.code == 2
+    assert "is the place of --json" in " ".join(ran.err.split())
+    assert {path.name for path in tmp_path.iterdir()} == {"boolq.jsonl"}
+
+
+def test_answers_are_taken_up_where_all_they_depend_on_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = resolve(EngineArgs(model="deepseek_coder", hardware="cpu", dtype="float32"))
+    one = answers_key(config)
+    assert answers_key(config) == one
+    others = [{"deterministic": True}, {"enforce_eager": not config.enforce_eager}, {"kernels": ()}, {"seed": 7}]
+    keys = {one, *(answers_key(_changed(config, **change)) for change in others)}
+    monkeypatch.setattr(record, "installed_version", lambda name: "0.1")
+    assert len({*keys, answers_key(config)}) == len(others) + 2
+
+
+def _changed(config: EngineConfig, **change: Any) -> EngineConfig:
+    """One that no request makes on every machine."""
+    other = copy.copy(config)
+    for name, value in change.items():
+        object.__setattr__(other, name, value)
+    return other
 
 
 def test_a_file_that_is_no_record_is_left_alone(cli: Cli, command: list[str], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from npu_zoo.checkpoint import fingerprints
 from npu_zoo.core.config import EngineArgs
 from npu_zoo.core.errors import UsageError
 from npu_zoo.core.evidence import row_digest
@@ -46,6 +47,28 @@ def test_another_checkpoint_is_told_from_the_first(tmp_path: Path) -> None:
     assert ModelUnderTest.of(resolve(args)).weights == one.weights
     (copy / "generation_config.json").write_text("{}")
     assert ModelUnderTest.of(resolve(args)).weights != one.weights
+
+
+def test_checkpoints_of_one_training_are_told_apart(tmp_path: Path) -> None:
+    """They have the same files of the same sizes."""
+    small, large = tmp_path / "rank_0" / "model.ckpt", tmp_path / "model.safetensors"
+    small.parent.mkdir()
+    small.write_bytes(bytes(70_000))
+    with large.open("wb") as file:
+        file.truncate(40 << 20)
+    seen = [fingerprints(tmp_path)]
+    assert set(seen[0]) == {"rank_0/model.ckpt", "model.safetensors"}
+    for path, start, length in (
+        (small, 69_999, 1),
+        (large, 0, 1),
+        (large, (40 << 20) - 1, 1),
+        (large, 9 << 20, 1 << 18),
+    ):
+        with path.open("r+b") as file:
+            file.seek(start)
+            file.write(b"x" * length)
+        seen.append(fingerprints(tmp_path))
+    assert len({tuple(sorted(found.items())) for found in seen}) == len(seen)
 
 
 def test_nothing_else_is_written_over(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
@@ -47,6 +48,8 @@ def _option(help_text: str, *flags: str, metavar: str | None = None, panel: str 
     return typer.Option(*flags, help=help_text, metavar=metavar, rich_help_panel=panel, **more)
 
 
+_COMPUTED_BY = ("max_model_len", "seed", "deterministic", "enforce_eager")
+"""Settings that answers depend on, beside those that name the model in a record."""
 _TASK_HELP = "boolq, humaneval, perplexity or any task of the evaluation harness; repeatable, or with commas."
 _DATA_HELP = "The data set's file or folder; with several tasks TASK=PATH, repeatable."
 _CHAT_HELP = "Put prompts through the chat template. Default: as the task is."
@@ -91,6 +94,7 @@ def run_tasks(
         return
     names = _names(task or [])
     options = _options(names, data or [], limit, num_fewshot, chat, task_arg or [])
+    _require_apart(json, save_logits)
     run = EvalRun(resolve(settings.args), options, include_path)
     run.config_arguments = settings.args.model_dump(mode="json", exclude_none=True)
     if follows():
@@ -174,13 +178,36 @@ class EvalRun:
 
     def _response_file(self, json: Path) -> ResponseFile:
         from npu_zoo.evaluation.accuracy.responses import ResponseFile
-        from npu_zoo.evaluation.record import ModelUnderTest
 
-        model = f"{ModelUnderTest.of(self.config).model_dump_json()} {self.config.max_model_len} {self.config.seed}"
-        responses = ResponseFile(json.with_name(f"{json.name}.responses"), model)
+        responses = ResponseFile(_responses_path(json), answers_key(self.config))
         if responses.found:
             note(f"{responses.path} holds {responses.found} answers of an interrupted run, which goes on")
         return responses
+
+
+def answers_key(config: EngineConfig) -> str:
+    """All that answers depend on beside the request: the model, how it computes, and the packages that do."""
+    from npu_zoo.evaluation.record import ModelUnderTest, installed_versions
+
+    facts = {
+        "model": ModelUnderTest.of(config).model_dump(mode="json"),
+        "versions": installed_versions(["lm_eval"]),
+        "kernels": {choice.operation: choice.implementation for choice in config.kernels},
+        **{name: getattr(config, name) for name in _COMPUTED_BY},
+    }
+    return dumps(facts, sort_keys=True)
+
+
+def _responses_path(record: Path) -> Path:
+    return record.with_name(f"{record.name}.responses")
+
+
+def _require_apart(record: Path | None, logits: Path | None) -> None:
+    """Refuse outputs that would replace one another."""
+    if record is None or logits is None:
+        return
+    if logits.resolve() in (record.resolve(), _responses_path(record).resolve()):
+        raise UsageError(f"--save-logits {logits} is the place of --json {record} or its answers; name another file")
 
 
 def _rows(results: Sequence[TaskResult]) -> Iterator[list[str]]:

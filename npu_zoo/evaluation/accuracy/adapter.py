@@ -138,7 +138,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         """
         windows = [self._windows(text) for text in texts]
         questions = [
-            Score(context, predicted, sink if number == 0 else None)
+            Score(context, predicted, sink if number == 0 else None, greedy=False)
             for text, sink in zip(windows, sinks or [None] * len(texts), strict=True)
             for number, (context, predicted) in enumerate(text)
         ]
@@ -194,7 +194,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         seen[repr(request.args)] += 1
         seed = (self._seed if params.seed is None else params.seed) + occurrence
         params = dataclasses.replace(params, stop=stop, seed=seed)
-        return Completion(prompt, params, self._finisher(until), self._sink(request))
+        return Completion(prompt, params, self._finisher(until), self._sink(request), until)
 
     def _finisher(self, until: list[str]) -> Callable[[str], str]:
         """What the harness does with a text: it ends before the first stop, and reasoning is no part of it."""

@@ -8,7 +8,7 @@ import functools
 import logging
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from npu_zoo.core.errors import ConfigError, NpuZooError, UsageError
 from npu_zoo.evaluation.accuracy.boolq import boolq_row
 from npu_zoo.evaluation.accuracy.harness_results import task_results
 from npu_zoo.evaluation.accuracy.local_data import Row, read_rows, split_files
+from npu_zoo.evaluation.accuracy.local_task import StoredRows, require_labels, split_fields
 from npu_zoo.evaluation.accuracy.sources import describe_data, file_digest, hash_note, require_data
 from npu_zoo.evaluation.accuracy.tasks import EVAL_TASKS, TaskOptions, TaskResult
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 LOCAL_FOLDERS = {"boolq": "super_glue/boolq"}
 """Tasks of the harness whose data comes from a file only, and where the harness keeps them."""
 _SEED = 1234  # the harness's own, for numpy, torch and examples before the question
-_SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
+_SHOWN = 5
 _HUB = "https://huggingface.co/datasets/"
 
 
@@ -58,8 +59,9 @@ class HarnessTask:
             manager = self._manager()
             self._require_known(manager)
             self._refuse_code(manager)
-            overrides = self._overrides(options)
-            self._loaded = self._load(manager, overrides)
+            overrides = self._overrides(manager, options)
+            _seed_everything()  # tasks may draw when they are loaded
+            self._loaded = self._load(manager, overrides, options.limit)
             for task in self._loaded["tasks"].values():
                 _require_no_code(task)
                 _set_fewshot(task, options.num_fewshot)
@@ -109,17 +111,30 @@ class HarnessTask:
         if unsafe:
             raise _runs_code(unsafe[0])
 
-    def _overrides(self, options: TaskOptions) -> dict[str, Any]:
+    def _overrides(self, manager: TaskManager, options: TaskOptions) -> dict[str, Any]:
         """What local data changes in the task."""
         if options.data is None and self.name not in LOCAL_FOLDERS:
             return {}
         data = require_data(self.name, options.data)
         files = split_files(data)
-        splits = {name: [row for file in named for row in self._rows(file)] for name, named in files.items()}
-        every = [file for named in files.values() for file in named]
+        fields = split_fields(files, _config(manager, self._only_member(manager)))
+        used = {name: files[name] for name in fields.values() if name}
+        rows = StoredRows({name: [row for file in named for row in self._rows(file)] for name, named in used.items()})
+        every = [file for named in used.values() for file in named]
         self._data = describe_data(data, every)
         self._notes = [note for file in every if (note := hash_note(self.name, file, file_digest(file)))]
-        return {"custom_dataset": functools.partial(_data_set, splits), **_split_fields(splits)}
+        return {"custom_dataset": rows.data_set, **fields}
+
+    def _only_member(self, manager: TaskManager) -> str:
+        """The task that rows are of; a group's tasks have rows of their own each."""
+        members = list(dict.fromkeys(_members(manager, self.name)))
+        if len(members) == 1:
+            return members[0]
+        shown = ", ".join(members[:_SHOWN]) + (" …" if len(members) > _SHOWN else "")
+        raise UsageError(
+            f"--data has the rows of one task, and {self.name} stands for {len(members)}: {shown}; name the task that "
+            "the rows are of, or several with --data TASK=PATH for each"
+        )
 
     def _rows(self, file: Path) -> list[Row]:
         rows = read_rows(file)
@@ -127,13 +142,16 @@ class HarnessTask:
             return rows
         return [_named_row(file, number, row) for number, row in enumerate(rows, 1)]
 
-    def _load(self, manager: TaskManager, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    def _load(self, manager: TaskManager, overrides: Mapping[str, Any], limit: int | None) -> dict[str, Any]:
         from lm_eval.tasks._factory import TaskFactory
 
         try:
             index = manager.task_index
             built = TaskFactory().build(index[self.name], overrides=dict(overrides) or None, registry=index)
             loaded: dict[str, Any] = manager.load(built)
+            if overrides:
+                for task in loaded["tasks"].values():
+                    require_labels(task, limit)
         except NpuZooError:
             raise
         except Exception as error:
@@ -223,24 +241,6 @@ def _config(manager: TaskManager, name: str) -> Mapping[str, Any]:
     if entry is None:  # a group's own, whose settings stand in the group
         return {}
     return load_yaml(entry.yaml_path, resolve_func=False) if entry.yaml_path else entry.cfg or {}
-
-
-def _split_fields(splits: Mapping[str, Any]) -> dict[str, str | None]:
-    """Which split a task takes for what; the examples before a question are of the training split where there is one.
-
-    The questions' own split is their test split, for then the harness leaves a question's own row out of its examples.
-    """
-    questions = next(name for name in ("test", "validation", "data", "train") if name in splits)
-    examples = "train" if "train" in splits else questions
-    values = (None, None, questions, examples)
-    return dict(zip(_SPLITS, values, strict=True))
-
-
-def _data_set(splits: Mapping[str, Sequence[Row]], **settings: Any) -> Any:
-    """What the harness takes for a data set; it gives its settings of the task, which rows do not depend on."""
-    from datasets import Dataset, DatasetDict
-
-    return DatasetDict({name: Dataset.from_list(list(rows)) for name, rows in splits.items()})
 
 
 def _named_row(file: Path, number: int, row: Row) -> Row:

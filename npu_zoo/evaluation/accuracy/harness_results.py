@@ -33,8 +33,16 @@ def task_results(found: Mapping[str, Any], *, notes: Sequence[str], data: Mappin
         )
         for name in counts
     ]
-    whole = sum(counts.values())
-    return results + [TaskResult(task=n, metrics=_metrics(found["groups"][n], whole), samples=[]) for n in groups]
+    for name in groups:
+        whole = sum(counts.get(task, 0) for task in _tasks_of(name, found["group_subtasks"]))
+        results.append(TaskResult(task=name, metrics=_metrics(found["groups"][name], whole), samples=[]))
+    return results
+
+
+def _tasks_of(name: str, members: Mapping[str, Sequence[str]]) -> set[str]:
+    """The tasks of a group and of the groups in it; a task alone is its own."""
+    within = [member for member in members.get(name, ()) if member != name]
+    return {task for member in within for task in _tasks_of(member, members)} or {name}
 
 
 def _metrics(figures: Mapping[str, Any], samples: int) -> dict[str, Metric]:
@@ -73,21 +81,39 @@ def _right(figures: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
 
 
 def _answer(sample: Mapping[str, Any]) -> JsonValue:
-    """The text of the most likely choice, or what was generated; None for texts that are only scored."""
+    """The most likely choice, or what was generated; None for texts that are only scored.
+
+    A choice is told by its text, or by its number where it stands before what is scored. Of a single continuation the
+    answer is whether it is the greedy one.
+    """
     scores = _choices(sample)
+    if len(scores) == 1:
+        return bool(sample["filtered_resps"][0][1])
     if scores:
-        best = max(range(len(scores)), key=lambda i: scores[i])
-        return str(_arguments(sample)[best][1]).strip()
+        asked = _conditional(sample, len(scores))
+        best = max(range(asked), key=lambda i: scores[i])
+        return str(_arguments(sample)[best][1]).strip() if _by_text(sample, asked) else best
     answer = sample["filtered_resps"][0]
     return answer if isinstance(answer, str) else None if isinstance(answer, (int, float, tuple)) else _plain(answer)
+
+
+def _conditional(sample: Mapping[str, Any], scored: int) -> int:
+    """How many choices there are; mutual information needs each once more, without the question."""
+    return scored // 2 if "acc_mutual_info" in sample.get("metrics", ()) else scored
+
+
+def _by_text(sample: Mapping[str, Any], asked: int) -> bool:
+    """Whether choices are told apart by what is scored."""
+    texts = [str(arguments[1]).strip() for arguments in _arguments(sample)[:asked]]
+    return len(set(texts)) == len(texts)
 
 
 def _target(sample: Mapping[str, Any]) -> JsonValue:
     """What is right; of choices that are known by number, its text."""
     target = sample["target"]
-    choices = _arguments(sample) if _choices(sample) else []
-    if isinstance(target, int) and not isinstance(target, bool) and 0 <= target < len(choices):
-        return str(choices[target][1]).strip()
+    asked = _conditional(sample, len(_choices(sample)))
+    if isinstance(target, int) and not isinstance(target, bool) and 0 <= target < asked and _by_text(sample, asked):
+        return str(_arguments(sample)[target][1]).strip()
     return _plain(target)
 
 

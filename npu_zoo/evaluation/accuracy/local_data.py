@@ -63,7 +63,7 @@ def split_files(data: Path) -> dict[str, list[Path]]:
     files = data_files(data)
     splits: dict[str, list[Path]] = {}
     for file in files:
-        splits.setdefault("data" if len(files) == 1 else _split_of(file), []).append(file)
+        splits.setdefault("data" if len(files) == 1 else split_of(file.name), []).append(file)
     return splits
 
 
@@ -81,9 +81,9 @@ def text_of(file: Path) -> str:
         raise UsageError(f"{file} is no text in UTF-8 (byte {error.start})") from None
 
 
-def _split_of(file: Path) -> str:
-    stem = file.name.lower()
-    return next((name for name, begins in _SPLITS.items() if stem.startswith(begins)), "data")
+def split_of(name: str) -> str:
+    """The split that a file's name, or another name of a split, begins with; ``data`` where it says nothing."""
+    return next((split for split, begins in _SPLITS.items() if name.lower().startswith(begins)), "data")
 
 
 def _json_rows(file: Path) -> Iterator[Row]:

@@ -15,7 +15,7 @@ from pydantic import JsonValue
 from npu_zoo.core.engine import Progress
 from npu_zoo.core.errors import UsageError
 from npu_zoo.evaluation.accuracy.local_data import data_files, read_rows, text_of
-from npu_zoo.evaluation.accuracy.scoring import LogitSink
+from npu_zoo.evaluation.accuracy.scoring import LogitSink, require_probability
 from npu_zoo.evaluation.accuracy.sources import describe_data
 from npu_zoo.evaluation.accuracy.tasks import EvalTask, Metric, TaskOptions, TaskResult
 
@@ -84,11 +84,15 @@ def perplexities(documents: Sequence[Document], scored: Sequence[Sequence[Window
 
     One that no float can hold, as words of a text without spaces may have it, is left out. The standard error is that
     of a ratio of sums over texts, or over windows where there is one text alone.
+
+    Raises:
+        EngineError: a log-probability is no number.
     """
     windows = [window for text in scored for window in text]
     texts = [(sum(w.logprob for w in text), sum(w.tokens for w in text)) for text in scored]
     tokens = sum(window.tokens for window in windows)
     logprob = sum(window.logprob for window in windows)
+    require_probability(logprob, Perplexity.name)
     error = ratio_error(texts if len(texts) > 1 else windows)
     counts = {"token": tokens, "word": sum(d.words for d in documents), "byte": sum(d.bytes for d in documents)}
     found = {

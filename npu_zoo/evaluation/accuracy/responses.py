@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -44,12 +45,12 @@ class ResponseFile(AbstractContextManager["ResponseFile"]):
         try:
             self._read()
         except BaseException:
-            self._file.close()
+            self._close()
             raise
         self.found = len(self._answers)
 
     def __exit__(self, *exc_info: object) -> None:
-        self._file.close()
+        self._close()
 
     @property
     def count(self) -> int:
@@ -72,6 +73,10 @@ class ResponseFile(AbstractContextManager["ResponseFile"]):
     def remove(self) -> None:
         """Delete the file: the run is over and its record written."""
         self.path.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        with contextlib.suppress(OSError):  # what a full disk could not take, which was said when it was put
+            self._file.close()
 
     def _append(self, line: JsonValue) -> None:
         try:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from npu_zoo import LLM
 
@@ -14,9 +16,15 @@ pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance
 
-from npu_zoo.core.errors import ConfigError, PromptLengthError
-from npu_zoo.evaluation.accuracy.adapter import EngineLM
-from npu_zoo.evaluation.accuracy.perplexity import Perplexity
+from npu_zoo.core.engine import Logprob, RequestMetrics, RequestOutput
+from npu_zoo.core.errors import ConfigError, EngineError, PromptLengthError
+from npu_zoo.core.sampling import SamplingParams
+from npu_zoo.engine.engine import NativeEngine
+from npu_zoo.engine.sampler import top_logprobs
+from npu_zoo.evaluation.accuracy.adapter import EngineLM, Window
+from npu_zoo.evaluation.accuracy.perplexity import Document, Perplexity, perplexities
+from npu_zoo.evaluation.accuracy.responses import ResponseFile
+from npu_zoo.evaluation.accuracy.scoring import Completion, Score
 from npu_zoo.evaluation.accuracy.tasks import TaskOptions
 
 BLOCK_SIZE = 16
@@ -75,6 +83,34 @@ def test_a_greedy_answer_is_a_greedy_continuation(llm: LLM) -> None:
     text = ours.generate_until(requests("generate_until", ("def f", {"max_gen_toks": 1})))[0]
     ((_, greedy),) = ours.loglikelihood(requests("loglikelihood", ("def f", text)))
     assert greedy or ours.tok_encode("def f" + text)[:-1] != ours.tok_encode("def f")
+
+
+@pytest.mark.parametrize("token", [0, 1, 2])
+def test_of_equally_likely_tokens_the_first_is_greedy(token: int) -> None:
+    logits = torch.tensor([[1.0, 2.0, 2.0]], dtype=torch.bfloat16)
+    (found,) = top_logprobs(logits, [token], [4])
+    entry = {token: Logprob(found.chosen[1], found.chosen[2]), **{name: Logprob(value, 1) for name, value in found.top}}
+    output = RequestOutput("r", None, [5, token], [], True, RequestMetrics(0.0), prompt_logprobs=[None, entry])
+    answer = Score([5], [token]).answer([output])
+    assert isinstance(answer, list)
+    assert answer[1] == (token == logits.argmax())
+
+
+def test_a_model_that_gives_no_numbers_has_no_score(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(llm.engine, NativeEngine)
+    compute = llm.engine.runner.compute_logits
+    monkeypatch.setattr(llm.engine.runner, "compute_logits", lambda hidden: compute(hidden) * math.nan)
+    with ResponseFile(tmp_path / "r", "m") as kept:
+        with pytest.raises(EngineError, match="try another --dtype"):
+            EngineLM(llm, responses=kept).loglikelihood(PAIRS[:1])
+        assert kept.count == 0
+    with pytest.raises(EngineError, match="no numbers"):
+        perplexities([Document("a", "text")], [[Window(math.nan, 2)]])
+
+
+def test_answers_that_are_cut_elsewhere_are_others() -> None:
+    params = SamplingParams(temperature=0.0)
+    assert Completion([1], params, ends=["a"]).key != Completion([1], params, ends=["b"]).key
 
 
 def test_a_context_is_computed_once(llm: LLM) -> None:

@@ -77,11 +77,16 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(logits, "_file", full)
         with pytest.raises(NpuZooError, match="No space left"):
             logits.put("t", "0", numpy.zeros((1, 4), numpy.float32))
-    with Path("/dev/full").open("wb", buffering=0) as full, ResponseFile(tmp_path / "r", "m") as kept:
+    with pytest.raises(NpuZooError, match="the same command goes on"):
+        _put_on_a_full_disk(tmp_path / "r", monkeypatch)
+
+
+def _put_on_a_full_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To close a file that could not be written fails, too."""
+    with ResponseFile(path, "m") as kept:
         kept._file.close()
-        monkeypatch.setattr(kept, "_file", full)
-        with pytest.raises(NpuZooError, match="the same command goes on"):
-            kept.put("k", 1)
+        monkeypatch.setattr(kept, "_file", Path("/dev/full").open("wb"))  # noqa: SIM115
+        kept.put("k", 1)
 
 
 def test_arguments_of_generation_are_taken_or_named() -> None:

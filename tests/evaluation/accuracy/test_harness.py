@@ -21,6 +21,7 @@ from npu_zoo.core.errors import UsageError
 from npu_zoo.evaluation.accuracy import harness
 from npu_zoo.evaluation.accuracy.boolq import boolq_row
 from npu_zoo.evaluation.accuracy.harness import HarnessTask
+from npu_zoo.evaluation.accuracy.local_task import StoredRows
 from npu_zoo.evaluation.accuracy.logits import LogitFile
 from npu_zoo.evaluation.accuracy.responses import ResponseFile
 from npu_zoo.evaluation.accuracy.tasks import TaskOptions, TaskResult
@@ -49,6 +50,29 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]"
 doc_to_target: "{{question}}"
 metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]""",
 }
+DRAWN = """\
+task: drawn
+dataset_path: none
+validation_split: validation
+test_split: null
+fewshot_split: validation
+process_docs: !function draws.shuffled
+output_type: multiple_choice
+doc_to_text: "{{question}} {{hint or ''}}"
+doc_to_target: label
+doc_to_choice: "{{choices}}"
+metric_list: [{metric: acc}]
+"""
+DRAWS = """\
+import random
+
+def _shuffled(row):
+    choices = random.sample(row["choices"], 4)
+    return {**row, "choices": choices, "label": choices.index(row["choices"][0]) if row["label"] == 0 else -1}
+
+def shuffled(rows):
+    return rows.map(_shuffled)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +85,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text = YAML.format(name=name, data=data, cache=made / "cache", rest=rest)
         (made / f"{name}.yaml").write_text(text, "utf-8")
     (made / "all.yaml").write_text(f"group: everything\ntask: [{', '.join(TASKS)}]\n", "utf-8")
+    (made / "drawn.yaml").write_text(DRAWN, "utf-8")
+    (made / "draws.py").write_text(DRAWS, "utf-8")
     unsafe = YAML.format(name="unsafe", data=data, cache=made / "cache", rest=TASKS["words"] + "\nunsafe_code: true")
     (made / "unsafe.yaml").write_text(unsafe, "utf-8")
     return made
@@ -108,6 +134,26 @@ def test_boolq_takes_every_form_of_its_rows(llm: LLM, folder: Path, tmp_path: Pa
     assert [sample["target"] for sample in result.samples] == ["yes" if row["answer"] else "no" for row in ROWS[:4]]
     assert result.metrics["acc"].value == sum(right) / 4
     assert "is none of the files known for boolq" in result.notes[0]
+
+
+def test_local_rows_are_asked_and_judged_by_one_draw(llm: LLM, folder: Path, tmp_path: Path) -> None:
+    """Of the split that the task names, though there is another one, which has no labels."""
+    rows: list[dict[str, Any]] = [
+        {"question": f"number {n}?", "choices": [f"{n} is right", "no", "nor this", "never"], "label": 0}
+        for n in range(8)
+    ]
+    (tmp_path / "test.json").write_text(json.dumps([{**row, "label": -1, "hint": ""} for row in rows]), "utf-8")
+    (tmp_path / "validation.json").write_text(json.dumps([*rows[:7], {**rows[7], "hint": "a hint"}]), "utf-8")
+    (result,) = run(llm, HarnessTask("drawn", folder), TaskOptions(data=tmp_path, num_fewshot=1))
+    assert [sample["target"] for sample in result.samples] == [row["choices"][0] for row in rows]
+    assert result.data["path"] == str(tmp_path)
+    with pytest.raises(UsageError, match=r"row 1 of its data split has the label -1, and its choices are '"):
+        HarnessTask("drawn", folder).check(TaskOptions(data=tmp_path / "test.json"))
+
+
+def test_a_key_that_the_first_row_lacks_is_kept() -> None:
+    rows = StoredRows({"test": [{"a": 1}, {"a": 2, "b": "x"}]})
+    assert rows.data_set()["test"].to_list() == [{"a": 1, "b": None}, {"a": 2, "b": "x"}]
 
 
 def test_the_shared_rows_of_boolq_are_one_data_set(test_data: Path) -> None:
@@ -194,6 +240,8 @@ def test_what_cannot_run_is_refused(folder: Path, tmp_path: Path) -> None:
         HarnessTask("boolq").check(TaskOptions())
     with pytest.raises(UsageError, match=r"nothing does not exist; download https"):
         HarnessTask("boolq").check(TaskOptions(data=tmp_path / "nothing"))
+    with pytest.raises(UsageError, match=r"everything stands for 3: choices, words, texts; name the task"):
+        HarnessTask("everything", folder).check(TaskOptions(data=folder / "rows.jsonl"))
     with pytest.raises(UsageError, match=r"6 examples before each question, and its data set has 5"):
         HarnessTask("choices", folder).check(TaskOptions(num_fewshot=6))
     rows = tmp_path / "rows.jsonl"
