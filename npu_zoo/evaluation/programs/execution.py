@@ -7,23 +7,28 @@ from __future__ import annotations
 
 import builtins
 import io
+import mmap
 import os
 import random
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 PROGRAM, TESTS = "<program>", "<tests>"
 MESSAGE_LENGTH = 1000
 OUTPUT_LENGTH = 4000
+RESERVE = 8 << 20
+
+_traceback_of = BaseException.__dict__["__traceback__"].__get__  # an exception's class may have another
 
 
-class Report(NamedTuple):
-    """How a program ended, as it says itself: ``status`` is ``passed``, ``failed`` or ``out of memory``."""
+class Job(NamedTuple):
+    """A program to run; the fields are those of :class:`npu_zoo.evaluation.programs.sandbox.Program`."""
 
-    status: str
-    message: str
+    source: str
+    tests: str
+    entry_point: str
 
 
 class OutputStart(io.RawIOBase):
@@ -45,45 +50,98 @@ class OutputStart(io.RawIOBase):
         return len(data)
 
 
-def run_and_report(source: str, tests: str, token: int, channel: int) -> None:
-    """Run a program, then its tests in the same module, and end the process.
+def set_aside() -> mmap.mmap:
+    """Room that a report is made in where a program leaves none; to be taken before memory is limited."""
+    return mmap.mmap(-1, RESERVE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def run_and_report(job: Job, token: int, channel: int, reserve: mmap.mmap) -> None:
+    """Run a program and its tests and end the process.
+
+    Whatever leaves this function by an exception is the program's doing.
 
     Args:
         token: a descriptor with the secret that a report begins with; it is read when the tests have ended.
         channel: the descriptor that the report goes to.
+        reserve: of :func:`set_aside`.
     """
-    leave, read, write = os._exit, os.read, os.write
     output = OutputStart()
-    execute = _executor(output)
-    report = execute(source, tests)
-    secret = read(token, 64)
-    parts = (report.status, report.message[:MESSAGE_LENGTH], output.kept.decode("utf-8", "replace"))
-    write(channel, secret + b"\0".join(part.replace("\0", "").encode("utf-8", "replace") for part in parts))
-    leave(0)
-
-
-def _executor(output: OutputStart) -> Callable[[str, str], Report]:
-    """What runs a program; the program can change the names of modules, and this has its own."""
-    names = dict(builtins.__dict__)
-    restore = _restorer(names)
-    describe = _describe
-
-    def execute(source: str, tests: str) -> Report:
-        module = _fresh_module(output)
-        try:
-            exec(compile(source, PROGRAM, "exec", dont_inherit=True), module.__dict__)
-            restore()
-            exec(compile(tests, TESTS, "exec", dont_inherit=True), module.__dict__)
-            return Report("passed", "")
-        except MemoryError:
-            status, message = "out of memory", "MemoryError"
-        except BaseException as error:
-            restore()
-            status, message = "failed", describe(error, tests)
+    restore, describe = _restorer(dict(builtins.__dict__)), _describe
+    finish = _reporter(output, token, channel)
+    try:
+        _run(job, _fresh_module(output), restore)
+        status, message = "passed", ""
+        reserve.close()
+    except MemoryError:
+        reserve.close()
+        status, message = "out of memory", "MemoryError"
+    except BaseException as error:
+        reserve.close()
         restore()
-        return Report(status, message)
+        status, message = "failed", describe(error, job.tests)
+    restore()
+    finish(status, message)
 
-    return execute
+
+def _run(job: Job, module: types.ModuleType, restore: Callable[[], None]) -> None:
+    execute, names = exec, module.__dict__
+    tests = compile(job.tests, TESTS, "exec", dont_inherit=True)
+    prepared = _prepared(tests) if job.entry_point else {}
+    execute(compile(job.source, PROGRAM, "exec", dont_inherit=True), names)
+    restore()
+    if not job.entry_point:
+        execute(tests, names)
+    elif job.entry_point in names:
+        prepared["check"](names[job.entry_point])
+    else:
+        raise NameError(f"name {job.entry_point!r} is not defined")
+
+
+def _reporter(output: OutputStart, token: int, channel: int) -> Callable[[str, str], None]:
+    """What hands over a report and ends the process, with the functions that this takes."""
+    leave, read, write = os._exit, os.read, os.write
+
+    def finish(status: str, message: str) -> None:
+        parts = (status, message[:MESSAGE_LENGTH], output.kept.decode("utf-8", "replace"))
+        report = b"\0".join(part.replace("\0", "").encode("utf-8", "replace") for part in parts)
+        write(channel, read(token, 64) + report)
+        leave(0)
+
+    return finish
+
+
+def _prepared(code: types.CodeType) -> dict[str, Any]:
+    """The names that tests define in a module of their own, with builtins and modules that are copies."""
+    find = _importer()
+    for name in _names_of(code):
+        if name in sys.modules:
+            find(name)
+    names: dict[str, Any] = {"__name__": "tests", "__builtins__": builtins.__dict__ | {"__import__": find}}
+    exec(code, names)
+    return names
+
+
+def _importer() -> Callable[..., types.ModuleType]:
+    """An ``__import__`` that gives copies of modules as they were when they were first asked for."""
+    find, make = builtins.__import__, types.ModuleType
+    copies: dict[str, types.ModuleType] = {}
+
+    def find_copy(*asked: Any, **more: Any) -> types.ModuleType:
+        module = find(*asked, **more)
+        name = module.__name__
+        if name not in copies:
+            copies[name] = make(name)
+            copies[name].__dict__.update(module.__dict__)
+        return copies[name]
+
+    return find_copy
+
+
+def _names_of(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names_of(constant)
 
 
 def _restorer(names: dict[str, Any]) -> Callable[[], None]:
@@ -116,15 +174,18 @@ def _describe(error: BaseException, tests: str) -> str:
         text = f"{type(error).__name__}: {error}".removesuffix(": ")
     except BaseException:
         text = "an exception that cannot be shown"
-    line = _line_of_tests(error, tests)
+    try:
+        line = _line_of_tests(error, tests)
+    except BaseException:
+        line = ""
     return f"{text[: MESSAGE_LENGTH // 2]} at: {line}" if line else text
 
 
 def _line_of_tests(error: BaseException, tests: str) -> str:
-    number, trace = 0, error.__traceback__
+    number, trace = 0, _traceback_of(error)
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == TESTS:
             number = trace.tb_lineno
         trace = trace.tb_next
-    lines = tests.splitlines()
+    lines = tests.split("\n")
     return lines[number - 1].strip()[: MESSAGE_LENGTH // 4] if 0 < number <= len(lines) else ""

@@ -15,7 +15,10 @@ STOP_SEQUENCES = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\nas
 
 _FENCE = re.compile(r"^(?P<indent>[ \t]*)(?P<fence>`{3,}|~{3,})[ \t]*[\w+#.-]*[ \t]*$")
 _CODE_BEGINS = re.compile(r"^(?:from\s+\S+\s+import\b|import\s|def\s|async\s+def\s|class\s|@)")
-_KEPT = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+_DEFINING = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+_KEPT = (*_DEFINING, ast.Assign, ast.AnnAssign, ast.AugAssign)
+_PRINTING = {"print", "pprint"}
+_LEAVING = {"input", "exit", "quit", "unittest", "doctest"}
 
 
 def program_of_completion(problem: Problem, completion: str) -> str:
@@ -29,9 +32,10 @@ def program_of_answer(problem: Problem, answer: str, rules: EvaluationFormat) ->
 
     A code block that defines the function is taken, else a text that does, each with what the prompt has before the
     function: its imports and the functions that it may use. What holds neither is taken for the function's body. Of a
-    program, statements that only do something, such as examples of use, are dropped.
+    program, statements at its top that use the function, test, print or wait for input are dropped.
     """
-    text = answer.replace("\t", "    ") if rules.tabs else answer
+    text = answer.replace("\r\n", "\n").replace("\r", "\n")
+    text = text.replace("\t", "    ") if rules.tabs else text
     blocks = list(code_blocks(text))
     defining = [block for block in blocks if _defines(block, problem.entry_point)]
     if defining:
@@ -46,7 +50,7 @@ def code_blocks(text: str) -> Iterator[str]:
     """The contents of fenced code blocks, without the fences' indentation; one that is not closed runs to the end."""
     lines: list[str] = []
     opened: re.Match[str] | None = None
-    for line in text.splitlines():
+    for line in text.split("\n"):
         found = _FENCE.match(line)
         if opened is None:
             opened, lines = found, []
@@ -70,24 +74,47 @@ def _defines(source: str, name: str) -> bool:
 def _whole(problem: Problem, source: str) -> str:
     """What the prompt has before the function, and a source that defines it."""
     before = re.split(rf"^(?=def[ \t]+{problem.entry_point}[ \t]*\()", problem.prompt, maxsplit=1, flags=re.MULTILINE)
-    return before[0] + _without_doings(textwrap.dedent(source))
+    return before[0] + _without_doings(textwrap.dedent(source), problem.entry_point)
 
 
-def _without_doings(source: str) -> str:
-    """A source without its top-level statements that define nothing; as it is where it does not parse."""
+def _without_doings(source: str, entry_point: str) -> str:
+    """A source whose top-level examples, tests and dialogues are ``pass``; as it is where it does not parse."""
     tree = _parsed(source)
     if tree is None:
         return source
-    lines = source.splitlines()
-    for node in tree.body:
-        if not isinstance(node, (*_KEPT, ast.Try)) and not _guards_imports(node):
-            lines[node.lineno - 1 : node.end_lineno] = [""] * ((node.end_lineno or node.lineno) - node.lineno + 1)
-    kept = "\n".join(lines) + "\n"
+    users = _users(tree, entry_point)
+    lines = [line.encode() for line in source.split("\n")]
+    for node in reversed(tree.body):
+        if _is_doing(node, users):
+            first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
+            lines[first : last + 1] = [lines[first][: node.col_offset] + b"pass" + lines[last][node.end_col_offset :]]
+    kept = b"\n".join(lines).decode()
     return kept if _parsed(kept) else source
 
 
-def _guards_imports(node: ast.stmt) -> bool:
-    return isinstance(node, ast.If) and all(isinstance(inner, _KEPT) for inner in node.body)
+def _is_doing(node: ast.stmt, users: set[str]) -> bool:
+    """Whether a statement only uses the function, tests it, prints, or waits for input."""
+    if isinstance(node, ast.Assert) or (isinstance(node, ast.If) and "__name__" in _names(node.test)):
+        return True
+    if isinstance(node, _KEPT) or any(isinstance(inner, _DEFINING) for inner in ast.walk(node)):
+        return False
+    return not _names(node).isdisjoint(users | _PRINTING if isinstance(node, ast.Expr) else users)
+
+
+def _users(tree: ast.Module, entry_point: str) -> set[str]:
+    """Names whose use makes a statement a doing: the function, what waits or leaves, and functions that use these."""
+    users, before = {entry_point, *_LEAVING}, 0
+    while len(users) > before:
+        before = len(users)
+        functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+        users |= {function.name for function in functions if not _names(function).isdisjoint(users)}
+    return users
+
+
+def _names(node: ast.AST) -> set[str]:
+    inner = list(ast.walk(node))
+    attributes = {one.attr for one in inner if isinstance(one, ast.Attribute)}
+    return attributes | {one.id for one in inner if isinstance(one, ast.Name)}
 
 
 def _with_body(problem: Problem, body: str) -> str:
@@ -109,7 +136,7 @@ def _has_body(program: str, name: str) -> bool:
 
 def _code_in(text: str) -> str:
     """The longest code that parses from the first line that looks like a module's; empty where there is none."""
-    lines = text.splitlines()
+    lines = text.split("\n")
     start = next((number for number, line in enumerate(lines) if _CODE_BEGINS.match(line)), len(lines))
     for end in range(len(lines), start, -1):
         source = "\n".join(lines[start:end]) + "\n"

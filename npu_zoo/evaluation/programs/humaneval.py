@@ -15,35 +15,39 @@ from npu_zoo.evaluation.programs.sandbox import Program
 _TEXTS = ("task_id", "prompt", "entry_point", "canonical_solution")
 
 _COMPARISON = """
+from json import loads
+
+def close(got, due, tolerance):
+    return abs(got - due) <= tolerance + 1e-7 * abs(due)
+
+def floats(value):
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return bool(items) and all(isinstance(item, float) for item in items)
+
+def agree(got, due, tolerance):
+    if got == due:
+        return True
+    tolerance = tolerance or (1e-6 if floats(due) else 0)
+    if not tolerance or type(got) is not type(due):
+        return False
+    if not isinstance(due, (list, tuple)):
+        return close(got, due, tolerance)
+    return len(got) == len(due) and all(close(*pair, tolerance) for pair in zip(got, due))
+
+module = {{}}
+exec({reference!r}, module)
+reference = module[{entry_point!r}]
+texts = {texts!r}
+inputs = [loads(text) for text in texts]
+answers = [{answer} for text in texts]
+
 def check(candidate):
-    import copy, json
-
-    def close(got, due, tolerance):
-        return abs(got - due) <= tolerance + 1e-7 * abs(due)
-
-    def floats(value):
-        items = value if isinstance(value, (list, tuple)) else [value]
-        return bool(items) and all(isinstance(item, float) for item in items)
-
-    def agree(got, due, tolerance):
-        if got == due:
-            return True
-        tolerance = tolerance or (1e-6 if floats(due) else 0)
-        if not tolerance or type(got) is not type(due):
-            return False
-        if not isinstance(due, (list, tuple)):
-            return close(got, due, tolerance)
-        return len(got) == len(due) and all(close(*pair, tolerance) for pair in zip(got, due))
-
-    module = {{}}
-    exec({reference!r}, module)
-    reference = module[{entry_point!r}]
-    for arguments in json.loads({arguments!r}):
-        got = candidate(*copy.deepcopy(arguments))
-        {verdict}
+    for text, arguments, due in zip(texts, inputs, answers):
+        got = candidate(*arguments)
+        assert {verdict}, text[:200]
 """
-_EQUAL = "assert agree(got, reference(*copy.deepcopy(arguments)), {tolerance!r}), str(arguments)[:200]"
-_ROOT = "assert abs(module['poly'](*copy.deepcopy(arguments), got)) <= {tolerance!r}, str(arguments)[:200]"
+_EQUAL = ("reference(*loads(text))", "agree(got, due, {tolerance!r})")
+_ROOT = ("loads(text)", "abs(module['poly'](*due, got)) <= {tolerance!r}")
 _ROOT_FINDERS = ("find_zero",)
 """Entry points whose answer is any root of the polynomial that they are given."""
 
@@ -56,7 +60,8 @@ class Problem:
         task_id: such as ``HumanEval/0``.
         prompt: imports, perhaps functions that it may use, its signature and its docstring.
         canonical_solution: a body that is right.
-        tests: source that defines ``check(candidate)``, which raises where the candidate is wrong.
+        tests: source that defines ``check(candidate)``, which raises where the candidate is wrong. It stands by itself:
+            it begins with the canonical program, whose other functions it may use.
     """
 
     task_id: str
@@ -67,7 +72,7 @@ class Problem:
 
     def program(self, source: str) -> Program:
         """A program that is said to hold the function, with the tests."""
-        return Program(source, f"{self.tests}\ncheck({self.entry_point})\n")
+        return Program(source, self.tests, self.entry_point)
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,11 @@ def _tests(where: str, row: Row) -> str:
         return _comparison(where, row)
     if not isinstance(row.get("test"), str):
         raise UsageError(f"{where}: test is {_given(row, 'test')}; a text is due, or base_input and plus_input")
-    return str(row["test"])
+    return f"exec({_canonical(row)!r})\n{row['test']}"
+
+
+def _canonical(row: Row) -> str:
+    return f"{row['prompt']}{row['canonical_solution']}"
 
 
 def _comparison(where: str, row: Row) -> str:
@@ -137,11 +146,12 @@ def _comparison(where: str, row: Row) -> str:
     tolerance = row.get("atol", 0)
     if not isinstance(tolerance, (int, float)) or isinstance(tolerance, bool):
         raise UsageError(f"{where}: atol is {_given(row, 'atol')}; a number is due")
-    verdict = _ROOT if row["entry_point"] in _ROOT_FINDERS else _EQUAL
+    answer, verdict = _ROOT if row["entry_point"] in _ROOT_FINDERS else _EQUAL
     return _COMPARISON.format(
-        reference=row["prompt"] + row["canonical_solution"],
+        reference=_canonical(row),
         entry_point=row["entry_point"],
-        arguments=json.dumps(arguments),
+        texts=[json.dumps(one) for one in arguments],
+        answer=answer,
         verdict=verdict.format(tolerance=tolerance),
     )
 

@@ -53,10 +53,16 @@ class Limits:
 
 @dataclass(frozen=True)
 class Program:
-    """A program's source, and the source of the tests that run after it in the same module."""
+    """A program, and what it is tested with.
+
+    Attributes:
+        tests: source that runs after the program in the same module; with ``entry_point``, before it and in a module of
+            its own, and the function ``check`` that it defines is called with what the program has by that name.
+    """
 
     source: str
     tests: str = ""
+    entry_point: str = ""
 
 
 @dataclass(frozen=True)

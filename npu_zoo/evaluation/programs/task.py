@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from npu_zoo.core.config import EngineConfig
-from npu_zoo.core.engine import Progress, RequestOutput
+from npu_zoo.core.engine import GenerationRequest, Progress, RequestOutput
 from npu_zoo.core.errors import UsageError, validation_lines
 from npu_zoo.core.model_config import EvaluationFormat, ReasoningFormat
 from npu_zoo.core.sampling import SamplingParams
+from npu_zoo.evaluation.accuracy.questions import ask_all
+from npu_zoo.evaluation.accuracy.scoring import LogitSink
 from npu_zoo.evaluation.accuracy.sources import hash_note, require_data
-from npu_zoo.evaluation.accuracy.tasks import EvalTask, Metric, Responses, TaskOptions, TaskResult
+from npu_zoo.evaluation.accuracy.tasks import EvalTask, Logits, Metric, TaskOptions, TaskResult
 from npu_zoo.evaluation.programs.extraction import STOP_SEQUENCES, program_of_answer, program_of_completion
 from npu_zoo.evaluation.programs.humaneval import Problem, ProblemSet, read_problems
 from npu_zoo.evaluation.programs.infilling import FORMS
@@ -27,6 +30,7 @@ from npu_zoo.registry import get_registry
 
 if TYPE_CHECKING:
     from npu_zoo.engine.llm import LLM
+    from npu_zoo.engine.prompting import PromptEncoder
 
 DEFAULT_FORMAT = EvaluationFormat(
     instruction="Complete this Python function. Answer with one code block that holds the whole function and what it "
@@ -115,6 +119,10 @@ class Request:
     source: Callable[[str], str]
     due: str | None = None
 
+    def sample_id(self, number: int) -> str:
+        """What a record calls one of its programs."""
+        return self.id if self.params.n == 1 else f"{self.id}#{number}"
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -131,13 +139,13 @@ class Sample:
         """Whether the answer is the text that was due."""
         return self.request.due is not None and self.answer.strip() == self.request.due.strip()
 
-    def row(self, task: str, count: int) -> dict[str, JsonValue]:
+    def row(self, task: str) -> dict[str, JsonValue]:
         """What a record keeps of it."""
         digest = hashlib.sha256(json.dumps(self.request.prompt).encode()).hexdigest()
         exact: dict[str, JsonValue] = {} if self.request.due is None else {"exact_match": self.exact}
         return {
             "task": task,
-            "id": self.request.id if count == 1 else f"{self.request.id}#{self.number}",
+            "id": self.request.sample_id(self.number),
             "prompt_hash": digest,
             "answer": self.answer,
             "program": self.source,
@@ -172,7 +180,7 @@ class ProgramTask(EvalTask):
         """Ask for all programs, then run them; see the base class."""
         settings, problems = self.settings(options), self.problems(options)
         requests = self.requests(llm, problems.problems[: options.limit], settings, options)
-        answers = ask(llm, requests, options.responses, progress, self.name)
+        answers = ask(llm, requests, options, progress, self.name)
         written = [
             (request, number, answer, request.source(answer))
             for request, given in zip(requests, answers, strict=True)
@@ -187,7 +195,7 @@ class ProgramTask(EvalTask):
         return TaskResult(
             task=self.name,
             metrics=self.metrics(samples, settings),
-            samples=[sample.row(self.name, settings.n) for sample in samples],
+            samples=[sample.row(self.name) for sample in samples],
             notes=[boundaries, *([note] if note else [])],
             data={"file": problems.file.name, "sha256": problems.sha256},
         )
@@ -301,38 +309,48 @@ def evaluation_format(config: EngineConfig) -> EvaluationFormat:
     return (variant.evaluation if variant else None) or family.evaluation or DEFAULT_FORMAT
 
 
-def ask(
-    llm: LLM, requests: Sequence[Request], responses: Responses | None, progress: Progress, task: str
-) -> list[list[str]]:
+class Asking:
+    """A request as a question to the engine; its answer is the texts, without reasoning.
+
+    Args:
+        sink: takes the logits of the first token; None where they are not asked for.
+    """
+
+    def __init__(self, encoder: PromptEncoder, task: str, request: Request, logits: Logits | None) -> None:
+        self.key = _key(task, request)
+        self._request, self._encoder, self._reasoning = request, encoder, encoder.config.reasoning
+        self._sink = LogitSink(logits, task, request.sample_id(0)) if logits else None
+
+    def prepare(self) -> Sequence[GenerationRequest]:
+        """One request."""
+        prompt, params = self._request.prompt, self._request.params
+        tokens = self._encoder.encode(prompt)
+        if self._sink is not None:
+            params = dataclasses.replace(
+                params, prompt_logprobs=0, prompt_logprobs_start=len(tokens), prompt_logits=True
+            )
+        return [GenerationRequest(self.key, tokens, params)]
+
+    def answer(self, outputs: Sequence[RequestOutput]) -> JsonValue:
+        """A text for each program."""
+        output = outputs[0]
+        if self._sink is not None:
+            self._sink.put(output.prompt_logits)
+        return [_answer(output, index, self._reasoning) for index in range(len(output.outputs))]
+
+
+def ask(llm: LLM, requests: Sequence[Request], options: TaskOptions, progress: Progress, task: str) -> list[list[str]]:
     """Every request's answers, without reasoning; those that were kept are not asked for again.
 
     Raises:
         KeyboardInterrupt: the answers so far are kept.
     """
-    keys = [_key(task, request) for request in requests]
-    answers = {key: kept for key in keys if (kept := _kept(responses, key)) is not None}
-    missing = [(key, request) for key, request in zip(keys, requests, strict=True) if key not in answers]
-    waiting: dict[str, list[str]] = {}
-    for key, request in missing:
-        waiting.setdefault(_identity(request.prompt), []).append(key)
-    done = len(requests) - len(missing)
-    progress("answers", done, len(requests))
+    from npu_zoo.engine.prompting import PromptEncoder
 
-    def on_output(output: RequestOutput) -> None:
-        if output.finished:
-            nonlocal done
-            done += 1
-            given = [_answer(output, index, llm.engine.config.reasoning) for index in range(len(output.outputs))]
-            key = waiting[_identity_of(output)].pop()
-            answers[key] = given
-            if responses is not None:
-                responses.put(key, list(given))
-            progress("answers", done, len(requests))
-
-    if missing:
-        asked = [request for _, request in missing]
-        llm.generate([one.prompt for one in asked], [one.params for one in asked], on_output=on_output)
-    return [answers[key] for key in keys]
+    encoder = PromptEncoder(llm.engine.config, llm.engine.explain().get("max_model_len"))
+    questions = [Asking(encoder, task, request, options.logits) for request in requests]
+    answers = ask_all(llm.engine, questions, stage="answers", progress=progress, responses=options.responses)
+    return cast("list[list[str]]", answers)
 
 
 def run_programs(sandbox: Sandbox, programs: Sequence[Program], progress: Progress) -> list[ProgramResult]:
@@ -353,19 +371,6 @@ def run_programs(sandbox: Sandbox, programs: Sequence[Program], progress: Progre
 def _key(task: str, request: Request) -> str:
     described = json.dumps([request.prompt, repr(request.params)])
     return f"{task}:{request.id}:{hashlib.sha256(described.encode()).hexdigest()[:16]}"
-
-
-def _kept(responses: Responses | None, key: str) -> list[str] | None:
-    kept = responses.get(key) if responses is not None else None
-    return [str(one) for one in kept] if isinstance(kept, list) else None
-
-
-def _identity(prompt: str | Sequence[int]) -> str:
-    return prompt if isinstance(prompt, str) else " ".join(map(str, prompt))
-
-
-def _identity_of(output: RequestOutput) -> str:
-    return _identity(output.prompt_token_ids if output.prompt is None else output.prompt)
 
 
 def _answer(output: RequestOutput, index: int, reasoning: ReasoningFormat | None) -> str:

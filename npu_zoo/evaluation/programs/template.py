@@ -12,6 +12,7 @@ import fcntl
 import gc
 import importlib
 import json
+import mmap
 import os
 import resource
 import secrets
@@ -28,13 +29,15 @@ from pathlib import Path
 from typing import Any
 
 from npu_zoo.evaluation.programs import confinement
-from npu_zoo.evaluation.programs.execution import run_and_report
+from npu_zoo.evaluation.programs.execution import Job, run_and_report, set_aside
 
 SYSTEM_FOLDERS = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/share/zoneinfo")
 SYSTEM_FILES = ("/dev/null", "/dev/urandom", "/etc/ld.so.cache", "/etc/localtime")
 SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_TO_END = 0.1
 REPORT_LENGTH = 64 * 1024
+CONFINED, UNCONFINED = b"confined: ", b"unconfined: "
+"""What a report begins with, which is written before the program runs."""
 
 PRELOADED = (
     "abc argparse array ast base64 binascii bisect builtins calendar cmath collections collections.abc colorsys "
@@ -136,7 +139,8 @@ class Template:
     def probe(self) -> str:
         """What a child can reach that it must not; empty where the boundaries hold."""
         child = self._fork(
-            {"id": -1, "source": PROBE, "tests": "", "seconds": 20.0, "cpu_seconds": 10, "memory": 2**28}
+            {"id": -1, "seconds": 20.0, "cpu_seconds": 10, "memory": 2**28}
+            | Job(source=PROBE, tests="", entry_point="")._asdict()
         )
         while self._read(child) and time.monotonic() < child.deadline:
             pass
@@ -185,21 +189,31 @@ class Template:
 
     def _become(self, request: dict[str, Any], template: int, token: int, channel: int) -> None:
         """Be a program; does not return."""
+        leave = os._exit
+        try:
+            token, channel, reserve = self._confine(request, template, token, channel)
+            run_and_report(Job(*(request[name] for name in Job._fields)), token, channel, reserve)
+        finally:
+            leave(1)
+
+    def _confine(self, request: dict[str, Any], template: int, token: int, channel: int) -> tuple[int, int, mmap.mmap]:
+        """Close the boundaries around this process, and say so before a program can say anything."""
         try:
             os.setsid()
+            gc.freeze()  # garbage of the parent's may hold descriptors whose numbers are others' from here on
             token, channel, ruleset = _only_these(token, channel, self._ruleset)
             confinement.be_the_first_to_go()
+            reserve = set_aside()
             confinement.limit_resources(request["memory"], request["cpu_seconds"])
             confinement.drop_capabilities()
             confinement.die_with_parent(template)
             confinement.lock(ruleset)
-            self.__dict__.clear()
-            run_and_report(request["source"], request["tests"], token, channel)
         except BaseException as error:
-            with contextlib.suppress(OSError):
-                os.write(channel, f"unconfined: {error}".encode())
-        finally:
-            os._exit(1)
+            os.write(channel, UNCONFINED + str(error).encode())
+            raise
+        os.write(channel, CONFINED)
+        self.__dict__.clear()
+        return token, channel, reserve
 
     def _listen(self, child: Child) -> None:
         if not self._read(child) or len(child.report) > REPORT_LENGTH:
@@ -247,11 +261,12 @@ def _wait(pid: int, patience: float) -> tuple[int, resource.struct_rusage, bool]
 
 def _outcome(child: Child, status: int, late: bool, closed: bool, spent: float) -> dict[str, str]:
     report, request = bytes(child.report), child.request
-    if report.startswith(child.secret):
-        parts = report[len(child.secret) :].decode("utf-8", "replace").split("\0")
+    begins = CONFINED + child.secret
+    if report.startswith(begins):
+        parts = report[len(begins) :].decode("utf-8", "replace").split("\0")
         if len(parts) == 3 and parts[0] in ("passed", "failed", "out of memory"):
             return dict(zip(("status", "message", "output"), parts, strict=True))
-    if report.startswith(b"unconfined: "):
+    if report.startswith(UNCONFINED):
         return _ended("unconfined", report.decode("utf-8", "replace"))
     if late:
         return _ended("timed out", f"it ran for more than {request['seconds']:g} s")

@@ -41,6 +41,8 @@ PROGRAMS = {
     # memory and time
     "memory at once": Hostile("x = bytearray(1 << 44)", "out of memory", "MemoryError"),
     "memory in steps": Hostile("x = []\nwhile True: x.append(bytearray(1 << 20))", "out of memory", "MemoryError"),
+    "memory in small pieces": Hostile("x = []\nwhile True: x.append([bytes(400)])", "out of memory", "MemoryError"),
+    "memory in depth": Hostile("x = None\nwhile True: x = (x, bytes(400))", "out of memory", "MemoryError"),
     "memory mapped": Hostile(
         "import mmap\nx = [mmap.mmap(-1, 1 << 28) for _ in range(99)]", "failed", "Cannot allocate"
     ),
@@ -149,6 +151,23 @@ PROGRAMS = {
     ),
     "spoils unittest": Hostile(
         "import unittest\nunittest.TestCase.assertEqual = lambda *a: None", "failed", "NameError"
+    ),
+    "says that it is not confined": Hostile(
+        "import os\nfor n in range(64):\n  try: os.write(n, b'unconfined: x')\n  except OSError: pass\nos._exit(1)",
+        "failed",
+        "before its tests",
+    ),
+    "an error whose trace exits": Hostile(
+        "class E(Exception):\n  @property\n  def __traceback__(self): raise SystemExit\nraise E('no trace')",
+        "failed",
+        "no trace",
+    ),
+    "an error in the reporter": Hostile(
+        "import os, sys\nos._exit = lambda *a: None\n"
+        "def profile(frame, *a):\n  if frame.f_code.co_name == 'finish': raise SystemExit\n"
+        "sys.setprofile(profile)\nraise KeyError",
+        "failed",
+        "exit status 1",
     ),
     "an error without words": Hostile(
         "class E(Exception):\n  def __str__(self): raise SystemExit\nraise E", "failed", "cannot be shown"

@@ -67,6 +67,25 @@ def test_answers_hold_the_function(answer: str) -> None:
     assert answer_of(program_of_answer(PROBLEM, answer, RULES)) == 2
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import sys; sys.setrecursionlimit(2000)\nTABLE = {{}}\nfor i in range(5):\n    TABLE[i] = i\n{whole}",
+        "TABLE = dict()\nTABLE.update({{2: 2}})\n{whole}",
+        "TABLE = {{}}\nTABLE |= {{2: 2}}\n{whole}",
+        "TABLE = {{}}\nwith __import__('contextlib').suppress(OSError):\n    TABLE[2] = 2\n{whole}",
+        "print('é', 1); TABLE = {{2: 2}}; print(\n'é')\n{whole}",
+        "TABLE = {{2: 2}}\n# a\fpage\u2028ends\n{whole}print(down(2), 1 / 0)\n",
+        "TABLE = {{2: 2}}\n{whole}def main():\n    print(down(float(input())))\n\n\nmain()\n",
+        "TABLE = {{2: 2}}\n{whole}if __name__ != 'x':\n    def other(): pass\n    1 / 0\n",
+        "TABLE = {{2: 2}}\n{whole}try:\n    down('x') / 0\nexcept OSError:\n    pass\nwhile True:\n    input()\n",
+    ],
+)
+def test_what_an_answer_needs_is_kept_and_its_examples_are_not(source: str) -> None:
+    whole = "def down(x):\n    return TABLE[floor(helper(x))]\n"
+    assert answer_of(program_of_answer(PROBLEM, f"```python\n{source.format(whole=whole)}```", RULES)) == 2
+
+
 def test_which_of_two_definitions_is_a_family_s_rule() -> None:
     text = f"```python\ndef down(x):\n    return 1\n```\nBetter:\n```python\n{DEFINITION}```"
     assert answer_of(program_of_answer(PROBLEM, text, RULES)) == 1

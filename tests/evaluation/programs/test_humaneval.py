@@ -95,6 +95,41 @@ def test_answers_of_humaneval_plus_agree_as_evalplus_has_it(
     assert sandbox.run_all([problem.program(problem.prompt + body)])[0].status == status
 
 
+PATCHES = {
+    "a parser": "import json\njson.loads = lambda text: []\n",
+    "a copier": "import copy\ncopy.deepcopy = lambda value: value\n",
+    "builtins": "import builtins\nabs = builtins.abs = builtins.len = lambda x: 0\nzip = lambda *a: []\n",
+    "a module": "import math\nmath.fabs = lambda x: 0.0\n",
+    "a helper": "def near(*a): return True\ndef check(f): pass\n",
+}
+WORKING = "    import builtins, math\n    builtins.abs = math.fabs = builtins.all = lambda *a: 0\n"
+NEAR = {
+    "prompt": f"import math\n\n\ndef near(x, y):\n    return math.fabs(x - y) < 1e-6\n\n\n{ROW['prompt']}",
+    "test": "def check(candidate):\n    import math\n    assert near(candidate(3), 1.5)\n"
+    "    assert abs(candidate(3) - 1.5) < 1e-6 and math.fabs(candidate(3) - 1.5) < 1e-6\n",
+}
+
+
+def test_a_program_cannot_change_what_its_tests_use(sandbox: Sandbox, tmp_path: Path) -> None:
+    rows = [ROW | NEAR, PLUS | {"task_id": "T/1", "atol": 1e-6}]
+    for problem in read_problems(write(tmp_path / "data.jsonl", *rows)).problems:
+        wrong, right = ROW["prompt"] + "    return 7.0\n", ROW["prompt"] + "    return x / 2\n"
+        sources = [*(wrong + patch for patch in PATCHES.values()), ROW["prompt"] + WORKING + "    return 7.0\n"]
+        assert {result.status for result in sandbox.run_all(map(problem.program, sources))} == {"failed"}
+        sources = [right + patch for patch in (*PATCHES.values(), "list = zip = range = [1, 2, 3]\n")]
+        assert {result.status for result in sandbox.run_all(map(problem.program, sources))} == {"passed"}
+
+
+def test_an_answer_that_changes_its_arguments_is_tested_on_what_they_were(sandbox: Sandbox, tmp_path: Path) -> None:
+    row = ROW | {"prompt": "def halve(x):\n", "canonical_solution": "    return len(x)\n"}
+    row |= {"base_input": [[[1, 2]]], "plus_input": [[[3]]], "atol": 0}
+    problem = read_problems(write(tmp_path / "data.jsonl", row)).problems[0]
+    bodies = ("    n = len(x)\n    x.clear()\n    return n\n", "    x.clear()\n    return len(x)\n")
+    results = sandbox.run_all(problem.program(problem.prompt + body) for body in bodies)
+    assert [result.passed for result in results] == [True, False]
+    assert results[1].message.startswith("AssertionError: [[1, 2]]")
+
+
 def test_files_are_read_plain_and_compressed_and_from_folders(tmp_path: Path) -> None:
     plain = write(tmp_path / "HumanEval.jsonl", ROW)
     packed = tmp_path / "packed" / "HumanEval.jsonl.gz"
@@ -102,7 +137,7 @@ def test_files_are_read_plain_and_compressed_and_from_folders(tmp_path: Path) ->
     packed.write_bytes(gzip.compress(plain.read_bytes()))
     assert read_problems(plain).problems == read_problems(packed.parent).problems == read_problems(tmp_path).problems
     assert len(read_problems(plain).sha256) == 64
-    assert read_problems(plain).problems[0].program("x").tests.endswith("\ncheck(halve)\n")
+    assert read_problems(plain).problems[0].program("x").entry_point == "halve"
 
 
 @pytest.mark.parametrize(

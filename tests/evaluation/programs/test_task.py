@@ -12,6 +12,7 @@ from npu_zoo.core.engine import CompletionOutput, RequestMetrics, RequestOutput
 from npu_zoo.core.errors import UsageError
 from npu_zoo.core.model_config import FimFormat, ReasoningFormat
 from npu_zoo.core.sampling import SamplingParams
+from npu_zoo.engine import prompting
 from npu_zoo.engine.llm import LLM
 from npu_zoo.evaluation.accuracy.tasks import EvalTask, TaskOptions, TaskResult, load_task
 from npu_zoo.evaluation.programs import task as task_module
@@ -32,34 +33,54 @@ QUICK = {"workers": "2"}
 
 
 class Scripted:
-    """Stands in for an LLM: answers each prompt with texts, the last prompts first."""
+    """Stands in for an LLM and its engine: answers each prompt with texts, the last prompts first."""
 
     def __init__(self, answers: Callable[[str], Sequence[str]], **config: Any) -> None:
         usual = {"chat": False, "reasoning": None, "fim": None, "model": "m:v", "family": "deepseek_v3", "variant": "v"}
-        self.engine = SimpleNamespace(config=SimpleNamespace(**usual | config), render_chat=self._render)
+        self.engine = self
+        self.config = SimpleNamespace(**usual | {"max_num_seqs": 999} | config)
         self.asked: list[tuple[str, SamplingParams]] = []
         self._answers = answers
+        self._open: list[tuple[str, list[int], SamplingParams]] = []
 
-    def _render(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def render_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         return [ord(character) for character in "CHAT" + messages[0]["content"]]
 
     def fim_prompt(self, prefix: str, suffix: str) -> list[int]:
         return [ord(character) for character in f"{prefix}<hole>{suffix}"]
 
-    def generate(
-        self,
-        prompts: Sequence[str | list[int]],
-        params: Sequence[SamplingParams],
-        on_output: Callable[[RequestOutput], None],
-    ) -> None:
-        for prompt, one in reversed(list(zip(prompts, params, strict=True))):
-            text = prompt if isinstance(prompt, str) else "".join(map(chr, prompt))
-            self.asked.append((text, one))
-            outputs = [CompletionOutput(index, answer) for index, answer in enumerate(self._answers(text))]
-            ids = [] if isinstance(prompt, str) else prompt
-            shown = prompt if isinstance(prompt, str) else None
-            on_output(RequestOutput("7", shown, ids, outputs[:1], False, RequestMetrics(0)))
-            on_output(RequestOutput("7", shown, ids, outputs, True, RequestMetrics(0), reasoning_open=True))
+    def explain(self) -> dict[str, int]:
+        return {"max_model_len": 9999}
+
+    def add_request(self, request_id: str, prompt: list[int], params: SamplingParams, **_: Any) -> None:
+        self._open.append((request_id, prompt, params))
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._open)
+
+    def step(self) -> Iterator[RequestOutput]:
+        while self._open:
+            request_id, prompt, params = self._open.pop()
+            text = "".join(map(chr, prompt))
+            self.asked.append((text, params))
+            answers = enumerate(self._answers(text))
+            outputs = [CompletionOutput(index, self._end(answer, params)) for index, answer in answers]
+            yield RequestOutput(request_id, None, prompt, outputs[:1], False, RequestMetrics(0))
+            yield RequestOutput(request_id, None, prompt, outputs, True, RequestMetrics(0), reasoning_open=True)
+
+    @staticmethod
+    def _end(answer: str, params: SamplingParams) -> str:
+        return answer.split("\n")[0] if params.stop == ("\n",) else answer
+
+
+class CharacterEncoder:
+    """A token for each character."""
+
+    def __init__(self, config: Any, _: int) -> None:
+        self.config = config
+
+    def encode(self, prompt: str | list[int]) -> list[int]:
+        return [ord(character) for character in prompt] if isinstance(prompt, str) else prompt
 
 
 class Kept(dict[str, Any]):
@@ -83,6 +104,7 @@ def shared() -> Iterator[Sandbox]:
 @pytest.fixture
 def _one_sandbox(monkeypatch: pytest.MonkeyPatch, shared: Sandbox) -> None:
     monkeypatch.setattr(task_module, "Sandbox", lambda *_: shared)
+    monkeypatch.setattr(prompting, "PromptEncoder", CharacterEncoder)
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +207,17 @@ def test_holes_are_filled(data: Path) -> None:
     assert list(run(HumanEvalInfilling(), llm, data, arguments={"form": "random_span"}).metrics) == names[2:]
 
 
+@pytest.mark.usefixtures("_one_sandbox")
+def test_holes_of_two_forms_with_one_prompt_have_their_own_answers(tmp_path: Path) -> None:
+    file = tmp_path / "HumanEval.jsonl"
+    file.write_text(json.dumps(ROWS[0] | {"canonical_solution": "  y"}))
+    llm = Scripted(lambda _: ["  y\n  z"], fim=FimFormat(begin="a", hole="b", end="c"))
+    result = run(HumanEvalInfilling(), llm, file)
+    assert len({text for text, _ in llm.asked}) < len(llm.asked)
+    answers = {(str(sample["id"]).split("/")[2], sample["answer"]) for sample in result.samples}
+    assert answers == {("single_line", "  y"), ("random_span", "  y\n  z")}
+
+
 def test_families_without_tokens_for_holes_are_refused(data: Path) -> None:
     with pytest.raises(UsageError, match="m:v cannot fill in the middle"):
         run(HumanEvalInfilling(), Scripted(lambda _: []), data)
@@ -239,3 +272,18 @@ def test_a_model_is_asked(
     assert ("answers", count // 2, count // 2) in told
     assert told[-1][0] == "programs"
     assert told[-1][1] == told[-1][2]
+
+
+def test_the_first_token_s_logits_are_kept(llm: LLM, data: Path) -> None:
+    kept: dict[str, Any] = {}
+
+    def put(task: str, sample: str, logits: Any, part: int = 0) -> None:
+        kept[f"{task}/{sample}"] = logits
+
+    sink = SimpleNamespace(positions=32, put=put)
+    for n in ("1", "2"):
+        given = QUICK | {"max_tokens": "2", "n": n}
+        options = TaskOptions(data=data, limit=2, arguments=given, chat=False, logits=sink)
+        HumanEval().run(llm, options, lambda *_: None)
+    assert list(kept) == ["humaneval/T/0", "humaneval/T/1", "humaneval/T/0#0", "humaneval/T/1#0"]
+    assert {(len(logits), str(logits.dtype)) for logits in kept.values()} == {(1, "float32")}
