@@ -41,8 +41,8 @@ PROGRAMS = {
     # memory and time
     "memory at once": Hostile("x = bytearray(1 << 44)", "out of memory", "MemoryError"),
     "memory in steps": Hostile("x = []\nwhile True: x.append(bytearray(1 << 20))", "out of memory", "MemoryError"),
-    "memory in small pieces": Hostile("x = []\nwhile True: x.append([bytes(400)])", "out of memory", "MemoryError"),
-    "memory in depth": Hostile("x = None\nwhile True: x = (x, bytes(400))", "out of memory", "MemoryError"),
+    "memory in small pieces": Hostile("x = []\nwhile True: x.append([bytes(8000)])", "out of memory", "MemoryError"),
+    "memory in depth": Hostile("x = None\nwhile True: x = (x, bytes(8000))", "out of memory", "MemoryError"),
     "memory mapped": Hostile(
         "import mmap\nx = [mmap.mmap(-1, 1 << 28) for _ in range(99)]", "failed", "Cannot allocate"
     ),

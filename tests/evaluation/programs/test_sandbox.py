@@ -24,7 +24,7 @@ from .hostile import FOREIGN_CALL, PROGRAMS
 TESTS = "assert answer() == 42"
 RIGHT = Program("def answer(): return 42", TESTS)
 ENDLESS = Program("while True: pass")
-SHORT = Limits(seconds=0.9, cpu_seconds=2, memory=2**27)
+SHORT = Limits(seconds=1.5, cpu_seconds=2, memory=2**27)
 SECRET = "the user's own words"
 
 
