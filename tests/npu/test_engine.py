@@ -15,6 +15,7 @@ import pytest
 from npu_zoo import LLM, SamplingParams
 from npu_zoo.core.errors import HardwareError, UnsupportedError
 from npu_zoo.core.sampling import StructuredOutputs
+from npu_zoo.evaluation.comparison.divergence import Divergence
 from npu_zoo.simulator import measure
 from npu_zoo.testing.agreement import SCORED
 from npu_zoo.testing.agreement import compare as agreement_of
@@ -168,6 +169,19 @@ def test_draws_depend_on_the_request_alone(params: dict[str, Any]) -> None:
     eager = engine("deepseek_coder", PRODUCT, "float16", enforce_eager=True).generate(TEXTS, wanted)
     tokens = [[[c.token_ids for c in o.outputs] for o in outputs] for outputs in (together, alone, eager)]
     assert tokens[0] == tokens[1] == tokens[2]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_keep_mindies_rule(family: str) -> None:
+    """In float16: what `npu-zoo eval compare` asks of two products."""
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, prompt_logprobs_start=4, prompt_logits=True)
+    runs = [engine(family, hardware, "float16").generate(TEXTS, params) for hardware in ("cpu", PRODUCT)]
+    divergence = Divergence()
+    for number, (expected, output) in enumerate(zip(*runs, strict=True)):
+        assert len(output.prompt_logits) == len(output.prompt_token_ids) - 3
+        divergence.add(str(number), [(expected.prompt_logits, output.prompt_logits)])
+    assert not divergence.invalid
+    assert divergence.passes, divergence
 
 
 def test_penalties_equal_the_cpus() -> None:
