@@ -18,7 +18,7 @@ _COMPARISON = """
 from json import loads
 
 def close(got, due, tolerance):
-    return abs(got - due) <= tolerance + 1e-7 * abs(due)
+    return got == due or (got != got and due != due) or abs(got - due) <= tolerance + 1e-7 * abs(due)
 
 def floats(value):
     items = value if isinstance(value, (list, tuple)) else [value]
@@ -28,7 +28,7 @@ def agree(got, due, tolerance):
     if got == due:
         return True
     tolerance = tolerance or (1e-6 if floats(due) else 0)
-    if not tolerance or type(got) is not type(due):
+    if not tolerance:
         return False
     if not isinstance(due, (list, tuple)):
         return close(got, due, tolerance)

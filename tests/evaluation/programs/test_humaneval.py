@@ -95,6 +95,21 @@ def test_answers_of_humaneval_plus_agree_as_evalplus_has_it(
     assert sandbox.run_all([problem.program(problem.prompt + body)])[0].status == status
 
 
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ("    return (x / 2 + 1e-9, float('nan'), float('inf'))\n", "passed"),
+        ("    return [x / 2, float('nan')]\n", "failed"),
+        ("    return [x / 2, 0.0, float('inf')]\n", "failed"),
+        ("    return x / 2\n", "failed"),
+    ],
+)
+def test_sequences_of_floats_agree_item_by_item(sandbox: Sandbox, tmp_path: Path, body: str, status: str) -> None:
+    row = PLUS | {"canonical_solution": "    return [x / 2, float('nan'), float('inf')]\n", "atol": 0}
+    problem = read_problems(write(tmp_path / "HumanEvalPlus.jsonl", row)).problems[0]
+    assert sandbox.run_all([problem.program(problem.prompt + body)])[0].status == status
+
+
 PATCHES = {
     "a parser": "import json\njson.loads = lambda text: []\n",
     "a copier": "import copy\ncopy.deepcopy = lambda value: value\n",
