@@ -2,46 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import importlib.util
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from npu_zoo.cli.bench.serve_floor import FloorOptions, measure_floor, with_floors
+from npu_zoo.cli.bench.serve_floor import FloorOptions
 from npu_zoo.cli.bench.serve_options import (
     ArrivalName,
     EndpointName,
     TokensName,
-    api_key,
     parse_length_range,
     parse_loads,
     parse_token_ids,
 )
-from npu_zoo.cli.bench.serve_progress import ServeProgress
-from npu_zoo.cli.bench.serve_tables import print_result
-from npu_zoo.cli.output import note
 from npu_zoo.core.errors import ConfigError, UsageError
 from npu_zoo.evaluation.serving.arrivals import Load, OpenLoop
-from npu_zoo.evaluation.serving.figures import Goal
-from npu_zoo.evaluation.serving.requests import parse_extra_body
-from npu_zoo.parallel.processes import exit_on_sigterm
-from npu_zoo.protocol.server_address import ServerAddress
 
-if TYPE_CHECKING:
-    from npu_zoo.core.config import EngineConfig
-    from npu_zoo.evaluation.record import Kind, Machine
-    from npu_zoo.evaluation.serving.measuring import ServePlan
-    from npu_zoo.evaluation.serving.result import ServeResult
-
-KIND: Kind = "bench serve"
-FAILED = 1
-INTERRUPTED = 130
 DEFAULT_REQUESTS = 100
 
 
@@ -112,6 +91,11 @@ def serve(
     sent again, and it ends with 1 where all of a level failed. Ctrl-C ends it with what was measured.
     """
     arguments = {name: _plain(value) for name, value in locals().items() if value is not None}
+    # Their imports would slow every other command's start.
+    from npu_zoo.evaluation.serving.figures import Goal
+    from npu_zoo.evaluation.serving.requests import parse_extra_body
+    from npu_zoo.protocol.server_address import ServerAddress
+
     loads = parse_loads(rate, concurrency, arrival, burstiness, burst_size)
     _check_amounts(num_requests, duration, num_warmups, timeout)
     _check_end(loads, num_requests, duration)
@@ -124,12 +108,13 @@ def serve(
     address = ServerAddress.parse(url, "--url")
     served = FloorOptions(floor_model, floor_weights, floor_dtype, floor_threads).check(address)
     _require_aiohttp()
+    from npu_zoo.cli.bench.serve_run import run_plan
+    from npu_zoo.evaluation.serving.measuring import ServePlan
+
     if json_file:
         from npu_zoo.evaluation.record import require_record_place
 
-        require_record_place(json_file, KIND)
-    from npu_zoo.evaluation.serving.measuring import ServePlan
-
+        require_record_place(json_file, "bench serve")
     plan = ServePlan(
         loads=loads,
         model=model,
@@ -147,113 +132,7 @@ def serve(
         goal=goal,
         seed=seed,
     )
-    with exit_on_sigterm():
-        report = _Report(served, measure_floor(served), arguments, json_file)
-        with report:
-            _measure(address, plan, timeout, report.keep)
-    _finish(report.result)
-
-
-class _Report(contextlib.AbstractContextManager["_Report"]):
-    """What there is: written after each level, and shown at the end, whatever ends it.
-
-    Args:
-        served: the model whose floors are shown, and ``machine`` what was measured for them; None for none.
-        file: that the record is written to.
-    """
-
-    def __init__(
-        self, served: EngineConfig | None, machine: Machine | None, arguments: dict[str, Any], file: Path | None
-    ) -> None:
-        self.result: ServeResult | None = None
-        self._served, self._machine = served, machine
-        self._arguments, self._file = arguments, file
-        self._client_machine = machine or (_describe_client() if file else None)
-
-    def keep(self, result: ServeResult) -> None:
-        """Take what was measured so far."""
-        self.result = with_floors(result, self._served, self._machine)
-        if self._file:
-            _write(self.result, self._client_machine, self._arguments, self._file)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self.result is not None:
-            print_result(self.result, self._machine)
-
-
-def _finish(result: ServeResult | None) -> None:
-    """End with the code that says how it went."""
-    if result is None:
-        raise typer.Exit(INTERRUPTED)
-    if result.interrupted:
-        note("interrupted: the figures are of what was measured until then")
-        raise typer.Exit(INTERRUPTED)
-    if result.failed:
-        raise typer.Exit(FAILED)
-
-
-def _measure(address: ServerAddress, plan: ServePlan, timeout: float, keep: Callable[[ServeResult], None]) -> None:
-    """Run the benchmark; nothing is kept where it is interrupted before anything is measured."""
-    from npu_zoo.evaluation.serving.client import Client, raise_file_limit
-    from npu_zoo.evaluation.serving.measuring import ServeBench
-
-    raise_file_limit()
-    key = api_key()
-    if key and not (address.encrypted or address.loopback):
-        note(f"the API key goes to {address.host} without encryption; use https where others can listen")
-
-    async def run(progress: ServeProgress) -> ServeResult | None:
-        async with Client(address, key, timeout=timeout) as client:
-            bench = ServeBench(
-                client,
-                plan,
-                on_note=progress.note,
-                on_level=progress.begin,
-                on_change=progress.update,
-                on_result=keep,
-            )
-            with _stopped_by_interrupt(bench.stop):
-                return await bench.run()
-
-    with ServeProgress() as progress:
-        result = asyncio.run(run(progress))
-    if result is not None:
-        keep(result)
-
-
-@contextlib.contextmanager
-def _stopped_by_interrupt(stop: Callable[[], None]) -> Iterator[None]:
-    """The first Ctrl-C stops the benchmark; a second one ends the program as it would elsewhere."""
-    loop = asyncio.get_running_loop()
-
-    def handle() -> None:
-        loop.remove_signal_handler(signal.SIGINT)
-        stop()
-
-    loop.add_signal_handler(signal.SIGINT, handle)
-    try:
-        yield
-    finally:
-        loop.remove_signal_handler(signal.SIGINT)
-
-
-def _write(result: ServeResult, machine: Machine | None, arguments: dict[str, Any], file: Path) -> None:
-    from npu_zoo.evaluation.record import ResultRecord, write_record
-
-    record = ResultRecord(
-        kind=KIND,
-        machine=machine,
-        arguments=arguments,
-        body=result.model_dump(mode="json"),
-        figures=result.headline(),
-    )
-    write_record(record, file)
-
-
-def _describe_client() -> Machine:
-    from npu_zoo.evaluation.machine import describe_machine
-
-    return describe_machine()
+    run_plan(plan, address, timeout, served, arguments, json_file)
 
 
 def _require_aiohttp() -> None:

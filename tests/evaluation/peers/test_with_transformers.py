@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from npu_zoo.cli.app import run_app
-from npu_zoo.cli.bench.compare import read_wanted
+from npu_zoo.cli.bench.compare_run import read_wanted
 from npu_zoo.core.config import EngineArgs
 from npu_zoo.core.errors import ConfigError, UsageError
 from npu_zoo.dispatch import resolve
