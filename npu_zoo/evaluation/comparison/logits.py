@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npu_zoo.core.errors import ConfigError, UsageError
+from npu_zoo.evaluation.accuracy.sources import file_digest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,13 +90,9 @@ def require_digest(path: Path, expected: str) -> None:
     Raises:
         UsageError: the file is missing, or has another SHA-256.
     """
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UsageError(f"the record's logits {path} cannot be read: {reason}; keep them beside the record") from None
-    if digest.hexdigest() != expected:
-        raise UsageError(f"{path} are not the logits of the record: SHA-256 {digest.hexdigest()}, and not {expected}")
+        found = file_digest(path)
+    except UsageError as error:
+        raise UsageError(f"the record's logits: {error}; keep them beside the record") from None
+    if found != expected:
+        raise UsageError(f"{path} are not the logits of the record: SHA-256 {found}, and not {expected}")
