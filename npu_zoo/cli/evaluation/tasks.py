@@ -37,6 +37,9 @@ class RunnableTask(Protocol):
     def name(self) -> str:
         """As it was asked for."""
 
+    def require_model(self, config: EngineConfig) -> None:
+        """Refuse a model that cannot do it."""
+
     def check(self, options: TaskOptions) -> None:
         """Read the data set."""
 
@@ -116,6 +119,7 @@ class EvalRun:
         """Read all data sets before a model is loaded."""
         tell_notes(self.config)
         for task in self.tasks:
+            task.require_model(self.config)
             task.check(self.options[task.name])
 
     def execute(self, json: Path | None, save_logits: Path | None, positions: int | None) -> None:

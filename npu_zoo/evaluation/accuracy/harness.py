@@ -24,6 +24,7 @@ from npu_zoo.evaluation.accuracy.tasks import EVAL_TASKS, TaskOptions, TaskResul
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
+    from npu_zoo.core.config import EngineConfig
     from npu_zoo.engine.llm import LLM
 
 LOCAL_FOLDERS = {"boolq": "super_glue/boolq"}
@@ -46,6 +47,9 @@ class HarnessTask:
         self._loaded: dict[str, Any] = {}
         self._data: dict[str, Any] = {}
         self._notes: list[str] = []
+
+    def require_model(self, config: EngineConfig) -> None:
+        """Any model does: the harness asks for nothing else than its texts and log-probabilities."""
 
     def check(self, options: TaskOptions) -> None:
         """Load the task with its data set.

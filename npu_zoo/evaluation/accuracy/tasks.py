@@ -17,6 +17,7 @@ from npu_zoo.core.errors import UsageError
 if TYPE_CHECKING:
     import numpy
 
+    from npu_zoo.core.config import EngineConfig
     from npu_zoo.engine.llm import LLM
 
 EVAL_TASKS: dict[str, str] = {
@@ -132,6 +133,13 @@ class EvalTask(ABC):
 
         Raises:
             UsageError: the data is missing (it says what to download and from where) or an option does not fit.
+        """
+
+    def require_model(self, config: EngineConfig) -> None:  # noqa: B027
+        """Refuse a model that cannot do the task, before it is loaded.
+
+        Raises:
+            UsageError: it cannot; says what it can.
         """
 
     @abstractmethod

@@ -29,6 +29,7 @@ from npu_zoo.evaluation.programs.sandbox import Limits, Program, ProgramResult, 
 from npu_zoo.registry import get_registry
 
 if TYPE_CHECKING:
+    from npu_zoo.core.config import EngineConfig
     from npu_zoo.engine.llm import LLM
     from npu_zoo.engine.prompting import PromptEncoder
 
@@ -259,6 +260,14 @@ class HumanEvalInfilling(ProgramTask):
     name: ClassVar[str] = "humaneval_infilling"
     arguments: ClassVar[Mapping[str, str]] = SETTINGS_HELP | {"form": f"{' or '.join(FORMS)}; all of them if unset."}
 
+    def require_model(self, config: EngineConfig) -> None:
+        """Refuse a family that has no tokens for it."""
+        if config.fim is None:
+            raise UsageError(
+                f"{config.model} cannot fill in the middle: its family has no tokens for it; "
+                "`npu-zoo eval --task humaneval` asks it for whole functions"
+            )
+
     def settings(self, options: TaskOptions) -> ProgramSettings:
         """What the options set but the form."""
         given = {name: value for name, value in options.arguments.items() if name != "form"}
@@ -268,17 +277,7 @@ class HumanEvalInfilling(ProgramTask):
     def requests(
         self, llm: LLM, problems: Sequence[Problem], settings: ProgramSettings, options: TaskOptions
     ) -> list[Request]:
-        """What stands around each hole; see the base class.
-
-        Raises:
-            UsageError: the family has no tokens for it.
-        """
-        config = llm.engine.config
-        if config.fim is None:
-            raise UsageError(
-                f"{config.model} cannot fill in the middle: its family has no tokens for it; "
-                "`npu-zoo eval --task humaneval` asks it for whole functions"
-            )
+        """What stands around each hole; see the base class."""
         found: list[Request] = []
         for form in _forms(options):
             params = settings.sampling(COMPLETION_TOKENS, FORMS[form].stop, options.seed)

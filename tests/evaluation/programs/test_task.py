@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from npu_zoo.cli.app import run_app
 from npu_zoo.core.engine import CompletionOutput, RequestMetrics, RequestOutput
 from npu_zoo.core.errors import UsageError
 from npu_zoo.core.model_config import FimFormat, ReasoningFormat
@@ -218,9 +219,13 @@ def test_holes_of_two_forms_with_one_prompt_have_their_own_answers(tmp_path: Pat
     assert answers == {("single_line", "  y"), ("random_span", "  y\n  z")}
 
 
-def test_families_without_tokens_for_holes_are_refused(data: Path) -> None:
-    with pytest.raises(UsageError, match="m:v cannot fill in the middle"):
-        run(HumanEvalInfilling(), Scripted(lambda _: []), data)
+def test_families_without_tokens_for_holes_are_refused_before_a_model_is_loaded(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(LLM, "from_config", lambda *_, **__: pytest.fail("a model was loaded"))
+    command = ["eval", "--model", "wizardcoder", "--hardware", "cpu", "--task", "humaneval_infilling"]
+    assert run_app([*command, "--data", str(data)]) == 2
+    assert "wizardcoder:demo cannot fill in the middle" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
