@@ -1,0 +1,122 @@
+// x @ weight.T in bfloat16, summed in float32.
+#include <cstdlib>
+#include <memory>
+
+#include "panels.h"
+
+namespace {
+
+using namespace zoo;
+
+// One step of a transposition: exchanges the halves of pairs of rows that are kWidth rows apart.
+template <int kWidth>
+inline void exchange(Words (&rows)[kPanel]) {
+  Words low, high;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const bool second = lane & kWidth;
+    low[lane] = second ? kLanes + lane - kWidth : lane;
+    high[lane] = second ? kLanes + lane : lane + kWidth;
+  }
+  for (int row = 0; row < kPanel; ++row) {
+    if (row & kWidth) continue;
+    const Words upper = rows[row], lower = rows[row + kWidth];
+    rows[row] = __builtin_shuffle(upper, lower, low);
+    rows[row + kWidth] = __builtin_shuffle(upper, lower, high);
+  }
+}
+
+// 32 inputs of 16 channels, from [channel][pair][2] to [pair][channel][2].
+void pack_block(const bf16* const* channels, bf16* block) {
+  Words rows[kPanel];
+  for (int channel = 0; channel < kPanel; ++channel) rows[channel] = load<Words>(channels[channel]);
+  exchange<1>(rows);
+  exchange<2>(rows);
+  exchange<4>(rows);
+  exchange<8>(rows);
+  for (int pair = 0; pair < kPanel; ++pair) store(block + pair * 2 * kPanel, rows[pair]);
+}
+
+void pack_panel(const bf16* weight, int64_t stride, int64_t channels, int64_t inputs, bf16* panel) {
+  for (int64_t first = 0; first < inputs; first += kBlock, panel += kBlockValues) {
+    bf16 padded[kPanel][kBlock] = {};
+    const bf16* rows[kPanel];
+    const int64_t left = std::min<int64_t>(kBlock, inputs - first);
+    for (int channel = 0; channel < kPanel; ++channel) {
+      rows[channel] = padded[channel];
+      if (channel >= channels) continue;
+      const bf16* from = weight + channel * stride + first;
+      if (left == kBlock) rows[channel] = from;
+      else std::copy_n(from, left, padded[channel]);
+    }
+    pack_block(rows, panel);
+  }
+}
+
+#if defined(ZOO_TILES)
+// Memory that calls of one thread use again and again, for the first touch of fresh memory costs more than its use.
+class Workspace {
+ public:
+  bf16* values(int64_t count) {
+    if (count > size_) {
+      values_.reset(static_cast<bf16*>(std::aligned_alloc(64, ceil_div(count * sizeof(bf16), 64) * 64)));
+      size_ = count;
+    }
+    return values_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(bf16* values) const { std::free(values); }
+  };
+  std::unique_ptr<bf16, Free> values_;
+  int64_t size_ = 0;
+};
+
+thread_local Workspace workspace;
+#endif
+
+}  // namespace
+
+extern "C" {
+
+int64_t zoo_packed_bytes(int64_t channels, int64_t inputs) {
+  return ceil_div(channels, kPanel) * panel_values(inputs) * sizeof(bf16);
+}
+
+// weight: [channels, inputs], rows `stride` values apart.
+void zoo_pack_linear(const bf16* weight, int64_t stride, int64_t channels, int64_t inputs, bf16* packed, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t panel = 0; panel < ceil_div(channels, kPanel); ++panel) {
+    const int64_t first = panel * kPanel;
+    pack_panel(weight + first * stride, stride, std::min<int64_t>(kPanel, channels - first), inputs,
+               packed + panel * panel_values(inputs));
+  }
+}
+
+// x: [rows, inputs], rows `x_stride` values apart, inputs a multiple of 32; out: [rows, channels].
+void zoo_linear(const bf16* x, int64_t x_stride, int64_t rows, const bf16* packed, int64_t channels, int64_t inputs,
+                bf16* out, int threads) {
+  const int64_t panels = ceil_div(channels, kPanel), blocks = ceil_div(inputs, kBlock);
+  const Output output{out, channels, channels};
+#if defined(ZOO_TILES)
+  if (rows > kPanel) {
+    const int64_t groups = ceil_div(rows, kPanel);
+    bf16* tiles = workspace.values(groups * kPanel * blocks * kBlock);
+    const Rows packed_rows{tiles, kBlockValues, kBlock, kPanel * blocks * kBlock};
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for
+      for (int64_t group = 0; group < groups; ++group) pack_rows(x, x_stride, rows, blocks, group, tiles);
+#pragma omp for schedule(static, 1)
+      for (int part = 0; part < threads; ++part)
+        multiply_panels_by_tiles(packed_rows, rows, packed, blocks, panels * part / threads,
+                                 panels * (part + 1) / threads, output);
+    }
+    return;
+  }
+#endif
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (int part = 0; part < threads; ++part)
+    multiply_panels(x, x_stride, rows, packed, blocks, panels * part / threads, panels * (part + 1) / threads, output);
+}
+}

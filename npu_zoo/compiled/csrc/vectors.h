@@ -1,0 +1,84 @@
+// Vectors of 16 floats and what converts to them; on GCC's vector extensions, so that any processor can run them.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#define ZOO_BF16_DOT 1
+#endif
+#if defined(ZOO_BF16_DOT) && defined(__AMX_BF16__) && defined(__AMX_TILE__)
+#define ZOO_TILES 1
+#endif
+
+namespace zoo {
+
+using bf16 = uint16_t;
+using Floats = float __attribute__((vector_size(64)));
+using Words = uint32_t __attribute__((vector_size(64)));
+using Ints = int32_t __attribute__((vector_size(64)));
+using Halves = uint16_t __attribute__((vector_size(32)));
+
+constexpr int kLanes = 16;
+
+template <typename T>
+inline T load(const void* from) {
+  T value;
+  std::memcpy(&value, from, sizeof(T));
+  return value;
+}
+
+template <typename T>
+inline void store(void* to, T value) {
+  std::memcpy(to, &value, sizeof(T));
+}
+
+inline Floats splat(float value) { return Floats{} + value; }
+
+inline float widen(bf16 value) {
+  uint32_t bits = static_cast<uint32_t>(value) << 16;
+  return load<float>(&bits);
+}
+
+inline Floats load_bf16(const bf16* from) {
+  Words bits = __builtin_convertvector(load<Halves>(from), Words) << 16;
+  return load<Floats>(&bits);
+}
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+inline Halves round_to_bf16(Floats value) {
+  Words bits = load<Words>(&value);
+  Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  Words number = load<Words>(&(const Ints&)(value == value));
+  return __builtin_convertvector((rounded & number) | (0x7fc0 & ~number), Halves);
+}
+
+inline void store_bf16(bf16* to, Floats value) {
+#if defined(ZOO_BF16_DOT)
+  __m256bh rounded = _mm512_cvtneps_pbh(load<__m512>(&value));
+  std::memcpy(to, &rounded, sizeof rounded);
+#else
+  store(to, round_to_bf16(value));
+#endif
+}
+
+inline bf16 narrow(float value) {
+  bf16 lanes[kLanes];
+  store_bf16(lanes, splat(value));
+  return lanes[0];
+}
+
+inline float sum(Floats value) {
+  float lanes[kLanes], total = 0;
+  store(lanes, value);
+  for (float lane : lanes) total += lane;
+  return total;
+}
+
+inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 3); }
+
+}  // namespace zoo
