@@ -127,6 +127,7 @@ $(STAMP)-run: $(REQUIREMENTS)
 	    "TORCH and TORCH_INDEX, or another interpreter with PYTHON after make clean" >&2; exit 1; }
 	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >>$(PINS)
 	@$(PIP) install -c $(PINS) --no-build-isolation -e '.[run]'
+	@$(BIN)/npu-zoo kernels build || echo "note: the CPU kernels in plain torch serve instead"
 	@touch $@
 
 $(STAMP)-dev: $(STAMP)-run

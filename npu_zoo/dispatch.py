@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from npu_zoo.checkpoint import detect_format, has_chat_template, quant_method_of, read_quantization
+from npu_zoo.compiled.build import build_in_background
+from npu_zoo.compiled.library import COMMAND, can_be_built
 from npu_zoo.core.config import (
     _SEAL,
     DEFAULT_COLLECTIVE_TIMEOUT_S,
@@ -115,6 +117,8 @@ def create_engine(config: EngineConfig, progress: Progress | None = None) -> Eng
         HardwareError, WeightsError: it cannot start.
     """
     apply_presets(config.environment, os.environ)
+    if config.device == "cpu":
+        build_in_background()
     launched = LaunchEnvironment.from_environ(os.environ)
     number = launched.local_rank if launched else 0
     for fault in apply(config.rank_bindings[number]) if config.rank_bindings else ():
@@ -508,6 +512,8 @@ def _notes(args: EngineArgs, request: Request, row: FeatureRow, kernels: tuple[K
     fallbacks = [choice.operation for choice in kernels if choice.fallback]
     if fallbacks:
         notes.append(f"reference kernels, not tuned for this chip: {', '.join(fallbacks)} (`npu-zoo explain` says why)")
+    if chip_of(request.hardware).device == "cpu" and can_be_built():
+        notes.append(f"the compiled CPU kernels are not built yet: a run builds them in the background (`{COMMAND}`)")
     return notes
 
 

@@ -17,6 +17,7 @@ from npu_zoo.core.hardware import DType
 from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.core.quantization import scheme_of, scheme_operations
 from npu_zoo.core.specs import AttentionBackendSpec, KernelSpec
+from npu_zoo.registry import load_code
 
 _STORED = {"heads": "keys and values by head", "latent": "latents (MLA)"}
 
@@ -92,7 +93,7 @@ def _unused(config: ModelConfig, quantization: str) -> tuple[str, ...]:
 
 def _select_kernel(operation: str, kernels: Iterable[KernelSpec], chip: str, dtype: DType) -> KernelChoice:
     candidates = sorted((k for k in kernels if k.operation == operation), key=lambda k: (-k.priority, k.name))
-    obstacles = {k.name: _obstacle(k.chip, k.dtypes, k.requires, chip, dtype) for k in candidates}
+    obstacles = {k.name: _obstacle(k, chip, dtype) for k in candidates}
     fit = [k for k in candidates if not obstacles[k.name]]
     if not fit:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in obstacles.items())
@@ -156,7 +157,7 @@ def _backend_obstacle(
     cache, head_dim = ("latent", config.mla.kv_lora_rank) if config.mla else ("heads", config.head_dim)
     if backend.cache != cache:
         return f"stores {_STORED[backend.cache]}, and this model has {_STORED[cache]}"
-    obstacle = _obstacle(backend.chip, backend.dtypes, backend.requires, chip, dtype)
+    obstacle = _obstacle(backend, chip, dtype)
     if not obstacle and backend.head_dims and head_dim not in backend.head_dims:
         obstacle = f"head size {head_dim} is none of {_list(backend.head_dims)}"
     if not obstacle and block_size and backend.block_sizes and block_size not in backend.block_sizes:
@@ -164,14 +165,21 @@ def _backend_obstacle(
     return obstacle
 
 
-def _obstacle(own_chip: str, dtypes: tuple[DType, ...], requires: tuple[str, ...], chip: str, dtype: DType) -> str:
+def _obstacle(spec: KernelSpec | AttentionBackendSpec, chip: str, dtype: DType) -> str:
     """Why something cannot serve here; empty when it can."""
-    if own_chip not in ("any", chip):
-        return f"for {own_chip}, not {chip}"
-    if dtype not in dtypes:
-        return f"takes {_list(dtypes)}, not {dtype}"
-    missing = [module for module in requires if not is_importable(module)]
-    return f"{', '.join(missing)} is not installed" if missing else ""
+    if spec.chip not in ("any", chip):
+        return f"for {spec.chip}, not {chip}"
+    if dtype not in spec.dtypes:
+        return f"takes {_list(spec.dtypes)}, not {dtype}"
+    return unavailable(spec)
+
+
+def unavailable(spec: KernelSpec | AttentionBackendSpec) -> str:
+    """What this machine lacks for a kernel or backend; empty when nothing."""
+    missing = [module for module in spec.requires if not is_importable(module)]
+    if missing:
+        return f"{', '.join(missing)} is not installed"
+    return str(load_code(spec.condition)()) if spec.condition else ""
 
 
 @functools.cache

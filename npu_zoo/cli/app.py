@@ -22,6 +22,7 @@ from npu_zoo.cli import (
     doctor,
     evaluation,
     explain,
+    kernels,
     launch,
     matrix,
     plan,
@@ -98,6 +99,7 @@ def build_app() -> typer.Typer:
     app.command("cite", cls=ZooCommand)(cite.cite)
     app.add_typer(plugin.group, name="plugin")
     app.add_typer(ranktable.group, name="ranktable")
+    app.add_typer(kernels.group, name="kernels")
     app.add_typer(weights.group, name="weights")
     app.add_typer(config.group, name="config")
     app.add_typer(bench.group, name="bench")

@@ -190,6 +190,8 @@ class KernelSpec(_Spec):
             of a number of rows, a torch.dtype and a seed that gives a tuple of arguments. For ``linear_SCHEME`` these
             are the input, [rows, in_features], and the weight that the kernel packs.
         requires: modules that must be importable, such as ``torch_npu``.
+        condition: a function without arguments that says why it cannot serve on this machine, and gives an empty string
+            where it can; called without torch.
         operators: the operators of torch_npu that it calls, named as torch_npu has them, such as ``npu_rms_norm``;
             `npu-zoo doctor` looks them up in the installed one.
     """
@@ -201,6 +203,7 @@ class KernelSpec(_Spec):
     implementation: CodeRef
     priority: int = 10
     requires: tuple[str, ...] = ()
+    condition: CodeRef | None = None
     operators: tuple[str, ...] = ()
     inputs: CodeRef | None = None
     description: str = ""
@@ -217,7 +220,7 @@ class AttentionBackendSpec(_Spec):
         block_sizes: the block sizes that it takes, its own choice first; empty where any will do.
         head_dims: the head sizes (of latents, the sizes ``kv_lora_rank``) that it takes; empty where any will do.
         prefix_caching: whether sequences can share what it stores.
-        operators: the operators of torch_npu that it calls; see :class:`KernelSpec`.
+        condition, operators: as of a :class:`KernelSpec`.
         reads: patterns of the environment variables that it reads, such as ``ATB_*``.
     """
 
@@ -233,6 +236,7 @@ class AttentionBackendSpec(_Spec):
     prefix_caching: bool = True
     priority: int = 10
     requires: tuple[str, ...] = ()
+    condition: CodeRef | None = None
     operators: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     description: str = ""

@@ -20,7 +20,7 @@ from npu_zoo.nn.kernels.table import rotary_tables
 from npu_zoo.nn.routing import Routing
 from npu_zoo.platforms.ascend import chip_of_soc
 from npu_zoo.registry import Registry, load_code
-from npu_zoo.selection import is_importable
+from npu_zoo.selection import is_importable, unavailable
 from npu_zoo.testing.agreement import largest
 
 ROWS = (1, 2, 33)
@@ -203,7 +203,7 @@ def _chip_of_npu() -> str | None:
 def runnable_kernels(kernels: Mapping[str, KernelSpec]) -> Iterator[tuple[KernelSpec, str]]:
     """Kernels that run on this machine, with each of their dtypes."""
     for spec in kernels.values():
-        if all(map(is_importable, spec.requires)) and device_of(spec.chip) is not None:
+        if not unavailable(spec) and device_of(spec.chip) is not None:
             yield from ((spec, dtype) for dtype in spec.dtypes)
 
 

@@ -24,6 +24,7 @@ LINES: tuple[tuple[str, ...], ...] = (
     (
         "checkpoint",
         "communication",
+        "compiled",
         "dispatch",
         "fitting",
         "matrix_text",
@@ -50,7 +51,7 @@ PLUGIN_SURFACE = {"api", "nn"}
 HEAVY = {"torch", "torch_npu", "transformers", "accelerate"}
 TORCH_FREE = {"", "__main__", "api", "checkpoint", "cli", "communication", "core", "dispatch", "platforms", "plugins"}
 TORCH_FREE |= {"fitting", "parallel", "planning", "registry", "request", "selection", "settings", "splitting"}
-TORCH_FREE |= {"matrix_text", "protocol", "server", "uninstalled"}
+TORCH_FREE |= {"compiled", "matrix_text", "protocol", "server", "uninstalled"}
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from npu_zoo.nn.kernels import reference
 from npu_zoo.nn.kernels.table import Kernels, bind_kernels
 from npu_zoo.nn.rotary import RotaryEmbedding
 from npu_zoo.registry import get_registry, load_code
-from npu_zoo.selection import SHARED_OPERATIONS, is_importable
+from npu_zoo.selection import SHARED_OPERATIONS, unavailable
 
 TOLERANCE = {"float32": 1e-6, "bfloat16": 2e-2, "float16": 2e-3}
 QUANTIZED = {name for scheme in get_registry().quantization_methods for name in scheme_operations(scheme)}
@@ -30,7 +30,7 @@ ELSEWHERE = {"route_tokens", "experts", "top_k_top_p"} | QUANTIZED
 KERNELS = [
     (spec, dtype)
     for spec in get_registry().kernels.values()
-    if spec.chip in ("any", "cpu") and all(map(is_importable, spec.requires)) and spec.operation not in ELSEWHERE
+    if spec.chip in ("any", "cpu") and not unavailable(spec) and spec.operation not in ELSEWHERE
     for dtype in spec.dtypes
 ]
 

@@ -31,7 +31,7 @@ from npu_zoo.nn.model import CausalLM, build_on_meta
 from npu_zoo.nn.moe import MoE
 from npu_zoo.nn.routing import Routing
 from npu_zoo.registry import get_registry, load_code
-from npu_zoo.selection import is_importable, select_kernels
+from npu_zoo.selection import select_kernels, unavailable
 from npu_zoo.testing.checkpoints import write_checkpoint
 from npu_zoo.weights.load import load_weights
 from npu_zoo.weights.safetensors import SafetensorsLoader
@@ -41,7 +41,7 @@ ROUTE, EXPERTS = (
     [
         spec
         for spec in get_registry().kernels.values()
-        if spec.operation == operation and spec.chip in ("any", "cpu") and all(map(is_importable, spec.requires))
+        if spec.operation == operation and spec.chip in ("any", "cpu") and not unavailable(spec)
     ]
     for operation in ("route_tokens", "experts")
 )

@@ -24,10 +24,10 @@ class LinearKernel(Protocol):
     def packs(self, dtype: torch.dtype) -> bool:
         """Whether the stored form is another one than the weight."""
 
-    def pack(self, weight: Tensor) -> Tensor:
+    def pack(self, weight: Tensor) -> Stored:
         """The stored form of a [out, in] weight."""
 
-    def apply(self, x: Tensor, packed: Tensor) -> Tensor:
+    def apply(self, x: Tensor, packed: Any) -> Tensor:
         """[..., in] to [..., out]."""
 
 

@@ -12,6 +12,7 @@ from npu_zoo.api import (
     hookimpl,
 )
 from npu_zoo.plugins.native.ascend import ASCEND_BACKENDS, ASCEND_KERNELS
+from npu_zoo.plugins.native.compiled import COMPILED_KERNELS
 from npu_zoo.plugins.native.quantized import QUANTIZATION_METHODS, QUANTIZED_KERNELS
 
 _ALL: tuple[DType, ...] = ("float32", "bfloat16", "float16")
@@ -77,6 +78,7 @@ def register_kernels() -> list[KernelSpec]:
             priority=5,
             description="torch's own operator, on the weight as it is",
         ),
+        *COMPILED_KERNELS,
         *QUANTIZED_KERNELS,
         *ASCEND_KERNELS,
     ]

@@ -14,7 +14,7 @@ from npu_zoo.core.hardware import PRODUCTS
 from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.core.specs import FamilySpec
 from npu_zoo.registry import get_registry
-from npu_zoo.selection import is_importable
+from npu_zoo.selection import unavailable
 from npu_zoo.testing.shapes import kind_of, kinds_of, shared_kind_of, tiny_config
 from npu_zoo.testing.validation.build import allowed_splits
 from npu_zoo.testing.validation.cells import Combination, run_alone, run_ranks_of
@@ -135,14 +135,10 @@ def _equals_its_reference(name: str, dtype: str) -> Figures:
 
     registry = get_registry()
     spec = registry.kernels[name]
-    missing = [module for module in spec.requires if not is_importable(module)]
+    missing = unavailable(spec)
     if missing or device_of(spec.chip) is None:
         products = [p.name for p in PRODUCTS.values() if p.chip == spec.chip]
-        raise CannotTell(
-            f"it requires {', '.join(missing)}"
-            if missing
-            else f"this machine has no {' or '.join(products) or spec.chip}"
-        )
+        raise CannotTell(missing or f"this machine has no {' or '.join(products) or spec.chip}")
     error = largest_error(spec, dtype, registry)
     if not error <= tolerance(spec, dtype):
         raise ClaimFails(f"results differ by {error:.3g} of their size, and {tolerance(spec, dtype):g} is allowed")

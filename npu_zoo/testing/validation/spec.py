@@ -289,7 +289,7 @@ def _or_fails(choose: Callable[..., Any], *arguments: Any) -> Any:
 
 def installed_everywhere(specs: Mapping[str, Spec]) -> dict[str, Spec]:
     """Specs as they stand where everything that they require is installed: a matrix speaks of such machines."""
-    return {name: spec.model_copy(update={"requires": ()}) for name, spec in specs.items()}
+    return {name: spec.model_copy(update={"requires": (), "condition": None}) for name, spec in specs.items()}
 
 
 def _refuses(family: FamilySpec, number: int) -> Figures:

@@ -1,0 +1,76 @@
+"""Matrix products in bfloat16."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from npu_zoo.nn.kernels.compiled.binding import ADDRESS, COUNT, SIZE, Function, allocate
+
+INPUTS_OF_A_BLOCK = 32
+"""Panels hold so many inputs together, and are filled up with zeros."""
+
+_packed_bytes = Function("zoo_packed_bytes", SIZE, SIZE, result=SIZE)
+_pack = Function("zoo_pack_linear", ADDRESS, SIZE, SIZE, SIZE, ADDRESS, COUNT)
+_linear = Function("zoo_linear", ADDRESS, SIZE, SIZE, ADDRESS, SIZE, SIZE, ADDRESS, COUNT)
+
+
+@dataclass(frozen=True)
+class Panels:
+    """A [channels, inputs] weight in panels of 16 channels; csrc/panels.h has the layout.
+
+    Attributes:
+        values: the panels' bytes.
+        address: of the first.
+    """
+
+    values: Tensor
+    address: int
+    channels: int
+    inputs: int
+
+
+class PanelLinear:
+    """``x @ weight.T`` in bfloat16, summed in float32, with the weight in panels."""
+
+    @staticmethod
+    def packs(dtype: torch.dtype) -> bool:
+        """Always."""
+        return True
+
+    @staticmethod
+    def pack(weight: Tensor) -> Panels:
+        """The panels of a [out, in] weight."""
+        channels, inputs = weight.shape
+        values = allocate(_packed_bytes(channels, inputs))
+        rows = weight if weight.stride(1) == 1 else weight.contiguous()
+        _pack(rows.data_ptr(), rows.stride(0), channels, inputs, values.data_ptr(), torch.get_num_threads())
+        return Panels(values, values.data_ptr(), channels, inputs)
+
+    @staticmethod
+    def apply(x: Tensor, packed: Panels) -> Tensor:
+        """[..., in] to [..., out]."""
+        out = x.new_empty(*x.shape[:-1], packed.channels)
+        rows = as_rows(x, packed.inputs)
+        _linear(
+            rows.data_ptr(),
+            rows.stride(0),
+            len(rows),
+            packed.address,
+            packed.channels,
+            packed.inputs,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out
+
+
+def as_rows(x: Tensor, inputs: int) -> Tensor:
+    """[rows, in], each row contiguous, filled up with zeros to a whole number of blocks."""
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if inputs % INPUTS_OF_A_BLOCK:
+        return F.pad(rows, (0, -inputs % INPUTS_OF_A_BLOCK))
+    return rows if rows.stride(1) == 1 else rows.contiguous()

@@ -1,0 +1,126 @@
+"""The compiled library: whether it is there, how it is built, and what is said where it is not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from npu_zoo.compiled import build as building
+from npu_zoo.compiled import library
+from npu_zoo.core.config import EngineArgs
+from npu_zoo.core.errors import HardwareError
+from npu_zoo.dispatch import create_engine, resolve
+
+needs_compiler = pytest.mark.skipif(library.find_compiler() is None, reason="there is no C++ compiler")
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+def linear_kernel() -> str:
+    config = resolve(EngineArgs(model="deepseek_coder", hardware="cpu", dtype="bfloat16"))
+    return next(choice.kernel for choice in config.kernels if choice.operation == "linear")
+
+
+def passed_over() -> str:
+    config = resolve(EngineArgs(model="deepseek_coder", hardware="cpu", dtype="bfloat16"))
+    choice = next(choice for choice in config.kernels if choice.operation == "linear")
+    return next(reason for reason in choice.passed_over if reason.startswith("compiled_linear"))
+
+
+def test_without_a_build_other_kernels_serve_and_the_reason_names_the_command(empty_cache: Path) -> None:
+    assert linear_kernel() == "cpu_linear"
+    assert "not built" in passed_over()
+    if library.find_compiler():
+        assert library.COMMAND in passed_over()
+
+
+def test_without_a_compiler_the_reason_says_so(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(empty_cache))
+    monkeypatch.delenv("CXX", raising=False)
+    assert "no C++ compiler" in library.obstacle()
+    assert not library.can_be_built()
+    assert not building.build_in_background()
+    with pytest.raises(HardwareError, match=r"g\+\+"):
+        building.build()
+
+
+@needs_compiler
+def test_a_build_is_used_and_not_repeated(empty_cache: Path) -> None:
+    path = building.build()
+    built = path.stat().st_mtime_ns
+    assert library.obstacle() == ""
+    assert linear_kernel() == "compiled_linear"
+    assert building.build().stat().st_mtime_ns == built
+    assert building.build(force=True).stat().st_mtime_ns > built
+    assert [entry.name for entry in path.parent.iterdir()] == [library.NAME]
+
+
+@needs_compiler
+def test_a_failed_build_is_told_and_not_tried_again_by_itself(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(building, "OPTIONS", ("--no-such-option",))
+        with pytest.raises(HardwareError, match="no-such-option"):
+            building.build()
+    assert "failed" in library.obstacle()
+    assert "no-such-option" in (library.library_folder() / library.FAILURE).read_text()
+    assert not library.can_be_built()
+    building.build(force=True)
+    assert library.obstacle() == ""
+
+
+@needs_compiler
+def test_the_first_engine_builds_in_the_background_and_does_not_wait(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(building.subprocess, "Popen", lambda command, **_: started.append(command))
+    config = resolve(EngineArgs(model="deepseek_coder", hardware="cpu", dtype="bfloat16"))
+    assert any(library.COMMAND in note for note in config.notes)
+    create_engine(config).shutdown()
+    assert len(started) == 1
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(empty_cache))
+    subprocess.run(started[0], check=True, cwd=Path(__file__).parents[2])
+    assert library.obstacle() == ""
+
+
+@needs_compiler
+def test_the_library_has_no_threads_of_its_own(empty_cache: Path) -> None:
+    """A second OpenMP beside torch's would be a second pool of threads that spin."""
+    listed = subprocess.run(["ldd", str(building.build())], capture_output=True, text=True, check=True).stdout
+    assert "libgomp" not in listed
+    assert "libomp" not in listed
+
+
+@needs_compiler
+def test_it_runs_without_the_instructions_of_this_processor(tmp_path: Path) -> None:
+    """Plain vectors alone give the products that this processor's instructions give, which test_compiled holds."""
+    target = tmp_path / library.NAME
+    plain = [option for option in building.OPTIONS if not option.startswith("-march")]
+    compiler = library.find_compiler()
+    assert compiler is not None
+    subprocess.run([compiler, *plain, "-fopenmp", "-shared", *map(str, library.sources()), "-o", target], check=True)
+    program = (
+        "import ctypes, sys, torch\n"
+        "library = ctypes.CDLL(sys.argv[1])\n"
+        "assert library.zoo_start() == 0 and library.zoo_instructions() == 0\n"
+        "from npu_zoo.nn.kernels.compiled import binding\n"
+        "binding.load_library = lambda: library\n"
+        "from npu_zoo.nn.kernels.compiled.linear import PanelLinear\n"
+        "weight = torch.randn(50, 70).bfloat16()\n"
+        "packed = PanelLinear.pack(weight)\n"
+        "for rows in (1, 2, 3, 8, 17, 40):\n"
+        "    x = torch.randn(rows, 70).bfloat16()\n"
+        "    due = x.float() @ weight.float().T\n"
+        "    assert (PanelLinear.apply(x, packed).float() - due).abs().max() < 2e-2 * due.abs().max(), rows\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(target)], check=True, cwd=Path(__file__).parents[2])
