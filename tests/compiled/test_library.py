@@ -122,5 +122,14 @@ def test_it_runs_without_the_instructions_of_this_processor(tmp_path: Path) -> N
         "    x = torch.randn(rows, 70).bfloat16()\n"
         "    due = x.float() @ weight.float().T\n"
         "    assert (PanelLinear.apply(x, packed).float() - due).abs().max() < 2e-2 * due.abs().max(), rows\n"
+        "from npu_zoo.nn.kernels.compiled.quantized import PanelInt4Linear\n"
+        "from npu_zoo.nn.kernels.quantized import QuantizedWeight\n"
+        "codes, scale = torch.randint(-8, 8, (50, 128), dtype=torch.int8), torch.rand(50, 2)\n"
+        "packed = PanelInt4Linear.pack(QuantizedWeight(codes, scale, 4, torch.bfloat16))\n"
+        "weight = codes * scale.repeat_interleave(64, 1)\n"
+        "for rows in (1, 3, 40):\n"
+        "    x = torch.randn(rows, 128).bfloat16()\n"
+        "    due = x.float() @ weight.T\n"
+        "    assert (PanelInt4Linear.apply(x, packed).float() - due).abs().max() < 2e-2 * due.abs().max(), rows\n"
     )
     subprocess.run([sys.executable, "-c", program, str(target)], check=True, cwd=Path(__file__).parents[2])

@@ -7,6 +7,8 @@ import torch
 
 from npu_zoo.compiled.library import obstacle
 from npu_zoo.nn.kernels.compiled.linear import PanelLinear
+from npu_zoo.nn.kernels.compiled.quantized import CodePanels, PanelInt4Linear, PanelInt8Linear
+from npu_zoo.nn.kernels.quantized import QuantizedWeight
 
 pytestmark = pytest.mark.skipif(bool(obstacle()), reason=f"the compiled kernels cannot serve: {obstacle()}")
 
@@ -81,3 +83,75 @@ def test_the_number_of_threads_changes_nothing() -> None:
         torch.set_num_threads(threads)
     for other in found[1:]:
         assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+
+
+def quantized(channels: int, inputs: int, group_size: int, bits: int) -> QuantizedWeight:
+    generator, half = torch.Generator().manual_seed(7), 1 << (bits - 1)
+    codes = torch.randint(-half, half, (channels, inputs), dtype=torch.int8, generator=generator)
+    codes[0], codes[-1] = -half, half - 1
+    scale = torch.rand(channels, inputs // group_size, generator=generator) / half + 1e-3
+    return QuantizedWeight(codes, scale, bits, torch.bfloat16)
+
+
+def dequantized(weight: QuantizedWeight) -> torch.Tensor:
+    return weight.codes.float() * weight.scale.repeat_interleave(weight.group_size, 1)
+
+
+KERNELS_BY_BITS = {8: PanelInt8Linear, 4: PanelInt4Linear}
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    ("channels", "inputs", "group_size"),
+    [(16, 64, 64), (48, 128, 128), (40, 256, 64), (17, 384, 128), (24, 100, 100), (1, 8, 8), (33, 2048, 128)],
+)
+def test_products_with_codes_of_any_shape(bits: int, channels: int, inputs: int, group_size: int) -> None:
+    weight, kernel = quantized(channels, inputs, group_size, bits), KERNELS_BY_BITS[bits]
+    packed, due = kernel.pack(weight), dequantized(weight)
+    assert isinstance(packed, CodePanels)
+    for rows in ROWS:
+        x = noise(rows, inputs, seed=rows).bfloat16()
+        assert_close(kernel.apply(x, packed), x.float() @ due.T)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_groups_that_no_block_divides_are_left_to_another_kernel(bits: int) -> None:
+    weight, kernel = quantized(64, 96, 32, bits), KERNELS_BY_BITS[bits]
+    packed = kernel.pack(weight)
+    assert not isinstance(packed, CodePanels)
+    x = noise(3, 96).bfloat16()
+    assert_close(kernel.apply(x, packed), x.float() @ dequantized(weight).T)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_an_input_far_above_the_others_does_not_drown_them(bits: int) -> None:
+    """Some activations of real models are a thousand times the rest; those beyond their group keep their precision."""
+    weight, kernel = quantized(32, 512, 128, bits), KERNELS_BY_BITS[bits]
+    due = dequantized(weight)
+    for rows in (1, 8):
+        x = noise(rows, 512, seed=rows).bfloat16()
+        x[:, 5] = 3000.0
+        found = kernel.apply(x, kernel.pack(weight)).float()
+        error = found - x.float() @ due.T
+        # bfloat16 rounds a result by up to 2**-9 of it; what integers of 16 bits add is of the spike's group alone.
+        bound = (x.float() @ due.T).abs() * 2**-8 + 3000 / 65278 * 128**0.5 * due.abs().max()
+        assert (error.abs() <= bound).all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("rows", [1, 4, 40])
+def test_rows_that_are_not_finite_are_told_apart(bits: int, value: float, rows: int) -> None:
+    weight, kernel = quantized(20, 128, 64, bits), KERNELS_BY_BITS[bits]
+    x = noise(rows, 128).bfloat16()
+    x[0, 3] = value
+    found = kernel.apply(x, kernel.pack(weight))
+    assert not found[0].isfinite().any()
+    assert found[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_inputs_of_zeros_give_zeros(bits: int) -> None:
+    weight, kernel = quantized(20, 128, 64, bits), KERNELS_BY_BITS[bits]
+    for rows in (1, 3, 33):
+        assert not kernel.apply(torch.zeros(rows, 128, dtype=torch.bfloat16), kernel.pack(weight)).any()

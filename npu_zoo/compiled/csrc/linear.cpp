@@ -1,8 +1,6 @@
 // x @ weight.T in bfloat16, summed in float32.
-#include <cstdlib>
-#include <memory>
-
 #include "panels.h"
+#include "workspace.h"
 
 namespace {
 
@@ -53,26 +51,7 @@ void pack_panel(const bf16* weight, int64_t stride, int64_t channels, int64_t in
 }
 
 #if defined(ZOO_TILES)
-// Memory that calls of one thread use again and again, for the first touch of fresh memory costs more than its use.
-class Workspace {
- public:
-  bf16* values(int64_t count) {
-    if (count > size_) {
-      values_.reset(static_cast<bf16*>(std::aligned_alloc(64, ceil_div(count * sizeof(bf16), 64) * 64)));
-      size_ = count;
-    }
-    return values_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(bf16* values) const { std::free(values); }
-  };
-  std::unique_ptr<bf16, Free> values_;
-  int64_t size_ = 0;
-};
-
-thread_local Workspace workspace;
+thread_local Workspace<bf16> workspace;
 #endif
 
 }  // namespace

@@ -87,6 +87,9 @@ struct alignas(64) TileShapes {
   uint8_t rows[16] = {};
 };
 
+// GCC does not know that instructions on tiles read memory: without this, stores that only they read may come to nothing.
+inline void settle_memory() { asm volatile("" ::: "memory"); }
+
 // Tiles 0 to 3 are sums [rows][16 channels], 4 and 5 inputs [rows][32], 6 and 7 blocks of weights.
 inline void shape_tiles(int first_rows, int second_rows) {
   TileShapes shapes;
@@ -94,6 +97,7 @@ inline void shape_tiles(int first_rows, int second_rows) {
     shapes.bytes[tile] = 64;
     shapes.rows[tile] = tile >= 6 ? 16 : (tile == 2 || tile == 3 || tile == 5) ? second_rows : first_rows;
   }
+  settle_memory();
   _tile_loadconfig(&shapes);
 }
 
@@ -126,18 +130,18 @@ struct Rows {
   const bf16* at(int64_t row) const { return values + row / kPanel * group; }
 };
 
-// Up to 32 rows with one or two panels. Tiles must have been shaped for these rows.
+// The sums of up to 32 rows with one or two panels over blocks [begin, end), in tiles 0 to 3. Tiles must have been shaped
+// for these rows.
 template <bool kTwoGroups, bool kTwoPanels>
-inline void multiply_tiles(
-    const Rows& x, int64_t row, int first_rows, int second_rows, const bf16* panel, int64_t stride, int64_t blocks,
-    int64_t panel_number, const Output& out) {
+inline void multiply_blocks(
+    const Rows& x, int64_t row, int64_t begin, int64_t end, const bf16* panel, int64_t stride) {
   const bf16 *upper = x.at(row), *lower = upper + x.group;
   const int x_bytes = x.stride * sizeof(bf16);
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (int64_t block = 0; block < blocks; ++block) {
+  for (int64_t block = begin; block < end; ++block) {
     const bf16* weights = panel + block * kBlockValues;
     prefetch_block(weights);
     _tile_loadd(4, upper + block * x.step, x_bytes);
@@ -154,6 +158,14 @@ inline void multiply_tiles(
       if (kTwoPanels) _tile_dpbf16ps(3, 5, 7);
     }
   }
+}
+
+// Up to 32 rows with one or two panels.
+template <bool kTwoGroups, bool kTwoPanels>
+inline void multiply_tiles(
+    const Rows& x, int64_t row, int first_rows, int second_rows, const bf16* panel, int64_t stride, int64_t blocks,
+    int64_t panel_number, const Output& out) {
+  multiply_blocks<kTwoGroups, kTwoPanels>(x, row, 0, blocks, panel, stride);
   alignas(64) float sums[kPanel * kLanes];
   _tile_stored(0, sums, 64);
   put_tile(out, sums, row, first_rows, panel_number);

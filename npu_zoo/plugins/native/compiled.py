@@ -23,4 +23,16 @@ def _kernel(operation: str, implementation: str, description: str, dtypes: tuple
 
 COMPILED_KERNELS = (
     _kernel("linear", "linear:PanelLinear", "the zoo's own C++, with the weight in panels", ("bfloat16",)),
+    _kernel(
+        "linear_w8a16",
+        "quantized:PanelInt8Linear",
+        "the zoo's own C++, with int8 codes in panels and inputs as integers of 16 bits for few rows",
+        ("bfloat16",),
+    ),
+    _kernel(
+        "linear_w4a16",
+        "quantized:PanelInt4Linear",
+        "the zoo's own C++, with int4 codes in panels and inputs as integers of 16 bits for few rows",
+        ("bfloat16",),
+    ),
 )

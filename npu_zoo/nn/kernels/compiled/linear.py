@@ -68,9 +68,9 @@ class PanelLinear:
         return out
 
 
-def as_rows(x: Tensor, inputs: int) -> Tensor:
-    """[rows, in], each row contiguous, filled up with zeros to a whole number of blocks."""
+def as_rows(x: Tensor, inputs: int, block: int = INPUTS_OF_A_BLOCK) -> Tensor:
+    """[rows, in], each row contiguous, filled up with zeros to a whole number of blocks of inputs."""
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if inputs % INPUTS_OF_A_BLOCK:
-        return F.pad(rows, (0, -inputs % INPUTS_OF_A_BLOCK))
+    if inputs % block:
+        return F.pad(rows, (0, -inputs % block))
     return rows if rows.stride(1) == 1 else rows.contiguous()
