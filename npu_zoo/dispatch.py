@@ -44,6 +44,7 @@ from npu_zoo.platforms.environment import DETERMINISTIC, apply_presets, near_mis
 from npu_zoo.registry import Registry, get_registry, load_code
 from npu_zoo.request import Request, bundled_directory, parse_dtype, read_request
 from npu_zoo.selection import is_importable, select_attention, select_kernels
+from npu_zoo.speculation import choose_speculation
 from npu_zoo.splitting import choose_expert_dispatch, require_split
 
 __all__ = ["check", "create_engine", "parse_bytes", "parse_dtype", "resolve"]
@@ -383,6 +384,7 @@ def _engine_config(args: EngineArgs, request: Request, chosen: _Chosen) -> Engin
         **_parallel_fields(args, request, chosen),
         **_text_fields(request, chosen.config),
         **_limit_fields(args, request, chosen),
+        speculation=choose_speculation(args, chosen.config),
         serving=request.serving,
         row=chosen.row,
         seed=args.seed or 0,

@@ -48,6 +48,7 @@ _METAVARS = {
     "bind": "auto|none|MAP",
     "expert_dispatch": "auto|all_gather|all_to_all",
     "collective_timeout": "SECONDS",
+    "speculative_method": "none|prompt_lookup|mtp",
     "kv_cache_memory": "SIZE",
     "kv_cache_fraction": "SHARE",
     "stop_token_ids": "ID,…",
@@ -307,4 +308,5 @@ _COMPLETIONS: dict[str, Callable[[str], list[str]]] = {
     "hardware": _complete_hardware,
     "dtype": _complete_dtype,
     "attention": lambda incomplete: _starting_with(incomplete, ("paged", "flash")),
+    "speculative_method": lambda incomplete: _starting_with(incomplete, ("none", "prompt_lookup", "mtp")),
 }

@@ -26,6 +26,14 @@ ExpertDispatch = Literal["all_gather", "all_to_all"]
 each token travels to its experts' ranks and back."""
 
 
+SpeculativeMethod = Literal["none", "prompt_lookup", "mtp"]
+"""Where drafts of next tokens come from: earlier text of the same sequence, or the checkpoint's own further layers."""
+
+DEFAULT_NUM_SPECULATIVE_TOKENS = 3
+DEFAULT_PROMPT_LOOKUP = 2, 4
+"""Tokens of the shortest and of the longest n-gram that is looked up."""
+
+
 class EngineArgs(BaseModel):
     """What was asked for; ``None`` is unset. Everything is checked by :func:`npu_zoo.dispatch.resolve`."""
 
@@ -68,6 +76,13 @@ class EngineArgs(BaseModel):
     collective_timeout: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="Seconds that a rank waits for the others in one operation."
     )
+    speculative_method: SpeculativeMethod | None = Field(
+        None, description="Where drafts of next tokens come from: none, prompt_lookup or mtp."
+    )
+    num_speculative_tokens: int | None = Field(None, ge=1, description="Most drafts of a sequence in one step.")
+    prompt_lookup_min: int | None = Field(None, ge=1, description="Tokens of the shortest n-gram that is looked up.")
+    prompt_lookup_max: int | None = Field(None, ge=1, description="Tokens of the longest one.")
+    adaptive_speculation: bool | None = Field(None, description="Stop drafting where it does not pay; on by default.")
     seed: int | None = Field(None, description="Seed of requests that bring none.")
     threads: int | None = Field(None, ge=1, description="CPU threads; torch's choice when unset.")
     bind: str | None = Field(
@@ -114,6 +129,23 @@ class AttentionChoice:
     reads: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class SpeculationConfig:
+    """How next tokens are guessed.
+
+    Attributes:
+        num_tokens: most drafts of a sequence in one step.
+        lookup_min, lookup_max: tokens of the n-grams that prompt lookup searches; unread by other methods.
+        adaptive: whether an engine stops drafting where it does not pay.
+    """
+
+    method: SpeculativeMethod
+    num_tokens: int
+    lookup_min: int = DEFAULT_PROMPT_LOOKUP[0]
+    lookup_max: int = DEFAULT_PROMPT_LOOKUP[1]
+    adaptive: bool = True
+
+
 _SEAL = object()
 
 
@@ -140,6 +172,7 @@ class EngineConfig:
         expert_dispatch: how tokens reach experts of other ranks in steps that are not captured.
         deterministic: whether operators are asked to sum in the same order in every run.
         collective_timeout: seconds that a rank waits for the others in one operation.
+        speculation: how next tokens are guessed; None where they are not.
         notes: what the user should know, such as that the demo checkpoint runs.
     """
 
@@ -196,6 +229,7 @@ class EngineConfig:
     expert_dispatch: ExpertDispatch = "all_gather"
     deterministic: bool = False
     collective_timeout: float = DEFAULT_COLLECTIVE_TIMEOUT_S
+    speculation: SpeculationConfig | None = None
     notes: tuple[str, ...] = ()
     seal: object = field(default=None, repr=False, compare=False)
 
@@ -210,6 +244,12 @@ class EngineConfig:
         return Split(
             self.tensor_parallel_size, self.pipeline_parallel_size, self.expert_parallel_size, self.data_parallel_size
         )
+
+    @property
+    def max_sampled_tokens(self) -> int:
+        """The most positions of one step whose logits are needed: a sequence's last token and its drafts."""
+        drafts = self.speculation.num_tokens if self.speculation else 0
+        return min(self.max_num_seqs * (1 + drafts), max(self.max_num_seqs, self.max_num_batched_tokens))
 
     @property
     def head_layout(self) -> tuple[int, int, int]:

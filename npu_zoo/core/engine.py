@@ -53,6 +53,7 @@ class RequestMetrics:
     Attributes:
         cached_tokens: prompt tokens taken from the prefix cache by the first completion.
         preemptions: how often the request lost its blocks and was recomputed.
+        draft_tokens, accepted_tokens: guesses that were verified, and how many of them were right.
         scheduled_time: when the first of it was computed; None where it still waits, or the engine does not tell.
     """
 
@@ -62,6 +63,8 @@ class RequestMetrics:
     cached_tokens: int = 0
     preemptions: int = 0
     scheduled_time: float | None = None
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass
@@ -114,6 +117,8 @@ class EngineStats:
         kv_cache_usage: share of the room for keys and values that is held by sequences, 0 to 1.
         prefix_cache_queries, prefix_cache_hits: tokens of admitted prompts, and how many of them the cache had.
         num_preemptions: sequences that lost their room and were recomputed.
+        num_drafts: rows of steps that had drafts; each gave one token more than were accepted of them.
+        num_draft_tokens, num_accepted_tokens: drafts that were verified, and how many of them were right.
     """
 
     num_running: int = 0
@@ -122,6 +127,9 @@ class EngineStats:
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
     num_preemptions: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 class Engine(ABC):

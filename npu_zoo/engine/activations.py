@@ -83,7 +83,7 @@ def measure_activations(
     """
     memory: Any = torch.get_device_module(device)
     step = _peak(memory, device, lambda: _run(model, attention, rows, config, device, place))
-    batch = config.max_num_seqs
+    batch = config.max_sampled_tokens
     dtype: torch.dtype = getattr(torch, config.dtype)
     shape = (batch, config.model_config.vocab_size)
     sampler = Sampler(top_k_top_p)
@@ -97,7 +97,8 @@ def _graphs(config: EngineConfig, itemsize: int, largest: int) -> int:
     """Logits of every captured batch size, and the activations of the largest, whose memory the others share."""
     if config.enforce_eager or config.device != "npu":
         return 0
-    logits = sum(graph_sizes(config.max_num_seqs)) * config.model_config.vocab_size * itemsize
+    rows = sum(graph_sizes(config.max_num_seqs, config.max_sampled_tokens))
+    logits = rows * config.model_config.vocab_size * itemsize
     return -(-(logits + largest) // _SEGMENT + 1) * _SEGMENT
 
 

@@ -34,8 +34,17 @@ class KVManager(ABC):
         """Make room for the first ``num_tokens`` tokens; False, with nothing changed, where there is none."""
 
     @abstractmethod
-    def commit(self, sequence: Sequence, num_tokens: int) -> None:
-        """The first ``num_tokens`` tokens will be computed by the end of this step: their full blocks may be shared."""
+    def shrink(self, sequence: Sequence, num_tokens: int) -> None:
+        """Take back what a sequence holds beyond the room of its first ``num_tokens`` tokens."""
+
+    @abstractmethod
+    def commit(self, sequence: Sequence, num_tokens: int, start: int | None = None) -> None:
+        """The first ``num_tokens`` tokens will be computed by the end of this step: their full blocks may be shared.
+
+        Args:
+            num_tokens: of ``Sequence.token_ids``, to which a draft belongs once it is accepted.
+            start: where what was not committed before begins; by default where what is computed ends.
+        """
 
     @abstractmethod
     def settle(self) -> None:
@@ -133,12 +142,17 @@ class BlockManager(KVManager):
             sequence.slots.append(block)
         return True
 
-    def commit(self, sequence: Sequence, num_tokens: int) -> None:
+    def shrink(self, sequence: Sequence, num_tokens: int) -> None:
+        """See :class:`KVManager`."""
+        while len(sequence.slots) > -(-num_tokens // self.block_size):
+            self._release_last(sequence)
+
+    def commit(self, sequence: Sequence, num_tokens: int, start: int | None = None) -> None:
         """See :class:`KVManager`."""
         if not self._caching:
             return
-        first = sequence.num_computed_tokens // self.block_size
-        for index in range(first, num_tokens // self.block_size):
+        first = sequence.num_computed_tokens if start is None else start
+        for index in range(first // self.block_size, num_tokens // self.block_size):
             block, digest = sequence.slots[index], self._digest(sequence, index)
             if not self._share_within_step:
                 self._committed.append((block, digest))
@@ -167,12 +181,15 @@ class BlockManager(KVManager):
         """See :class:`KVManager`. The tail is freed first, so that common beginnings live longest."""
         # One by one, so that an interrupt in the middle and a second call free nothing twice.
         while sequence.slots:
-            block = sequence.slots.pop()
-            self._references[block] -= 1
-            if self._references[block] == 0:
-                self._free[block] = None
-                if self._digest_of[block] is None:
-                    self._free.move_to_end(block, last=False)
+            self._release_last(sequence)
+
+    def _release_last(self, sequence: Sequence) -> None:
+        block = sequence.slots.pop()
+        self._references[block] -= 1
+        if self._references[block] == 0:
+            self._free[block] = None
+            if self._digest_of[block] is None:
+                self._free.move_to_end(block, last=False)
 
     def _learn(self, block: int, digest: bytes) -> bool:
         """Know a block by its digest; False where it has one, or another block has this."""
@@ -254,7 +271,10 @@ class SlotManager(KVManager):
             sequence.slots.append(self._free.pop())
         return True
 
-    def commit(self, sequence: Sequence, num_tokens: int) -> None:
+    def shrink(self, sequence: Sequence, num_tokens: int) -> None:
+        """A sequence has one slot, however long it is."""
+
+    def commit(self, sequence: Sequence, num_tokens: int, start: int | None = None) -> None:
         """Nothing is shared."""
 
     def settle(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import time
 from collections.abc import Sequence as SequenceOf
 from typing import Any
@@ -30,9 +31,12 @@ from npu_zoo.engine.prompt_scores import PromptScores
 from npu_zoo.engine.prompting import PromptEncoder
 from npu_zoo.engine.replicas import ReplicatedKV
 from npu_zoo.engine.runner import ModelRunner
-from npu_zoo.engine.sampler import Sampler, TokenLogprobs
+from npu_zoo.engine.sampler import Sampler, SamplingState, TokenLogprobs
 from npu_zoo.engine.scheduler import ScheduledRow, Scheduler
 from npu_zoo.engine.sequence import Request, Sequence
+from npu_zoo.engine.speculation.proposer import StepResult
+from npu_zoo.engine.speculation.speculator import create_speculator
+from npu_zoo.engine.speculation.verification import count_kept, positions
 from npu_zoo.engine.step import step_rows
 
 _STALE_DEADLINES = 64
@@ -56,6 +60,7 @@ class NativeEngine(Engine):
             enable_chunked_prefill=config.enable_chunked_prefill,
         )
         self.sampler = Sampler(self.runner.kernels.top_k_top_p)
+        self.speculator = create_speculator(config, self.runner)
         self.max_model_len = self.prompts.max_model_len = self.runner.cache.max_model_len
         self._stop_ids = self.prompts.stop_token_ids
         self._requests: dict[str, Request] = {}
@@ -112,7 +117,8 @@ class NativeEngine(Engine):
         return [*self._end_overdue(), *self._compute_step()]
 
     def _compute_step(self) -> list[RequestOutput]:
-        rows = self.scheduler.schedule()
+        drafts = self.speculator.begin_step(self.scheduler.running) if self.speculator else None
+        rows = self.scheduler.schedule(drafts)
         if not rows:
             if self.scheduler.has_work():
                 raise EngineError("the scheduler found nothing to run while requests wait")
@@ -123,11 +129,10 @@ class NativeEngine(Engine):
         for row, hidden in zip((r for r, s in zip(rows, step, strict=True) if s.wants_prompt), prompts, strict=True):
             self._score_prompt(row, hidden)
         self.kv.settle()
-        sampling = [row.sequence for row in rows if row.samples]
         for row in rows:
             # A sequence that got no token yet must find one to compute, should the step be interrupted before it does.
-            row.sequence.num_computed_tokens = row.start + row.num_tokens - row.samples
-        return self._sample(logits, sampling) if sampling else []
+            row.sequence.num_computed_tokens = row.start + row.num_known - row.samples
+        return self._sample(logits, rows)
 
     def render_chat(self, messages: SequenceOf[dict[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
         """See :meth:`Engine.render_chat`."""
@@ -139,6 +144,7 @@ class NativeEngine(Engine):
 
     def stats(self) -> EngineStats:
         """See :meth:`Engine.stats`."""
+        speculator = self.speculator
         return EngineStats(
             num_running=len(self.scheduler.running),
             num_waiting=self.scheduler.num_waiting,
@@ -146,6 +152,9 @@ class NativeEngine(Engine):
             prefix_cache_queries=self.scheduler.prefix_queries,
             prefix_cache_hits=self.scheduler.prefix_hits,
             num_preemptions=self.scheduler.num_preemptions,
+            num_drafts=speculator.num_drafts if speculator else 0,
+            num_draft_tokens=speculator.num_draft_tokens if speculator else 0,
+            num_accepted_tokens=speculator.num_accepted_tokens if speculator else 0,
         )
 
     def explain(self) -> dict[str, Any]:
@@ -163,6 +172,7 @@ class NativeEngine(Engine):
             "kv_cache_bytes": cache.num_bytes,
             "kv_cache_tokens": cache.num_tokens * self.config.data_parallel_size,
             "max_model_len": cache.max_model_len,
+            "speculation": self.speculator.explain() if self.speculator else None,
             "master_port": self.runner.master_port,
             "ranks": self.runner.report() if self.config.world_size > 1 else [],
         }
@@ -176,16 +186,41 @@ class NativeEngine(Engine):
         if runner is not None:
             runner.shutdown()
 
-    def _sample(self, logits: Tensor, sequences: list[Sequence]) -> list[RequestOutput]:
-        """Draw the next token of each sequence, and report the requests that they belong to."""
-        held_back = [self._held_back(sequence) for sequence in sequences]
-        sampled = self.sampler.sample(logits, sequences, held_back)
-        touched = {id(owner): owner for owner in (self._owner[s.number] for s in sequences)}
-        for sequence, token_id, logprobs in zip(sequences, sampled.token_ids, sampled.logprobs, strict=True):
+    def _sample(self, logits: Tensor, rows: list[ScheduledRow]) -> list[RequestOutput]:
+        """Draw the next tokens of the rows that sample, and report the requests that they belong to."""
+        sampling = [row for row in rows if row.samples]
+        touched = {id(owner): owner for owner in (self._owner[row.sequence.number] for row in sampling)}
+        given = dict(zip(map(id, sampling), self._draw(logits, sampling), strict=True))
+        results = [StepResult(row, given.get(id(row), ())) for row in rows]
+        if self.speculator:
+            self.speculator.end_step(results)
+        return [self._report(request) for request in touched.values()]
+
+    def _draw(self, logits: Tensor, rows: list[ScheduledRow]) -> list[tuple[int, ...]]:
+        """Draw the next tokens of rows, and give each sequence what stands of them."""
+        if not rows:
+            return []
+        drawn_for = [position for row in rows for position in positions(row)]
+        sampled = self.sampler.sample(logits, drawn_for, [self._held_back(position) for position in drawn_for])
+        found = zip(sampled.token_ids, sampled.logprobs, strict=True)
+        return [self._accept(row, list(itertools.islice(found, 1 + len(row.drafts)))) for row in rows]
+
+    def _accept(self, row: ScheduledRow, drawn: list[tuple[int, TokenLogprobs | None]]) -> tuple[int, ...]:
+        """Give a sequence those drawn tokens that follow right drafts, as far as it goes on."""
+        sequence, before = row.sequence, row.sequence.num_tokens
+        for token_id, logprobs in drawn[: count_kept(row.drafts, [token_id for token_id, _ in drawn])]:
             self._append(sequence, token_id, logprobs)
             if sequence.finished:
-                self._retire(sequence)
-        return [self._report(request) for request in touched.values()]
+                break
+        new_tokens = tuple(sequence.token_ids[before:])
+        if row.drafts:
+            self.scheduler.keep_accepted(row)
+            metrics = self._owner[sequence.number].metrics
+            metrics.draft_tokens += len(row.drafts)
+            metrics.accepted_tokens += len(new_tokens) - 1
+        if sequence.finished:
+            self._retire(sequence)
+        return new_tokens
 
     def _note_scheduled(self, rows: list[ScheduledRow]) -> None:
         for metrics in (self._owner[row.sequence.number].metrics for row in rows):
@@ -257,10 +292,10 @@ class NativeEngine(Engine):
         form = params.structured_outputs
         return None if form is None else self.prompts.guides.make(form)
 
-    def _held_back(self, sequence: Sequence) -> tuple[int, ...]:
+    def _held_back(self, state: SamplingState) -> tuple[int, ...]:
         """Ids that must not be drawn while ``min_tokens`` is not reached."""
-        params = sequence.params
-        if sequence.num_output_tokens >= params.min_tokens:
+        params = state.params
+        if state.num_output_tokens >= params.min_tokens:
             return ()
         return tuple(self._stop_ids | frozenset(params.stop_token_ids))
 

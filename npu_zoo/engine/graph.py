@@ -1,4 +1,4 @@
-"""Decode from captured graphs: a step of single tokens is one launch instead of some hundred.
+"""Decode from captured graphs: a step of single tokens, and of drafts, is one launch instead of some hundred.
 
 A graph is captured for each of some batch sizes when a step first needs it; a smaller batch is padded to the next one
 with rows in a block of their own, a slot each. Lengths of sequences are host values of the attention operators,
@@ -19,11 +19,18 @@ from npu_zoo.core.parallel import Place
 from npu_zoo.nn.context import ForwardContext
 from npu_zoo.nn.model import CausalLM
 
+_COARSE = 32
 
-def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Batch sizes that graphs are captured for: 1, 2, 4, 8, then every eighth, and the largest batch."""
-    sizes = {1, 2, 4, *range(8, max_num_seqs + 1, 8), max_num_seqs}
-    return sorted(size for size in sizes if size <= max_num_seqs)
+
+def graph_sizes(max_num_seqs: int, most: int | None = None) -> list[int]:
+    """Batch sizes that graphs are captured for: 1, 2, 4, 8, then every eighth, and the largest batch.
+
+    Args:
+        most: tokens of the largest batch with the drafts of its sequences; from one to the other every 32nd is taken.
+    """
+    most = most or max_num_seqs
+    sizes = {1, 2, 4, *range(8, max_num_seqs + 1, 8), max_num_seqs, *range(_COARSE, most, _COARSE), most}
+    return sorted(size for size in sizes if size <= max_num_seqs or size % _COARSE == 0 or size == most)
 
 
 @dataclass
@@ -68,7 +75,7 @@ class DecodeGraphs:
         self._model, self._attention, self._device = model, attention, device
         self._place, self._config = place, config
         self._max_model_len = max_model_len
-        self.sizes = graph_sizes(config.max_num_seqs)
+        self.sizes = graph_sizes(config.max_num_seqs, config.max_sampled_tokens)
         self._graphs: dict[int, _DecodeGraph] = {}
         self._npu: Any = torch.get_device_module(device)
         self._pool: Any = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from npu_zoo.core.parallel import Place, Ranks
 from npu_zoo.engine.step import StepRow
 
 Outputs = tuple[Tensor | None, list[Tensor]]
-"""[N, vocab_size] logits of the rows that sample, None where there are none; and prompts' hidden states."""
+"""[N, vocab_size] logits of the tokens that are sampled from, None where there are none; and prompts' hidden states."""
 
 NO_OUTPUTS: Outputs = (None, [])
 
@@ -68,7 +69,7 @@ def _send(ranks: Ranks, outputs: Outputs) -> None:
 
 
 def _receive(ranks: Ranks, source: int, rows: Sequence[StepRow], shape: ResultShape) -> Outputs:
-    samples = sum(row.samples for row in rows)
+    samples = sum(row.num_logits for row in rows)
     logits = ranks.world.receive((samples, shape.vocab_size), shape.dtype, source) if samples else None
     prompts = [
         ranks.world.receive((row.num_tokens, shape.hidden_size), shape.dtype, source)
@@ -86,8 +87,9 @@ def _in_order(
         return _packed(found[0][1], shape)
     parts = [logits for _, (logits, _) in found if logits is not None]
     together = torch.cat(parts) if parts else _no_logits(shape)
-    place_of = {id(row): number for number, row in enumerate(r for own, _ in found for r in own if r.samples)}
-    order = [place_of[id(row)] for row in rows if row.samples]
+    by_replica = [row for own, _ in found for row in own]
+    first = dict(zip(map(id, by_replica), accumulate((row.num_logits for row in by_replica), initial=0), strict=False))
+    order = [first[id(row)] + number for row in rows for number in range(row.num_logits)]
     prompts = {
         id(row): hidden
         for own, (_, hiddens) in found

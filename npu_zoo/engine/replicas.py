@@ -33,9 +33,13 @@ class ReplicatedKV(KVManager):
         """See :class:`KVManager`."""
         return self._of(sequence).reserve(sequence, num_tokens)
 
-    def commit(self, sequence: Sequence, num_tokens: int) -> None:
+    def shrink(self, sequence: Sequence, num_tokens: int) -> None:
         """See :class:`KVManager`."""
-        self._of(sequence).commit(sequence, num_tokens)
+        self._of(sequence).shrink(sequence, num_tokens)
+
+    def commit(self, sequence: Sequence, num_tokens: int, start: int | None = None) -> None:
+        """See :class:`KVManager`."""
+        self._of(sequence).commit(sequence, num_tokens, start)
 
     def settle(self) -> None:
         """See :class:`KVManager`."""

@@ -94,8 +94,8 @@ class ModelRunner:
         """Compute a step; every rank is given all of its rows.
 
         Returns:
-            On the first rank, [N, vocab_size] logits of the last token of each of the N rows that sample, in the order
-            of the rows; and the hidden states of every row whose prompt is asked for, in that order too. On others
+            On the first rank, [N, vocab_size] logits of the last ``num_logits`` tokens of each row, in the order of the
+            rows; and the hidden states of every row whose prompt is asked for, in that order too. On others
             their own share of it, or nothing.
         """
         with torch.inference_mode():
@@ -147,7 +147,7 @@ class ModelRunner:
         if not rows:
             return NO_OUTPUTS
         ends = list(accumulate(row.num_tokens for row in rows))
-        last = [end - 1 for end, row in zip(ends, rows, strict=True) if row.samples]
+        last = [end - row.num_logits + n for end, row in zip(ends, rows, strict=True) for n in range(row.num_logits)]
         logits = self.model.compute_logits(hidden[torch.tensor(last, device=self.device)]) if last else None
         prompts = [hidden[end - row.num_tokens : end] for end, row in zip(ends, rows, strict=True) if row.wants_prompt]
         return logits, prompts
@@ -188,11 +188,12 @@ class ModelRunner:
 
     def _replay(self, graphs: DecodeGraphs, rows: Sequence[StepRow], mine: Sequence[StepRow]) -> Tensor:
         replicas = range(self._place.split.dp)
-        largest = max(sum(row.replica == replica for row in rows) for replica in replicas)
-        hidden = self._stage_input(len(mine))
-        token_ids = [row.token_ids[0] for row in mine]
+        largest = max(sum(row.num_tokens for row in rows if row.replica == replica) for replica in replicas)
+        token_ids = list(chain.from_iterable(row.token_ids for row in mine))
+        slices = list(chain.from_iterable(row.slices for row in mine))
+        hidden = self._stage_input(len(token_ids))
         given = token_ids if hidden is None else hidden
-        output = graphs.run(given, [row.start for row in mine], [row.slice for row in mine], largest)
+        output = graphs.run(given, [row.start for row in slices], slices, largest)
         self._pass_on(output.clone() if self._place.split.pp > 1 else output)  # a replay overwrites it
         return output
 
@@ -204,9 +205,10 @@ class ModelRunner:
 
     def _forward(self, rows: Sequence[StepRow], replica_tokens: tuple[int, ...], x: Tensor | None) -> Tensor:
         tokens = list(chain.from_iterable(row.token_ids for row in rows))
-        positions = list(chain.from_iterable(range(row.start, row.start + row.num_tokens) for row in rows))
+        positions = list(chain.from_iterable(row.positions for row in rows))
+        slices = list(chain.from_iterable(row.slices for row in rows))
         # A replica without tokens attends to nothing; most operators take no rows of none.
-        metadata = self.attention.prepare([row.slice for row in rows]) if rows else AttentionMetadata([], 0)
+        metadata = self.attention.prepare(slices) if rows else AttentionMetadata([], 0)
         context = ForwardContext(self.attention, metadata, self._layers.start, replica_tokens)
         places = torch.tensor(positions, dtype=torch.long).to(self.device)
         given = torch.tensor(tokens, dtype=torch.long).to(self.device) if x is None else x

@@ -10,15 +10,51 @@ import hashlib
 from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.engine.guidance import Guide
-from npu_zoo.engine.sequence import Sequence
 from npu_zoo.nn.kernels import reference
 from npu_zoo.nn.kernels.table import TopKTopP
+
+
+class SamplingState(Protocol):
+    """Whose next token is drawn: a :class:`~npu_zoo.engine.sequence.Sequence`, or one as it would be with drafts."""
+
+    @property
+    def params(self) -> SamplingParams:
+        """What was asked for."""
+
+    @property
+    def seed(self) -> int:
+        """Of its draws."""
+
+    @property
+    def index(self) -> int:
+        """Number of the completion."""
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Output tokens so far."""
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Prompt and output."""
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """Output."""
+
+    @property
+    def guided(self) -> bool:
+        """Whether the next token has to keep a form."""
+
+    @property
+    def guide(self) -> Guide | None:
+        """What knows the form."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +89,7 @@ class Sampler:
     def __init__(self, top_k_top_p: TopKTopP = reference.top_k_top_p) -> None:
         self._top_k_top_p = top_k_top_p
 
-    def sample(self, logits: Tensor, sequences: Rows[Sequence], stop_ids: Rows[tuple[int, ...]]) -> SampledTokens:
+    def sample(self, logits: Tensor, sequences: Rows[SamplingState], stop_ids: Rows[tuple[int, ...]]) -> SampledTokens:
         """Draw.
 
         Args:
@@ -71,7 +107,7 @@ class Sampler:
         token_ids = chosen.tolist()
         return SampledTokens(token_ids, _logprobs(logits, token_ids, sequences))
 
-    def _shape(self, logits: Tensor, sequences: Rows[Sequence], stop_ids: Rows[tuple[int, ...]]) -> Tensor:
+    def _shape(self, logits: Tensor, sequences: Rows[SamplingState], stop_ids: Rows[tuple[int, ...]]) -> Tensor:
         """Logits after penalties and biases, what must not be drawn at minus infinity; copied where they change."""
         due = [h if s.num_output_tokens < s.params.min_tokens else () for h, s in zip(stop_ids, sequences, strict=True)]
         changes = [
@@ -99,7 +135,7 @@ def _has_penalties(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
 
 
-def _penalise(row: Tensor, sequence: Sequence) -> None:
+def _penalise(row: Tensor, sequence: SamplingState) -> None:
     """Apply a sequence's penalties to its [vocab_size] logits, in place."""
     params, size = sequence.params, row.shape[0]
     output = torch.tensor(sequence.output_token_ids, dtype=torch.long, device=row.device)
@@ -134,7 +170,7 @@ def _keep_form(row: Tensor, guide: Guide, held_back: list[int]) -> None:
     row.masked_fill_(~chosen.to(row.device), float("-inf"))
 
 
-def _draw(logits: Tensor, sequences: list[Sequence], top_k_top_p: TopKTopP) -> Tensor:
+def _draw(logits: Tensor, sequences: list[SamplingState], top_k_top_p: TopKTopP) -> Tensor:
     """One id per row of [N, vocab_size] float32 logits, by inverting the cumulative distribution."""
     params = [sequence.params for sequence in sequences]
     temperatures = torch.tensor([p.temperature for p in params], device=logits.device)
@@ -159,14 +195,14 @@ def _truncate(logits: Tensor, params: list[SamplingParams], top_k_top_p: TopKTop
     return top_k_top_p(logits, [p.top_k if 0 < p.top_k < size else 0 for p in params], [p.top_p for p in params])
 
 
-def _uniform(sequence: Sequence) -> float:
+def _uniform(sequence: SamplingState) -> float:
     """A number in [0, 1) from seed, completion and position."""
     key = f"{sequence.seed}/{sequence.index}/{sequence.num_output_tokens}".encode()
     # 53 bits are what a float holds: with more, the largest would round to 1 and lie outside every token's share.
     return (int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 11) / 2.0**53
 
 
-def _logprobs(logits: Tensor, token_ids: list[int], sequences: Rows[Sequence]) -> list[TokenLogprobs | None]:
+def _logprobs(logits: Tensor, token_ids: list[int], sequences: Rows[SamplingState]) -> list[TokenLogprobs | None]:
     found: list[TokenLogprobs | None] = [None] * len(token_ids)
     rows = [row for row, sequence in enumerate(sequences) if sequence.params.logprobs is not None]
     if rows:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import bisect
 import heapq
-from dataclasses import dataclass
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, replace
 from operator import attrgetter
 
 from npu_zoo.engine.block_manager import KVManager
@@ -15,20 +17,31 @@ _STALE_PLACES = 64
 
 @dataclass(frozen=True)
 class ScheduledRow:
-    """One sequence's share of a step: its tokens from ``start`` on.
+    """One sequence's share of a step: ``num_tokens`` tokens from ``start`` on, of which ``drafts`` are the last.
 
     Attributes:
-        samples: whether the last of them is the sequence's last token, so that the next one is drawn.
+        drafts: guesses of what follows the sequence's last token, which the row reaches then.
     """
 
     sequence: Sequence
     start: int
     num_tokens: int
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def num_known(self) -> int:
+        """Tokens of the row that are the sequence's own."""
+        return self.num_tokens - len(self.drafts)
 
     @property
     def samples(self) -> bool:
-        """Whether the row reaches the end of what is known of the sequence."""
-        return self.start + self.num_tokens == self.sequence.num_tokens
+        """Whether the row reaches the end of what is known of the sequence; right until the sequence is given more."""
+        return self.start + self.num_known == self.sequence.num_tokens
+
+    @property
+    def num_sampled(self) -> int:
+        """Positions whose next token is drawn: the sequence's last token and each draft."""
+        return (1 + len(self.drafts)) * self.samples
 
 
 class Scheduler:
@@ -77,15 +90,29 @@ class Scheduler:
         """Sequences that wait for room."""
         return len(self._waiting)
 
-    def schedule(self) -> list[ScheduledRow]:
-        """The next step's rows, single tokens first; their room is reserved and their full blocks are shared."""
+    def schedule(self, drafts: Mapping[int, SequenceOf[int]] | None = None) -> list[ScheduledRow]:
+        """The next step's rows, single tokens first; their room is reserved and their full blocks are shared.
+
+        Args:
+            drafts: guesses of what follows a sequence, by its number. They are verified as far as budget and free room
+                go, after all that runs has what it needs: nobody gives room up for one.
+        """
         for sequence in reversed(self._kv.discard_unsettled(self.running)):
             self.running.remove(sequence)
             self._preempt(sequence)
         rows = self._schedule_running()
+        if drafts:
+            rows = self._add_drafts(rows, drafts)
         self._admit(rows)
-        rows.sort(key=lambda row: row.num_tokens > 1)
+        rows.sort(key=lambda row: row.num_known > 1)
         return rows
+
+    def keep_accepted(self, row: ScheduledRow) -> None:
+        """Once a sequence was given what stands of its drafts: share the blocks they fill, free the others' room."""
+        sequence = row.sequence
+        self._kv.commit(sequence, sequence.num_computed_tokens, row.start)
+        self._kv.settle()
+        self._kv.shrink(sequence, sequence.num_computed_tokens)
 
     def _schedule_running(self) -> list[ScheduledRow]:
         rows: list[ScheduledRow] = []
@@ -98,6 +125,17 @@ class Scheduler:
                 budget -= num_tokens
                 position += 1
         return rows
+
+    def _add_drafts(self, rows: list[ScheduledRow], drafts: Mapping[int, SequenceOf[int]]) -> list[ScheduledRow]:
+        budget = self._max_num_batched_tokens - sum(row.num_tokens for row in rows)
+        drafted = []
+        for row in rows:
+            own = tuple(drafts.get(row.sequence.number, ()))[:budget] if row.samples else ()
+            if own and self._kv.reserve(row.sequence, row.start + row.num_tokens + len(own)):
+                row = replace(row, num_tokens=row.num_tokens + len(own), drafts=own)
+                budget -= len(own)
+            drafted.append(row)
+        return drafted
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         """Room for a sequence, at the cost of those that came last; False where it was itself the last."""

@@ -16,7 +16,8 @@ class StepRow:
     Attributes:
         token_ids: the tokens that are computed, from position ``start`` on.
         slots: where the sequence's keys and values lie.
-        samples: whether the last of them gives the logits that the next token is drawn from.
+        num_logits: how many of the last of them give logits that a next token is drawn from: none where the row ends
+            inside the prompt, one after the sequence's last token, and one more after each draft.
         wants_prompt: whether the hidden states of all of them are asked for.
         replica: of the attention, whose cache holds the sequence.
     """
@@ -24,7 +25,7 @@ class StepRow:
     token_ids: tuple[int, ...]
     start: int
     slots: tuple[int, ...]
-    samples: bool
+    num_logits: int
     wants_prompt: bool
     replica: int = 0
 
@@ -34,14 +35,30 @@ class StepRow:
         return len(self.token_ids)
 
     @property
-    def decodes(self) -> bool:
-        """Whether it is one token that samples, and nothing of its prompt is asked for."""
-        return len(self.token_ids) == 1 and self.samples and not self.wants_prompt
+    def samples(self) -> bool:
+        """Whether a next token is drawn."""
+        return self.num_logits > 0
 
     @property
-    def slice(self) -> SequenceSlice:
-        """As an attention backend takes it."""
-        return SequenceSlice(self.start, len(self.token_ids), self.slots)
+    def decodes(self) -> bool:
+        """Whether it is the sequence's last token, with drafts or not, and nothing of its prompt is asked for."""
+        return len(self.token_ids) == self.num_logits and not self.wants_prompt
+
+    @property
+    def slices(self) -> list[SequenceSlice]:
+        """As an attention backend takes it: tokens that are all sampled from one by one, others together.
+
+        Each reads what those before it write in the same step. So drafts are attended to as plain decoding would, from
+        captured graphs too.
+        """
+        if not self.decodes:
+            return [SequenceSlice(self.start, len(self.token_ids), self.slots)]
+        return [SequenceSlice(position, 1, self.slots) for position in self.positions]
+
+    @property
+    def positions(self) -> range:
+        """Of its tokens."""
+        return range(self.start, self.start + len(self.token_ids))
 
 
 def step_rows(rows: Sequence[ScheduledRow]) -> list[StepRow]:
@@ -52,10 +69,10 @@ def step_rows(rows: Sequence[ScheduledRow]) -> list[StepRow]:
 def _step_row(row: ScheduledRow) -> StepRow:
     sequence, scores = row.sequence, row.sequence.prompt_scores
     return StepRow(
-        token_ids=tuple(sequence.token_ids[row.start : row.start + row.num_tokens]),
+        token_ids=(*sequence.token_ids[row.start : row.start + row.num_known], *row.drafts),
         start=row.start,
         slots=tuple(sequence.slots),
-        samples=row.samples,
+        num_logits=row.num_sampled,
         wants_prompt=scores is not None and scores.wants(row.start, row.num_tokens),
         replica=sequence.replica,
     )
@@ -109,4 +126,6 @@ def _cut(rows: Sequence[StepRow], parts: int) -> list[tuple[StepRow, ...]]:
 
 def _piece(row: StepRow, first: int, count: int) -> StepRow:
     ids = row.token_ids[first : first + count]
-    return replace(row, token_ids=ids, start=row.start + first, samples=row.samples and first + count == row.num_tokens)
+    unsampled = row.num_tokens - row.num_logits
+    logits = max(0, first + count - max(first, unsampled))
+    return replace(row, token_ids=ids, start=row.start + first, num_logits=logits)

@@ -169,7 +169,7 @@ def _prompt_logits(config: EngineConfig, prompt: Sequence[int]) -> Tensor:
 
     runner = ModelRunner(config)
     slots = range(-(-len(prompt) // (config.attention_choice.block_size or len(prompt))))
-    _, hidden = runner.execute([StepRow(tuple(prompt), 0, tuple(slots), samples=True, wants_prompt=True)])
+    _, hidden = runner.execute([StepRow(tuple(prompt), 0, tuple(slots), num_logits=1, wants_prompt=True)])
     return runner.compute_logits(hidden[0]).float().cpu()
 
 

@@ -13,7 +13,7 @@ from npu_zoo.engine.step import StepRow, micro_batches
 def step_shape(rows: Sequence[StepRow], split: Split) -> StepShape:
     """A step's rows as the closed form takes them."""
     batches = tuple(batch.replica_tokens for batch in micro_batches(rows, split.dp, split.pp))
-    sampled = tuple(sum(row.samples for row in rows if row.replica == replica) for replica in range(split.dp))
+    sampled = tuple(sum(row.num_logits for row in rows if row.replica == replica) for replica in range(split.dp))
     return StepShape(batches, sampled)
 
 

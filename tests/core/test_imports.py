@@ -34,6 +34,7 @@ LINES: tuple[tuple[str, ...], ...] = (
         "request",
         "selection",
         "settings",
+        "speculation",
         "splitting",
     ),
     ("nn", "weights"),
@@ -51,7 +52,7 @@ PLUGIN_SURFACE = {"api", "nn"}
 HEAVY = {"torch", "torch_npu", "transformers", "accelerate"}
 TORCH_FREE = {"", "__main__", "api", "checkpoint", "cli", "communication", "core", "dispatch", "platforms", "plugins"}
 TORCH_FREE |= {"fitting", "parallel", "planning", "registry", "request", "selection", "settings", "splitting"}
-TORCH_FREE |= {"compiled", "matrix_text", "protocol", "server", "uninstalled"}
+TORCH_FREE |= {"compiled", "matrix_text", "protocol", "server", "speculation", "uninstalled"}
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def test_stages_work_at_once(weights: Path) -> None:
     config = config_of(weights, pipeline_parallel_size=2)
     together = threading.Barrier(2, timeout=PATIENCE_S)
     tokens = tuple(range(5, 5 + 2 * MICRO_BATCH_TOKENS))
-    row = StepRow(tokens, 0, tuple(range(8)), samples=True, wants_prompt=False)
+    row = StepRow(tokens, 0, tuple(range(8)), num_logits=1, wants_prompt=False)
 
     def rank(joined: Joined) -> list[Span]:
         runner = ModelRunner(config, ranks=joined.ranks)

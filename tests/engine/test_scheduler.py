@@ -49,37 +49,66 @@ class Simulation:
         self.live.remove(sequence)
         self.scheduler.remove(sequence)
 
-    def interrupted_step(self) -> None:
+    def interrupted_step(self, right: int = 0, wrong: int = 0) -> None:
         """A step that ends with nonsense in the cache where it would have written."""
-        for row in self.scheduler.schedule():
+        for row in self.scheduler.schedule(self.drafts(right, wrong)):
             for position in range(row.start, row.start + row.num_tokens):
                 self.cache[self.place(row.sequence, position)] = ()
 
-    def step(self) -> list[ScheduledRow]:
-        rows = self.scheduler.schedule()
+    def step(self, right: int = 0, wrong: int = 0) -> list[ScheduledRow]:
+        """A step, with so many right drafts of every sequence that can have some, and wrong ones behind them."""
+        drafts = self.drafts(right, wrong)
+        rows = self.scheduler.schedule(drafts)
         self.check_rows(rows)
+        for row in rows:
+            assert list(row.drafts) == drafts.get(row.sequence.number, [])[: len(row.drafts)]
         if not self.share_within_step:
             for row in rows:
                 self.check_reads(row, row.start)
         for row in rows:
             for position in range(row.start, row.start + row.num_tokens):
-                self.cache[self.place(row.sequence, position)] = tuple(row.sequence.token_ids[: position + 1])
+                self.cache[self.place(row.sequence, position)] = self.tokens(row)[: position + 1]
         for row in rows:
             self.check_reads(row, row.start + row.num_tokens)
         self.kv.settle()
-        sampling = [row.sequence for row in rows if row.samples]
+        sampling = [row for row in rows if row.samples]
         for row in rows:
-            row.sequence.num_computed_tokens += row.num_tokens
-        for sequence in sampling:
-            self.append(sequence)
+            row.sequence.num_computed_tokens += row.num_known - row.samples
+        for row in sampling:
+            self.accept(row)
         return rows
 
-    def append(self, sequence: Sequence) -> None:
-        # Equal beginnings go on equally, so that generated blocks are shared as well.
-        sequence.token_ids.append(sum(sequence.token_ids) % 3)
+    def accept(self, row: ScheduledRow) -> None:
+        """Give a sequence its next token, and as many more as its drafts are right."""
+        sequence = row.sequence
+        drafts = iter(row.drafts)
+        while True:
+            token = follower(sequence.token_ids)
+            sequence.token_ids.append(token)
+            sequence.num_computed_tokens = sequence.num_tokens - 1
+            if sequence.num_output_tokens >= sequence.max_tokens or next(drafts, None) != token:
+                break
+        if row.drafts:
+            self.scheduler.keep_accepted(row)
+            assert len(sequence.slots) == -(-sequence.num_computed_tokens // self.slot_size)
         if sequence.num_output_tokens >= sequence.max_tokens:
             self.abort(sequence)
             self.finished.append(sequence)
+
+    def drafts(self, right: int, wrong: int) -> dict[int, list[int]]:
+        """As an engine asks for them: of what decodes, never more than can still be of use."""
+        found = {}
+        for sequence in self.scheduler.running:
+            room = sequence.max_tokens - sequence.num_output_tokens - 1
+            if sequence.num_tokens - sequence.num_computed_tokens == 1 and room > 0:
+                guessed = list(sequence.token_ids)
+                for place in range(min(right + wrong, room)):
+                    guessed.append((follower(guessed) + (place >= right)) % 3)
+                found[sequence.number] = guessed[sequence.num_tokens :]
+        return found
+
+    def tokens(self, row: ScheduledRow) -> tuple[int, ...]:
+        return (*row.sequence.token_ids, *row.drafts)
 
     def check_rows(self, rows: list[ScheduledRow]) -> None:
         assert rows or not self.live
@@ -95,7 +124,7 @@ class Simulation:
     def check_reads(self, row: ScheduledRow, end: int) -> None:
         for position in range(end):
             found = self.cache[self.place(row.sequence, position)]
-            assert found == tuple(row.sequence.token_ids[: position + 1])
+            assert found == self.tokens(row)[: position + 1]
 
     def check_sharing(self) -> None:
         """Several sequences hold one block only where it is full for each, and at the same place."""
@@ -116,6 +145,11 @@ class Simulation:
     def place(self, sequence: Sequence, position: int) -> tuple[int, int]:
         block = sequence.slots[position // self.slot_size]
         return sequence.replica * 1000 + block, position % self.slot_size
+
+
+def follower(token_ids: list[int]) -> int:
+    """The token that follows: equal beginnings go on equally, so that generated blocks are shared as well."""
+    return sum(token_ids) % 3
 
 
 def simulation(**changes: Any) -> Simulation:
@@ -162,14 +196,14 @@ class Machine(RuleBasedStateMachine):
     def add(self, prompt: list[int], max_tokens: int) -> None:
         self.run.add(prompt, max_tokens)
 
-    @rule()
-    def step(self) -> None:
-        self.run.step()
+    @rule(right=st.integers(0, 4), wrong=st.integers(0, 2))
+    def step(self, right: int, wrong: int) -> None:
+        self.run.step(right, wrong)
         self.run.check_sharing()
 
-    @rule()
-    def interrupted_step(self) -> None:
-        self.run.interrupted_step()
+    @rule(right=st.integers(0, 2), wrong=st.integers(0, 2))
+    def interrupted_step(self, right: int, wrong: int) -> None:
+        self.run.interrupted_step(right, wrong)
 
     @precondition(lambda self: self.run.live)
     @rule(data=st.data())
@@ -373,3 +407,65 @@ def test_waiting_sequences_that_are_given_up_leave_the_others_in_order() -> None
     for _ in drain(run):
         assert run.scheduler.num_waiting == len(run.live) - len(run.scheduler.running)
     assert [s.number for s in run.finished] == [s.number for s in (first, others[3], others[0], others[2])]
+
+
+def test_right_drafts_save_steps_and_wrong_ones_are_computed_anew() -> None:
+    run = simulation(num_blocks=30)
+    sequence = run.add([1, 2, 0], 10)
+    run.step()
+    run.step(right=3)
+    assert sequence.num_output_tokens == 5
+    run.step(right=1, wrong=2)
+    assert sequence.num_output_tokens == 7
+    (row,) = run.step()
+    assert (row.start, row.num_tokens) == (sequence.num_prompt_tokens + 6, 1)
+
+
+def test_accepted_blocks_are_shared_and_rejected_ones_are_not() -> None:
+    run = simulation(num_blocks=30, block_size=4)
+    sequence = run.add([1, 2], 9)
+    run.step()
+    run.step(right=3)  # computes positions 2 to 5, of which the sequence's own is the first alone
+    assert sequence.num_computed_tokens == 6
+    other = run.add([*sequence.token_ids[:5], 1], 1)
+    rejected = [*sequence.token_ids, *run.drafts(0, 2)[sequence.number]]
+    assert len(rejected) == 9  # two full blocks and one token
+    run.step(wrong=2)
+    assert other.num_cached_tokens == 4
+    third = run.add(rejected, 1)
+    run.step()
+    assert third.num_cached_tokens == 4
+
+
+@given(arriving=requests(), right=st.integers(0, 4), wrong=st.integers(0, 3), chunked=st.booleans())
+def test_drafts_change_no_output(arriving: list[tuple[list[int], int]], right: int, wrong: int, chunked: bool) -> None:
+    plain, drafted = (simulation(chunked=chunked) for _ in range(2))
+    for run in (plain, drafted):
+        for prompt, max_tokens in arriving:
+            run.add(prompt, max_tokens)
+    for _ in drain(plain):
+        pass
+    for _ in range(2000):
+        if not drafted.live:
+            break
+        drafted.step(right, wrong)
+    outputs = [sorted(s.token_ids for s in run.finished) for run in (plain, drafted)]
+    assert outputs[0] == outputs[1]
+
+
+def test_the_budget_bounds_drafts() -> None:
+    run = simulation(budget=6, num_blocks=30)
+    for _ in range(2):
+        run.add([1, 2], 8)
+    run.step()
+    rows = run.step(right=3)
+    assert [len(row.drafts) for row in rows] == [3, 1]
+
+
+def test_nobody_gives_room_up_for_drafts() -> None:
+    run = simulation(num_blocks=4, block_size=2, caching=False)
+    first, second = run.add([1, 2, 0], 4), run.add([2, 1, 1], 4)
+    run.step()
+    rows = run.step(right=3)  # the fourth token fills each one's second block, and there is no third for drafts
+    assert [row.drafts for row in rows] == [(), ()]
+    assert first.preemptions == second.preemptions == 0

@@ -235,7 +235,7 @@ def _two_steps(config: EngineConfig) -> list[Tensor]:
     for number, (prompt, token) in enumerate(zip(prompts, further, strict=True)):
         blocks = tuple(range(slots, slots + (1 if config.attention == "flash" else -(-(len(prompt) + 1) // block))))
         slots, replica = blocks[-1] + 1, number % split.dp
-        row = StepRow(prompt, 0, blocks, samples=True, wants_prompt=False)
+        row = StepRow(prompt, 0, blocks, num_logits=1, wants_prompt=False)
         first.append(replace(row, replica=replica))
         second.append(replace(row, token_ids=(token,), start=len(prompt), replica=replica))
 

@@ -1,0 +1,1 @@
+"""Speculative decoding (arXiv:2211.17192): drafts of next tokens, verified in one step."""

@@ -1,0 +1,64 @@
+"""What is asked of speculative decoding, and what is refused before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from npu_zoo.core.config import EngineArgs, SpeculationConfig
+from npu_zoo.core.errors import ConfigError
+from npu_zoo.dispatch import resolve
+
+
+def speculation(**options: Any) -> SpeculationConfig | None:
+    return resolve(EngineArgs(model="deepseek_coder:demo", hardware="cpu", **options)).speculation
+
+
+def test_nothing_is_guessed_unless_it_is_asked_for() -> None:
+    assert speculation() is None
+    assert speculation(speculative_method="none") is None
+
+
+def test_prompt_lookup_and_its_defaults() -> None:
+    assert speculation(speculative_method="prompt_lookup") == SpeculationConfig("prompt_lookup", 3, 2, 4)
+    asked = {"num_speculative_tokens": 7, "prompt_lookup_min": 1, "prompt_lookup_max": 5, "adaptive_speculation": False}
+    assert speculation(speculative_method="prompt_lookup", **asked) == SpeculationConfig(
+        "prompt_lookup", 7, 1, 5, adaptive=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "bounds"),
+    [({"prompt_lookup_max": 1}, (1, 1)), ({"prompt_lookup_min": 6}, (6, 6)), ({"prompt_lookup_min": 3}, (3, 4))],
+)
+def test_one_bound_moves_the_other(given: dict[str, int], bounds: tuple[int, int]) -> None:
+    found = speculation(speculative_method="prompt_lookup", **given)
+    assert found is not None
+    assert (found.lookup_min, found.lookup_max) == bounds
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_speculative_tokens": 2}, "num_speculative_tokens=2 says nothing with speculative_method=none"),
+        ({"adaptive_speculation": True}, "adaptive_speculation=True says nothing"),
+        ({"prompt_lookup_min": 2}, "--speculative-method prompt_lookup"),
+        (
+            {"speculative_method": "prompt_lookup", "prompt_lookup_min": 4, "prompt_lookup_max": 3},
+            "prompt_lookup_min=4 is above prompt_lookup_max=3",
+        ),
+        ({"speculative_method": "mtp"}, "num_nextn_predict_layers of config.json.*has none.*prompt_lookup works"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_what_can(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        speculation(**options)
+
+
+def test_positions_to_sample_from_are_planned_for() -> None:
+    asked: dict[str, Any] = {"model": "deepseek_coder:demo", "hardware": "cpu", "max_num_seqs": 8}
+    drafting: dict[str, Any] = {"speculative_method": "prompt_lookup", "num_speculative_tokens": 4}
+    assert resolve(EngineArgs(**asked)).max_sampled_tokens == 8
+    assert resolve(EngineArgs(**asked, **drafting)).max_sampled_tokens == 40
+    assert resolve(EngineArgs(**asked, **drafting, max_num_batched_tokens=20)).max_sampled_tokens == 20
