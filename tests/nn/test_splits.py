@@ -27,12 +27,12 @@ from npu_zoo.weights.plan import ConvertOptions, plan_conversion
 from npu_zoo.weights.quantize import Scheme
 
 ROWS = [
-    StepRow(tuple(range(5, 45)), 0, (0, 1, 2), samples=True, wants_prompt=True),
-    StepRow((7, 8, 9), 0, (3,), samples=True, wants_prompt=False),
+    StepRow(tuple(range(5, 45)), 0, (0, 1, 2), num_logits=1, wants_prompt=True),
+    StepRow((7, 8, 9), 0, (3,), num_logits=1, wants_prompt=False),
 ]
 NEXT = [
-    StepRow((11,), 40, (0, 1, 2), samples=True, wants_prompt=False),
-    StepRow((12,), 3, (3,), samples=True, wants_prompt=False),
+    StepRow((11,), 40, (0, 1, 2), num_logits=1, wants_prompt=False),
+    StepRow((12,), 3, (3,), num_logits=1, wants_prompt=False),
 ]
 
 

@@ -34,12 +34,12 @@ LENGTHS = (130, 3, 17)
 def steps_of(split: Split) -> list[list[StepRow]]:
     """A prompt of each length by turns over replicas, a token of each, and one that the first replica has alone."""
     rows = [
-        StepRow(tuple(range(5, 5 + length)), 0, tuple(range(number * 12, number * 12 + 12)), True, False)
+        StepRow(tuple(range(5, 5 + length)), 0, tuple(range(number * 12, number * 12 + 12)), 1, False)
         for number, length in enumerate(LENGTHS)
     ]
     rows = [replace(row, replica=number % split.dp) for number, row in enumerate(rows)]
     behind = [replace(row, token_ids=(7,), start=row.num_tokens) for row in rows]
-    unsampled = replace(behind[0], start=behind[0].start + 1, samples=False)
+    unsampled = replace(behind[0], start=behind[0].start + 1, num_logits=0)
     return [rows, behind, [unsampled]]
 
 
