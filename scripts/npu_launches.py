@@ -16,10 +16,10 @@ import sys
 from pathlib import Path
 
 import npu_zoo
-from npu_zoo.core.config import EngineArgs
+from npu_zoo.core.config import EngineArgs, EngineConfig
 from npu_zoo.dispatch import resolve
 from npu_zoo.simulator import measure
-from npu_zoo.testing.launches import REASONS, decode_launches
+from npu_zoo.testing.launches import REASONS, decode_launches, drafted_launches, text_launches
 
 PAGE = Path(__file__).parent.parent / "docs" / "npu.md"
 FAMILIES = {
@@ -27,14 +27,54 @@ FAMILIES = {
     "atlas_300i_duo": ("deepseek_coder", "wizardcoder"),
 }
 PROMPTS = [[5], [6], [7], [8]]
+DRAFTS = 3
+REPEATED = "def add(a, b):\n    return a + b\n\n\n" * 4
+WRITTEN = 64
+
+
+def demo(family: str, product: str) -> EngineConfig:
+    """A family's demo on the product."""
+    return resolve(
+        EngineArgs(
+            model=f"{family}:demo", hardware=product, dtype="float16", max_model_len=256, kv_cache_memory="16MiB"
+        )
+    )
 
 
 def eager_launches(family: str, product: str) -> dict[str, int]:
     """Launches of one eager decode step of a family's demo with four sequences, by kernel."""
-    asked = EngineArgs(
-        model=f"{family}:demo", hardware=product, dtype="float16", max_model_len=256, kv_cache_memory="16MiB"
-    )
-    return decode_launches(resolve(asked), PROMPTS, measure, enforce_eager=True).launches
+    return decode_launches(demo(family, product), PROMPTS, measure, enforce_eager=True).launches
+
+
+def drafts_table(product: str) -> list[str]:
+    """What drafts save, by family: counted in a step, and over a text with prompt lookup."""
+    lines = [
+        "### Launches a token, with drafts and without",
+        "",
+        f"A step in which {len(PROMPTS)} sequences have {DRAFTS} drafts each, and a text of {WRITTEN} tokens after a "
+        "prompt that repeats a function four times, with prompt lookup; from graphs, and operator by operator in "
+        "brackets.",
+        "",
+        "| family | a step | with drafts | a token, none right | all right | text: accepted | a token | without |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for family in FAMILIES[product]:
+        columns: list[list[str]] = [[], [], [], [], [], []]
+        config = demo(family, product)
+        for eager in (False, True):
+            plain = decode_launches(config, PROMPTS, measure, enforce_eager=eager).total
+            step = drafted_launches(config, PROMPTS, measure, enforce_eager=eager, drafts=DRAFTS).total
+            lookup, without = (
+                text_launches(config, REPEATED, WRITTEN, measure, enforce_eager=eager, drafts=drafts)
+                for drafts in (DRAFTS, 0)
+            )
+            found = [plain, step, step / len(PROMPTS), step / len(PROMPTS) / (1 + DRAFTS)]
+            for column, value in zip(columns, [*found, lookup.per_token, without.per_token], strict=True):
+                column.append(f"{value:.3g}")
+        accepted = f"{lookup.accepted_tokens} of {lookup.draft_tokens}"
+        cells = [f"{graph} ({eager})" for graph, eager in columns]
+        lines.append("| " + " | ".join([family, *cells[:4], accepted, *cells[4:]]) + " |")
+    return [*lines, ""]
 
 
 def section(product: str) -> str:
@@ -50,7 +90,7 @@ def section(product: str) -> str:
         ]
         lines += [f"| {count} | `{name}` | {REASONS[name]} |" for name, count in launches.items()]
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join([*lines, *drafts_table(product)])
 
 
 def committed(product: str) -> str:

@@ -1,15 +1,18 @@
-"""What a decode step launches on a simulated NPU, by kernel."""
+"""What a decode step launches on a simulated NPU, by kernel; with drafts too."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from npu_zoo.core.config import EngineConfig
+from npu_zoo.core.config import EngineConfig, SpeculationConfig
 from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.testing.door import unchecked_config
+
+if TYPE_CHECKING:
+    from npu_zoo.engine.llm import LLM
 
 STEPS = 8
 Measure = Callable[[], AbstractContextManager[Any]]
@@ -78,12 +81,79 @@ def decode_launches(
     """
     from npu_zoo.engine.llm import LLM
 
-    reports: list[Any] = []
     with LLM.from_config(unchecked_config(config, enforce_eager=enforce_eager)) as llm:
-        for tokens in (2, 2, 2 + STEPS):  # the first one captures
+        return _step(llm, prompts, measure, tokens=1)
+
+
+def drafted_launches(
+    config: EngineConfig, prompts: list[list[int]], measure: Measure, *, enforce_eager: bool, drafts: int
+) -> StepLaunches:
+    """The same of a step in which every sequence has some drafts, all of them right: it gives one token more each.
+
+    A wrong draft is computed like a right one, so the launches are those of any step with as many.
+    """
+    from npu_zoo.engine.llm import LLM
+    from npu_zoo.testing.speculation import KnownTexts, draft_from
+
+    speculation = SpeculationConfig("prompt_lookup", drafts, adaptive=False)
+    changed = unchecked_config(config, enforce_eager=enforce_eager, speculation=speculation)
+    with LLM.from_config(changed) as llm:
+        draft_from(llm, KnownTexts([]))
+        outputs = llm.generate(prompts, _params(1 + (1 + STEPS) * (1 + drafts)))
+        draft_from(llm, KnownTexts([output.prompt_token_ids + output.outputs[0].token_ids for output in outputs]))
+        return _step(llm, prompts, measure, tokens=1 + drafts)
+
+
+@dataclass(frozen=True)
+class TextLaunches:
+    """A text after its first token.
+
+    Attributes:
+        launches: operators and graphs that the host launches.
+        tokens: that they gave.
+        draft_tokens, accepted_tokens: guesses that were verified, and how many of them were right.
+    """
+
+    launches: int
+    tokens: int
+    draft_tokens: int
+    accepted_tokens: int
+
+    @property
+    def per_token(self) -> float:
+        """Launches for each token."""
+        return self.launches / self.tokens
+
+
+def text_launches(
+    config: EngineConfig, prompt: str, count: int, measure: Measure, *, enforce_eager: bool, drafts: int
+) -> TextLaunches:
+    """Write a text of so many tokens, with drafts by prompt lookup or, where they are 0, without."""
+    from npu_zoo.engine.llm import LLM
+
+    speculation = SpeculationConfig("prompt_lookup", drafts, adaptive=False) if drafts else None
+    reports: list[Any] = []
+    with LLM.from_config(unchecked_config(config, enforce_eager=enforce_eager, speculation=speculation)) as llm:
+        for tokens in (count, 1, count):  # the first one captures
             with measure() as report:
-                llm.generate(prompts, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True))
+                (output,) = llm.generate(prompt, _params(tokens))
             reports.append(report)
+    launches = [report.num_launches + report.replays for report in reports]
+    metrics = output.metrics
+    return TextLaunches(launches[2] - launches[1], count - 1, metrics.draft_tokens, metrics.accepted_tokens)
+
+
+def _params(count: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+
+
+def _step(llm: LLM, prompts: list[list[int]], measure: Measure, *, tokens: int) -> StepLaunches:
+    """A step that gives each sequence so many tokens."""
+    reports: list[Any] = []
+    for steps in (1, 1, 1 + STEPS):  # the first one captures
+        with measure() as report:
+            llm.generate(prompts, _params(1 + steps * tokens))
+        reports.append(report)
     _, few, many = reports
     counts = {name: (count - few.launches.get(name, 0)) // STEPS for name, count in many.launches.items()}
     ordered = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))

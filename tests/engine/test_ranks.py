@@ -25,6 +25,7 @@ from npu_zoo.registry import get_registry
 from npu_zoo.testing.agreement import agree
 from npu_zoo.testing.door import unchecked_config
 from npu_zoo.testing.shapes import shareable_shape, write_random_model
+from npu_zoo.testing.speculation import KnownTexts, draft_from
 
 PROMPTS = [list(range(5, 45)), [7, 8, 9], list(range(30, 47))]
 
@@ -253,3 +254,21 @@ def test_ranks_that_torchrun_started(capsys: pytest.CaptureFixture[str]) -> None
     assert done.returncode == 0, done.stderr
     assert main(asked) == 0
     assert json.loads(done.stdout)["token_ids"] == json.loads(capsys.readouterr().out)["token_ids"]
+
+
+@pytest.mark.parametrize(
+    ("family", "split"),
+    [("deepseek_coder", Split(2)), ("deepseek_coder", Split(pp=2)), ("deepseek_moe", Split(dp=2, ep=2))],
+    ids=["tp", "pp", "dp"],
+)
+def test_drafts_are_verified_on_all_ranks(family: str, split: Split) -> None:
+    prompts, params = [PROMPTS[0][:7] * 12, *PROMPTS], SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    with LLM.from_config(config_of(family, 1)) as one:
+        due = one.generate(prompts, params)
+    drafts = {"speculative_method": "prompt_lookup", "adaptive_speculation": False}
+    with LLM.from_config(config_of(family, split, **drafts)) as several:
+        draft_from(several, KnownTexts([o.prompt_token_ids + o.outputs[0].token_ids for o in due], 0.8, 300))
+        found = several.generate(prompts, params)
+        assert [output.outputs[0].token_ids for output in found] == [output.outputs[0].token_ids for output in due]
+        stats = several.engine.stats()
+        assert 0 < stats.num_accepted_tokens < stats.num_draft_tokens
