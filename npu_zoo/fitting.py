@@ -17,6 +17,7 @@ from npu_zoo.planning import RankPlan, Workload, plan_rank
 from npu_zoo.platforms.ascend import detect_ascend, parse_npu_smi, run_npu_smi
 from npu_zoo.platforms.detection import total_memory
 from npu_zoo.request import Request
+from npu_zoo.speculation import asked_drafts
 from npu_zoo.splitting import split_faults
 
 GIB = 1 << 30
@@ -49,7 +50,7 @@ def workload_of(args: EngineArgs, config: ModelConfig) -> Workload:
     """What an engine would keep at once; where no length is asked for, the model's own."""
     longest = args.max_model_len or config.max_position_embeddings
     tokens = args.max_num_batched_tokens or DEFAULT_MAX_NUM_BATCHED_TOKENS
-    return Workload(longest, args.max_num_seqs or DEFAULT_MAX_NUM_SEQS, tokens)
+    return Workload(longest, args.max_num_seqs or DEFAULT_MAX_NUM_SEQS, tokens, asked_drafts(args))
 
 
 def cache_share(args: EngineArgs, hardware: str) -> float:

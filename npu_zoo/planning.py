@@ -24,11 +24,12 @@ _SAMPLED_BYTES = 40
 
 @dataclass(frozen=True)
 class Workload:
-    """What an engine keeps at once: sequences, tokens of a step, and the longest sequence."""
+    """What an engine keeps at once: sequences, tokens of a step, the longest sequence, and a sequence's drafts."""
 
     max_model_len: int
     max_num_seqs: int = DEFAULT_MAX_NUM_SEQS
     max_num_batched_tokens: int = DEFAULT_MAX_NUM_BATCHED_TOKENS
+    num_drafts: int = 0
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def _activations(config: ModelConfig, itemsize: int, split: Split, workload: Wor
     ]
     if config.moe is not None:
         stages.append(_moe_bytes(config.hidden_size, config.moe, split, tokens * split.dp, itemsize))
-    logits = workload.max_num_seqs * config.vocab_size
+    logits = workload.max_num_seqs * (1 + workload.num_drafts) * config.vocab_size
     return max(stream + max(stages), logits * _SAMPLED_BYTES + stream)
 
 

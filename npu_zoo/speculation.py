@@ -31,8 +31,14 @@ def choose_speculation(args: EngineArgs, config: ModelConfig) -> SpeculationConf
     if method == "mtp":
         raise ConfigError(_why_no_mtp(config))
     shortest, longest = _lookup_bounds(args)
-    count = args.num_speculative_tokens or DEFAULT_NUM_SPECULATIVE_TOKENS
-    return SpeculationConfig(method, count, shortest, longest, args.adaptive_speculation is not False)
+    return SpeculationConfig(method, asked_drafts(args), shortest, longest, args.adaptive_speculation is not False)
+
+
+def asked_drafts(args: EngineArgs) -> int:
+    """Most drafts of a sequence in one step, as far as options tell; 0 without speculation."""
+    if args.speculative_method in (None, "none"):
+        return 0
+    return args.num_speculative_tokens or DEFAULT_NUM_SPECULATIVE_TOKENS
 
 
 def _refuse_unread(args: EngineArgs, method: str) -> None:

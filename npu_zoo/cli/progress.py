@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from npu_zoo.cli.results import count_tokens
 from npu_zoo.core.engine import RequestOutput
@@ -36,6 +37,7 @@ class RunProgress(AbstractContextManager["RunProgress"]):
         self.done = self.tokens = 0
         self._timed = timed
         self.first_token_s: float | None = None
+        self._drafts = DraftCount()
         self._running: dict[str, int] = {}
         self._start = self._last_shown = time.monotonic()
         self._end: float | None = None
@@ -67,7 +69,9 @@ class RunProgress(AbstractContextManager["RunProgress"]):
         """Count the tokens of one step's output."""
         tokens = count_tokens(output)
         self.tokens += tokens - self._running.pop(output.request_id, 0)
-        if not output.finished:
+        if output.finished:
+            self._drafts.add(output.metrics)
+        else:
             self._running[output.request_id] = tokens
         if self.first_token_s is None:
             self.first_token_s = self.seconds
@@ -92,9 +96,9 @@ class RunProgress(AbstractContextManager["RunProgress"]):
         """What was measured, in one line."""
         many = f"{self.done} of {self.total} prompts, " if self.total > 1 else ""
         if not self._timed:
-            return f"{many}{self.tokens} tokens on a simulated device, whose speed says nothing"
+            return f"{many}{self.tokens} tokens on a simulated device, whose speed says nothing{self._drafts.text()}"
         first = f", first token after {self.first_token_s:.2f} s" if self.first_token_s is not None else ""
-        return f"{many}{self.tokens} tokens in {self.seconds:.2f} s: {self._speed_text()}{first}"
+        return f"{many}{self.tokens} tokens in {self.seconds:.2f} s: {self._speed_text()}{first}{self._drafts.text()}"
 
     def _speed_text(self) -> str:
         if not self._timed:
@@ -107,6 +111,44 @@ class RunProgress(AbstractContextManager["RunProgress"]):
         left = self.seconds / self.done * (self.total - self.done) if self.done else None
         rest = f", {left:.0f} s left" if left is not None else ""
         return f"{self.done}/{self.total} prompts, {self._speed_text()}{rest}"
+
+
+class Drafted(Protocol):
+    """What knows of guesses, as :class:`~npu_zoo.core.engine.RequestMetrics` does."""
+
+    @property
+    def drafts(self) -> int:
+        """How often some were verified."""
+
+    @property
+    def draft_tokens(self) -> int:
+        """How many they were."""
+
+    @property
+    def accepted_tokens(self) -> int:
+        """How many of them were right."""
+
+
+@dataclass
+class DraftCount:
+    """How far guesses of next tokens were right."""
+
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+
+    def add(self, metrics: Drafted) -> None:
+        """Count a request that has finished, or several."""
+        self.drafts += metrics.drafts
+        self.draft_tokens += metrics.draft_tokens
+        self.accepted_tokens += metrics.accepted_tokens
+
+    def text(self, beginning: str = "; ") -> str:
+        """The share that was accepted, and tokens by step that verified some; empty where there were none."""
+        if not self.drafts:
+            return ""
+        share, length = self.accepted_tokens / self.draft_tokens, 1 + self.accepted_tokens / self.drafts
+        return f"{beginning}{share:.0%} of {self.draft_tokens} drafts accepted, {length:.2f} tokens a step with drafts"
 
 
 class LoadingProgress(AbstractContextManager["LoadingProgress"]):

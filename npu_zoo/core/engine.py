@@ -53,7 +53,8 @@ class RequestMetrics:
     Attributes:
         cached_tokens: prompt tokens taken from the prefix cache by the first completion.
         preemptions: how often the request lost its blocks and was recomputed.
-        draft_tokens, accepted_tokens: guesses that were verified, and how many of them were right.
+        drafts: how often guesses of next tokens were verified.
+        draft_tokens, accepted_tokens: guesses in all, and how many of them were right.
         scheduled_time: when the first of it was computed; None where it still waits, or the engine does not tell.
     """
 
@@ -63,6 +64,7 @@ class RequestMetrics:
     cached_tokens: int = 0
     preemptions: int = 0
     scheduled_time: float | None = None
+    drafts: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
 

@@ -216,6 +216,7 @@ class NativeEngine(Engine):
         if row.drafts:
             self.scheduler.keep_accepted(row)
             metrics = self._owner[sequence.number].metrics
+            metrics.drafts += 1
             metrics.draft_tokens += len(row.drafts)
             metrics.accepted_tokens += len(new_tokens) - 1
         if sequence.finished:

@@ -95,6 +95,13 @@ VLLM_METRICS = (
     _counter("vllm:prefix_cache_queries_total", f"prompt tokens of admitted sequences, {_ENGINE_COUNT}", "vLLM"),
     _counter("vllm:prefix_cache_hits_total", f"prompt tokens that the prefix cache had, {_ENGINE_COUNT}", "vLLM"),
     _counter("vllm:num_preemptions_total", f"sequences that lost their room, {_ENGINE_COUNT}", "vLLM"),
+    _counter(
+        "vllm:spec_decode_num_drafts_total", f"times that guesses of a sequence were verified, {_ENGINE_COUNT}", "vLLM"
+    ),
+    _counter(
+        "vllm:spec_decode_num_draft_tokens_total", f"tokens that were guessed and verified, {_ENGINE_COUNT}", "vLLM"
+    ),
+    _counter("vllm:spec_decode_num_accepted_tokens_total", f"those that were right, {_ENGINE_COUNT}", "vLLM"),
     _counter("vllm:prompt_tokens_total", "prompt tokens of requests that got their first token", "vLLM"),
     _counter("vllm:prompt_tokens_cached_total", "those of them that came from the prefix cache", "vLLM"),
     _counter("vllm:generation_tokens_total", "tokens generated, of all completions", "vLLM"),

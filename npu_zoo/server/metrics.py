@@ -299,6 +299,9 @@ _ENGINE_COUNTERS = {
     "prefix_cache_queries": ("vllm:prefix_cache_queries_total",),
     "prefix_cache_hits": ("vllm:prefix_cache_hits_total",),
     "num_preemptions": ("vllm:num_preemptions_total", "num_preemptions_total"),
+    "num_drafts": ("vllm:spec_decode_num_drafts_total",),
+    "num_draft_tokens": ("vllm:spec_decode_num_draft_tokens_total",),
+    "num_accepted_tokens": ("vllm:spec_decode_num_accepted_tokens_total",),
 }
 _ENGINE_GAUGES = {
     "num_running": ("vllm:num_requests_running", "num_requests_running"),

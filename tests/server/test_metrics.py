@@ -270,22 +270,24 @@ def gaps(history: History) -> float:
     return total
 
 
-@given(st.lists(st.lists(st.tuples(*[st.integers(0, 20)] * 3), min_size=1, max_size=5), min_size=1, max_size=4))
-def test_counts_of_engines_that_restart(engines: list[list[tuple[int, int, int]]]) -> None:
+@given(st.lists(st.lists(st.tuples(*[st.integers(0, 20)] * 6), min_size=1, max_size=5), min_size=1, max_size=4))
+def test_counts_of_engines_that_restart(engines: list[list[tuple[int, ...]]]) -> None:
     metrics = new_metrics()
-    expected = [0, 0, 0]
+    expected = [0] * 6
     for number, increments in enumerate(engines):
         (metrics.engine_restarted if number else metrics.engine_started)()
-        counts = [0, 0, 0]
+        counts = [0] * 6
         for increment in increments:
             counts = [a + b for a, b in zip(counts, increment, strict=True)]
-            metrics.engine_stats(EngineStats(1, 2, 0.5, counts[0], counts[1], counts[2]))
+            metrics.engine_stats(EngineStats(1, 2, 0.5, *counts))
         expected = [a + b for a, b in zip(expected, counts, strict=True)]
-    queries, hits, preemptions = expected
+    queries, hits, preemptions, *speculation = expected
     found = {name: count for (name, labels), count in scraped(metrics).items() if not labels}
     assert found["vllm:prefix_cache_queries_total"] == queries
     assert found["vllm:prefix_cache_hits_total"] == hits
     assert found["vllm:num_preemptions_total"] == preemptions == found["num_preemptions_total"]
+    names = [f"vllm:spec_decode_num_{what}_total" for what in ("drafts", "draft_tokens", "accepted_tokens")]
+    assert [found[name] for name in names] == speculation
     assert found["npu_prefix_cache_hit_rate"] == pytest.approx(hits / queries if queries else hits)
     assert found["npu_zoo_engine_restarts_total"] == len(engines) - 1
 

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from npu_zoo.cli.output import print_fields, print_items, print_table
-from npu_zoo.cli.progress import SECONDS_BETWEEN_BARS, SECONDS_BETWEEN_LINES, progress_bar
+from npu_zoo.cli.progress import SECONDS_BETWEEN_BARS, SECONDS_BETWEEN_LINES, DraftCount, progress_bar
 from npu_zoo.evaluation.offline.cases import WARM_UP_TOKENS, Case
 
 if TYPE_CHECKING:
@@ -130,8 +130,18 @@ def print_report(body: OfflineBody, machine: Machine | None, *, simulated: bool)
     apart = [f"{result.case.name}: {_APART}" for result in body.cases if result.output > 1 and not result.together]
     if apart:
         print_items("not of all sequences at once", apart)
+    guessed = [f"{result.case.name}: {text}" for result in body.cases if (text := _drafts(result))]
+    if guessed:
+        print_items("speculative decoding", guessed)
     if body.not_run:
         print_items("did not run", map(_refusal, body.not_run))
+
+
+def _drafts(result: CaseResult) -> str:
+    count = DraftCount()
+    for sample in result.samples:
+        count.add(sample)
+    return count.text("")
 
 
 _APART = (

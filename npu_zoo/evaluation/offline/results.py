@@ -29,11 +29,16 @@ class Sample(_Part):
         first_tokens: of each request's first token.
         steps: of each step's end.
         tokens: how many output tokens each step gave.
+        drafts: how often guesses of a sequence's next tokens were verified.
+        draft_tokens, accepted_tokens: guesses in all, and how many of them were right.
     """
 
     first_tokens: tuple[float, ...]
     steps: tuple[float, ...]
     tokens: tuple[int, ...]
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def prefill_s(self) -> float:
@@ -57,13 +62,22 @@ class Sample(_Part):
 
     @property
     def non_first_token_s(self) -> float | None:
-        """The mean of those steps; of all steps after the prefill where there are none; None where it is the end."""
+        """The mean of those steps; of all steps after the prefill where there are none; None where it is the end.
+
+        Where drafts give a sequence several tokens in a step, each takes its share of it.
+        """
         steps = self._later_steps()
-        return statistics.fmean(self.steps[i] - self.steps[i - 1] for i in steps) if steps else None
+        if not steps:
+            return None
+        tokens = max(1.0, self._given_per_step() / len(self.first_tokens))
+        return statistics.fmean(self.steps[i] - self.steps[i - 1] for i in steps) / tokens
 
     @property
     def tokens_per_step(self) -> float:
-        """The mean of what those steps give: of as many as the batch has where every request gets one; 0 of none."""
+        """Of those steps, sequences that get a token, on average: as many as the batch has where all do; 0 of none."""
+        return min(self._given_per_step(), float(len(self.first_tokens)))
+
+    def _given_per_step(self) -> float:
         steps = self._later_steps()
         return statistics.fmean(self.tokens[i] for i in steps) if steps else 0.0
 

@@ -142,7 +142,14 @@ class _Batch:
         metrics = [self._latest[request_id].metrics for request_id in self.request_ids]
         _require_together(sum(m.preemptions for m in metrics), sum(m.cached_tokens for m in metrics))
         first_tokens = tuple(self._first_tokens[request_id] for request_id in self.request_ids)
-        return Sample(first_tokens=first_tokens, steps=tuple(self._steps), tokens=tuple(self._tokens))
+        return Sample(
+            first_tokens=first_tokens,
+            steps=tuple(self._steps),
+            tokens=tuple(self._tokens),
+            drafts=sum(m.drafts for m in metrics),
+            draft_tokens=sum(m.draft_tokens for m in metrics),
+            accepted_tokens=sum(m.accepted_tokens for m in metrics),
+        )
 
 
 def _require_together(preemptions: int, cached_tokens: int) -> None:
