@@ -17,6 +17,7 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from serving_pages import reliability_page
+from speculative_page import speculative_page
 
 from npu_zoo.cli.app import PROGRAM, build_app
 from npu_zoo.cli.help import json_keys, panels
@@ -538,6 +539,7 @@ def pages() -> dict[str, str]:
         "simulator-operators.md": simulator_page(),
         "quantization.md": quantization_page(),
         "parallel-measured.md": parallel_page(),
+        "speculative-measured.md": GENERATED + speculative_page(),
         "reliability.md": GENERATED + reliability_page(),
         "serving-metrics.md": GENERATED + metrics_page(),
     }

@@ -190,10 +190,10 @@ class NativeEngine(Engine):
         """Draw the next tokens of the rows that sample, and report the requests that they belong to."""
         sampling = [row for row in rows if row.samples]
         touched = {id(owner): owner for owner in (self._owner[row.sequence.number] for row in sampling)}
-        given = dict(zip(map(id, sampling), self._draw(logits, sampling), strict=True))
-        results = [StepResult(row, given.get(id(row), ())) for row in rows]
+        new_tokens = self._draw(logits, sampling)
         if self.speculator:
-            self.speculator.end_step(results)
+            given = dict(zip(map(id, sampling), new_tokens, strict=True))
+            self.speculator.end_step([StepResult(row, given.get(id(row), ())) for row in rows])
         return [self._report(request) for request in touched.values()]
 
     def _draw(self, logits: Tensor, rows: list[ScheduledRow]) -> list[tuple[int, ...]]:

@@ -47,10 +47,10 @@ class Speculator:
         """Drafts for the next step, by the number of the sequence."""
         self._start = self._clock()
         decoding = [sequence for sequence in running if sequence.num_tokens - sequence.num_computed_tokens == 1]
-        requests = [DraftRequest(s, limit) for s in decoding if (limit := self._limit(s)) > 0]
-        if not requests or not self._control.wants_drafts(len(decoding)):
+        if not decoding or not self._control.wants_drafts(len(decoding)):
             return {}
-        drafts = self._proposer.propose(requests)
+        requests = [DraftRequest(s, limit) for s in decoding if (limit := self._limit(s)) > 0]
+        drafts = self._proposer.propose(requests) if requests else []
         return {
             request.sequence.number: own[: request.limit] for request, own in zip(requests, drafts, strict=True) if own
         }
