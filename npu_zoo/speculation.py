@@ -31,7 +31,7 @@ def choose_speculation(args: EngineArgs, config: ModelConfig) -> SpeculationConf
     if method == "mtp":
         raise ConfigError(_why_no_mtp(config))
     shortest, longest = _lookup_bounds(args)
-    return SpeculationConfig(method, asked_drafts(args), shortest, longest, args.adaptive_speculation is not False)
+    return SpeculationConfig(method, asked_drafts(args), shortest, longest, _is_adaptive(args))
 
 
 def asked_drafts(args: EngineArgs) -> int:
@@ -51,6 +51,15 @@ def _refuse_unread(args: EngineArgs, method: str) -> None:
             f"{', '.join(unread)} says nothing with speculative_method={method}; leave it out, or give "
             "--speculative-method prompt_lookup"
         )
+
+
+def _is_adaptive(args: EngineArgs) -> bool:
+    if args.deterministic and args.adaptive_speculation:
+        raise ConfigError(
+            "adaptive_speculation=True drafts as steps turn out to take time, which deterministic=True forbids; leave "
+            "one of them out"
+        )
+    return args.adaptive_speculation is not False and not args.deterministic
 
 
 def _lookup_bounds(args: EngineArgs) -> tuple[int, int]:

@@ -14,8 +14,8 @@ INTRODUCTION = """\
 
 `benchmarks/speculative.py` writes {tokens} tokens greedily with the bundled checkpoints in float32 on one core of a CPU
 ({cpu}), with torch {torch}.{others}
-Prompt lookup and plain decoding take turns in one process, and their outputs are the same token by token. Rates are medians
-of {rounds} rounds, and `to none` is the median of the ratios in the same round.
+Prompt lookup and plain decoding take turns in one process, and their outputs are the same token by token. Rates are
+medians of {rounds} rounds, and `to none` is the median of the ratios in the same round.
 
 The checkpoints are small: a step is some milliseconds, much of it spent outside of the model. What a large one gains
 depends on how much longer a step of several tokens takes it than one of a single token.

@@ -128,6 +128,8 @@ def _print(found: Explanation, args: EngineArgs) -> None:
             f"max_model_len {config.max_model_len}, max_num_seqs {config.max_num_seqs}, "
             f"max_num_batched_tokens {config.max_num_batched_tokens}"
         )
+        if config.speculation:
+            fields["speculation"] = f"{config.speculation.method}, up to {config.speculation.num_tokens} drafts"
         fields["binding"] = "\n".join(config.binding)
         fields |= _shares(config)
     print_fields({**fields, **row_fields(found.row)})
@@ -198,6 +200,7 @@ def _data(found: Explanation, args: EngineArgs) -> dict[str, Any]:
         "weights": config.weights if config else None,
         "obstacle": str(found.obstacle) if found.obstacle else None,
         "binding": list(config.binding) if config else None,
+        "speculation": dataclasses.asdict(config.speculation) if config and config.speculation else None,
         "limits": {name: getattr(config, name) for name in limits} if config else None,
         "row": found.row.model_dump(mode="json"),
         "notes": list(config.notes) if config else [],

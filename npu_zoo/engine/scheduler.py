@@ -95,15 +95,15 @@ class Scheduler:
 
         Args:
             drafts: guesses of what follows a sequence, by its number. They are verified as far as budget and free room
-                go, after all that runs has what it needs: nobody gives room up for one.
+                go, after all that runs or can be admitted has what it needs: nobody waits or gives room up for one.
         """
         for sequence in reversed(self._kv.discard_unsettled(self.running)):
             self.running.remove(sequence)
             self._preempt(sequence)
         rows = self._schedule_running()
+        self._admit(rows)
         if drafts:
             rows = self._add_drafts(rows, drafts)
-        self._admit(rows)
         rows.sort(key=lambda row: row.num_known > 1)
         return rows
 

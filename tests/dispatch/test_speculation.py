@@ -28,6 +28,12 @@ def test_prompt_lookup_and_its_defaults() -> None:
     )
 
 
+def test_a_deterministic_run_does_not_decide_by_time() -> None:
+    found = speculation(speculative_method="prompt_lookup", deterministic=True)
+    assert found is not None
+    assert not found.adaptive
+
+
 @pytest.mark.parametrize(
     ("given", "bounds"),
     [({"prompt_lookup_max": 1}, (1, 1)), ({"prompt_lookup_min": 6}, (6, 6)), ({"prompt_lookup_min": 3}, (3, 4))],
@@ -47,6 +53,10 @@ def test_one_bound_moves_the_other(given: dict[str, int], bounds: tuple[int, int
         (
             {"speculative_method": "prompt_lookup", "prompt_lookup_min": 4, "prompt_lookup_max": 3},
             "prompt_lookup_min=4 is above prompt_lookup_max=3",
+        ),
+        (
+            {"speculative_method": "prompt_lookup", "adaptive_speculation": True, "deterministic": True},
+            "which deterministic=True forbids",
         ),
         ({"speculative_method": "mtp"}, "num_nextn_predict_layers of config.json.*has none.*prompt_lookup works"),
     ],

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from npu_zoo import LLM, SamplingParams
 from npu_zoo.core.engine import RequestOutput
+from npu_zoo.testing.speculation import KnownTexts, draft_from
 
 Launch = Callable[..., LLM]
 Tokens = list[list[int]]
@@ -57,6 +58,8 @@ def engine_options(draw: st.DrawFn) -> dict[str, Any]:
     if not flash:
         options["block_size"] = draw(st.sampled_from((1, 2, 4, 8, 16, 32)))
         options["enable_prefix_caching"] = draw(st.booleans())
+    if draw(st.booleans()):
+        options |= {"speculative_method": "prompt_lookup", "num_speculative_tokens": draw(st.integers(1, 6))}
     tokens = draw(st.integers(MAX_MODEL_LEN, 3 * MAX_MODEL_LEN) | st.just(4096))
     return {**options, "kv_cache_memory": -(-tokens // 32) * 32 * BYTES_PER_TOKEN}
 
@@ -76,6 +79,14 @@ def alone(start: Launch) -> list[Tokens]:
     return [completions(llm.generate([PROMPTS[index]], params)) for index, params in PARAMS]
 
 
+def guess(llm: LLM, alone: list[Tokens], right: float) -> LLM:
+    """Where an engine drafts, have it draft what is due, some of it wrong: these texts repeat nothing to look up."""
+    if llm.engine.config.speculation is not None:
+        texts = [PROMPTS[index] + own for (index, _), due in zip(PARAMS, alone, strict=True) for own in due]
+        draft_from(llm, KnownTexts(texts, right, vocab_size=320))
+    return llm
+
+
 def completions(outputs: list[RequestOutput]) -> Tokens:
     return [completion.token_ids for output in outputs for completion in output.outputs]
 
@@ -88,11 +99,15 @@ def is_clean(llm: LLM) -> bool:
 
 
 @settings(max_examples=settings().max_examples // 10)  # engines are started for each
-@given(options=engine_options(), chosen=st.lists(st.integers(0, len(PARAMS) - 1), min_size=1, max_size=14))
+@given(
+    options=engine_options(),
+    chosen=st.lists(st.integers(0, len(PARAMS) - 1), min_size=1, max_size=14),
+    right=st.sampled_from((1.0, 0.7, 0.0)),
+)
 def test_in_any_batch_on_any_engine(
-    start: Launch, alone: list[Tokens], options: dict[str, Any], chosen: list[int]
+    start: Launch, alone: list[Tokens], options: dict[str, Any], chosen: list[int], right: float
 ) -> None:
-    llm = start(**options)
+    llm = guess(start(**options), alone, right)
     requests = [PARAMS[i] for i in chosen]
     outputs = llm.generate([PROMPTS[index] for index, _ in requests], [params for _, params in requests])
     for i, output in zip(chosen, outputs, strict=True):
@@ -105,7 +120,7 @@ def test_in_any_batch_on_any_engine(
 def test_requests_that_come_and_go(
     start: Launch, alone: list[Tokens], options: dict[str, Any], data: st.DataObject
 ) -> None:
-    llm, finished = start(**options), {}
+    llm, finished = guess(start(**options), alone, 0.8), {}
     chosen = data.draw(st.lists(st.integers(0, len(PARAMS) - 1), min_size=1, max_size=10))
     aborted = data.draw(st.sets(st.integers(0, len(chosen) - 1), max_size=3))
     for number, i in enumerate(chosen):

@@ -462,6 +462,14 @@ def test_the_budget_bounds_drafts() -> None:
     assert [len(row.drafts) for row in rows] == [3, 1]
 
 
+def test_nobody_waits_for_drafts() -> None:
+    run = simulation(budget=6, num_blocks=30)
+    run.add([1, 2], 8)
+    run.step()
+    run.add([2, 1, 1], 8)
+    assert [(row.num_known, len(row.drafts)) for row in run.step(right=5)] == [(1, 2), (3, 0)]
+
+
 def test_nobody_gives_room_up_for_drafts() -> None:
     run = simulation(num_blocks=4, block_size=2, caching=False)
     first, second = run.add([1, 2, 0], 4), run.add([2, 1, 1], 4)

@@ -14,6 +14,7 @@ from npu_zoo.engine.sequence import Sequence
 from npu_zoo.engine.speculation.control import SpeculationControl, batch_class
 from npu_zoo.engine.speculation.prompt_lookup import PromptLookupProposer
 from npu_zoo.engine.speculation.proposer import DraftRequest, Proposer, StepResult
+from npu_zoo.platforms.detection import is_simulated
 
 _LOGGER = logging.getLogger("npu_zoo.engine")
 
@@ -111,4 +112,5 @@ def create_speculator(config: EngineConfig, runner: ModelRunner) -> Speculator |
     if speculation is None:
         return None
     proposer = PromptLookupProposer(speculation.lookup_min, speculation.lookup_max)
-    return Speculator(proposer, speculation, SpeculationControl(adaptive=speculation.adaptive))
+    adaptive = speculation.adaptive and not is_simulated(config.device)
+    return Speculator(proposer, speculation, SpeculationControl(adaptive=adaptive))
