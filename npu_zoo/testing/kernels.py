@@ -153,7 +153,9 @@ def _feed_forward(kernel: Any, trial: Trial, gate_up: Any, down: Any, linear: An
     stack = getattr(kernel, "stack", list)
     ids, weights = _chosen(trial)
     x = trial.noise(trial.rows, _HIDDEN)
-    return (kernel(x, ids, weights, stack(gate_up), stack(down), linear, reference.silu_and_mul),)
+    first, second = stack(gate_up), stack(down)
+    uneven = torch.arange(_TOP_K, device=trial.device).expand_as(ids).contiguous()  # every token to the same experts
+    return tuple(kernel(x, to, weights, first, second, linear, reference.silu_and_mul) for to in (ids, uneven))
 
 
 def _top_k_top_p(kernel: Any, trial: Trial) -> tuple[Tensor, ...]:

@@ -101,7 +101,8 @@ inline void shape_tiles(int first_rows, int second_rows) {
   _tile_loadconfig(&shapes);
 }
 
-inline void put_tile(const Output& out, const float* sums, int64_t row, int rows, int64_t panel) {
+template <typename Out>
+inline void put_tile(const Out& out, const float* sums, int64_t row, int rows, int64_t panel) {
   for (int r = 0; r < rows; ++r) out.put(row + r, panel, load<Floats>(sums + r * kLanes));
 }
 
@@ -161,10 +162,10 @@ inline void multiply_blocks(
 }
 
 // Up to 32 rows with one or two panels.
-template <bool kTwoGroups, bool kTwoPanels>
+template <bool kTwoGroups, bool kTwoPanels, typename Out>
 inline void multiply_tiles(
     const Rows& x, int64_t row, int first_rows, int second_rows, const bf16* panel, int64_t stride, int64_t blocks,
-    int64_t panel_number, const Output& out) {
+    int64_t panel_number, const Out& out) {
   multiply_blocks<kTwoGroups, kTwoPanels>(x, row, 0, blocks, panel, stride);
   alignas(64) float sums[kPanel * kLanes];
   _tile_stored(0, sums, 64);
@@ -185,8 +186,9 @@ inline void multiply_tiles(
 
 constexpr int64_t kCachedValues = 1 << 19;  // inputs that stay in the second cache while panels pass by
 
+template <typename Out>
 inline void multiply_panels_by_tiles(
-    const Rows& x, int64_t rows, const bf16* packed, int64_t blocks, int64_t first, int64_t last, const Output& out) {
+    const Rows& x, int64_t rows, const bf16* packed, int64_t blocks, int64_t first, int64_t last, const Out& out) {
   const int64_t stride = blocks * kBlockValues, step = 2 * kPanel;
   const int64_t chunk = std::max<int64_t>(1, kCachedValues / (step * blocks * kBlock)) * step;
   for (int64_t begin = 0; begin < rows; begin += chunk) {
@@ -196,8 +198,8 @@ inline void multiply_panels_by_tiles(
       for (int64_t row = begin; row < end; row += step) {
         const int upper = std::min<int64_t>(end - row, kPanel), lower = std::min<int64_t>(end - row - upper, kPanel);
         if (shaped != upper + lower) shape_tiles(upper, std::max(lower, 1)), shaped = upper + lower;
-        auto multiply = lower ? (panel + 1 < last ? multiply_tiles<true, true> : multiply_tiles<true, false>)
-                              : (panel + 1 < last ? multiply_tiles<false, true> : multiply_tiles<false, false>);
+        auto multiply = lower ? (panel + 1 < last ? multiply_tiles<true, true, Out> : multiply_tiles<true, false, Out>)
+                              : (panel + 1 < last ? multiply_tiles<false, true, Out> : multiply_tiles<false, false, Out>);
         multiply(x, row, upper, lower, packed + panel * stride, stride, blocks, panel, out);
       }
     }
@@ -206,10 +208,10 @@ inline void multiply_panels_by_tiles(
 }
 #endif
 
-template <int kRows>
+template <int kRows, typename Out>
 inline void multiply_few(
     const bf16* x, int64_t x_stride, int64_t row, const bf16* packed, int64_t stride, int64_t blocks, int64_t panel,
-    int64_t last, const Output& out) {
+    int64_t last, const Out& out) {
   const bf16* rows[kRows];
   for (int r = 0; r < kRows; ++r) rows[r] = x + (row + r) * x_stride;
   Floats sums[kRows][2];
@@ -225,9 +227,10 @@ inline void multiply_few(
 }
 
 // Panels [first, last) of x @ weight.T for rows of inputs whose length is a multiple of 32 (`blocks` times that).
+template <typename Out>
 inline void multiply_panels(
     const bf16* x, int64_t x_stride, int64_t rows, const bf16* packed, int64_t blocks, int64_t first, int64_t last,
-    const Output& out) {
+    const Out& out) {
   const int64_t stride = blocks * kBlockValues;
   if (rows == 1) {
     for (int64_t panel = first; panel < last; ++panel) out.put(0, panel, multiply_row(x, packed + panel * stride, blocks));

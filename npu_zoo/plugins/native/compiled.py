@@ -6,6 +6,7 @@ from npu_zoo.api import DType, KernelSpec
 
 _CONDITION = "npu_zoo.compiled.library:obstacle"
 _PRIORITY = 20
+_ALL: tuple[DType, ...] = ("float32", "bfloat16", "float16")
 
 
 def _kernel(operation: str, implementation: str, description: str, dtypes: tuple[DType, ...]) -> KernelSpec:
@@ -35,4 +36,12 @@ COMPILED_KERNELS = (
         "the zoo's own C++, with int4 codes in panels and inputs as integers of 16 bits for few rows",
         ("bfloat16",),
     ),
+    _kernel(
+        "head_linear",
+        "heads:head_linear",
+        "the zoo's own C++, one pass over the matrices for all tokens",
+        ("bfloat16",),
+    ),
+    _kernel("route_tokens", "experts:route_tokens", "the zoo's own C++, one call, in float32", _ALL),
+    _kernel("experts", "experts:experts", "the zoo's own C++, one call, with the weights in panels", ("bfloat16",)),
 )

@@ -1,0 +1,250 @@
+// Routed experts, SwiGLU feed-forwards in bfloat16, added up by their weights in float32 and rounded once.
+//
+// Slots, a token's place with one of its experts, are sorted by expert. Threads share every expert's panels, so that they
+// have as much to do whatever number of tokens goes where, and each reads its panels one after the other.
+#include <vector>
+
+#include "activation.h"
+#include "panels.h"
+#include "workspace.h"
+
+namespace {
+
+using namespace zoo;
+
+#if defined(ZOO_TILES)
+constexpr bool kTiles = true;
+#else
+constexpr bool kTiles = false;
+#endif
+
+// An expert that tokens go to.
+struct Share {
+  int64_t expert;
+  int64_t rows;
+  int64_t slot;   // its first
+  int64_t group;  // its first 16 rows in the workspace
+
+  bool tiled() const { return kTiles && rows > 1; }
+};
+
+struct Weights {
+  const bf16* const* gate_up;
+  const bf16* const* down;
+};
+
+struct Step {
+  const bf16* x;
+  int64_t x_stride, tokens, hidden, width;
+  Weights weights;
+  const std::vector<Share>* shares;
+  const int64_t* slot_tokens;
+  const float* slot_scales;
+  bf16* inputs;       // of tiled shares: [group][hidden / 32][16][32]
+  bf16* activations;  // of tiled shares: [group][width / 32][16][32]; of others rows in the room of their groups
+  float* sums;        // [tokens][hidden], filled up to whole panels
+
+  int64_t x_blocks() const { return ceil_div(hidden, kBlock); }
+  int64_t blocks() const { return ceil_div(width, kBlock); }
+  int64_t panels() const { return width / kPanel; }
+  bf16* activations_of(const Share& share) const { return activations + share.group * kPanel * blocks() * kBlock; }
+};
+
+// Sorts slots by expert, tokens in order; experts of other ranks, whose ids are too large, are left out.
+void sort_slots(
+    const int64_t* ids, const float* scales, int64_t tokens, int64_t top_k, int64_t experts, std::vector<Share>& shares,
+    std::vector<int64_t>& next, int64_t* slot_tokens, float* slot_scales) {
+  next.assign(experts, 0);
+  for (int64_t at = 0; at < tokens * top_k; ++at)
+    if (ids[at] < experts) ++next[ids[at]];
+  shares.clear();
+  int64_t slot = 0, group = 0;
+  for (int64_t expert = 0; expert < experts; ++expert) {
+    const int64_t rows = next[expert];
+    next[expert] = slot;
+    if (rows) shares.push_back({expert, rows, slot, group});
+    slot += rows;
+    group += ceil_div(rows, kPanel);
+  }
+  for (int64_t at = 0; at < tokens * top_k; ++at) {
+    if (ids[at] >= experts) continue;
+    const int64_t to = next[ids[at]]++;
+    slot_tokens[to] = at / top_k;
+    slot_scales[to] = scales[at];
+  }
+}
+
+// Brings 16 values of activations to their place, and zeros after the last ones where those fill half a block.
+inline void put_activations(bf16* to, Floats gate, Floats up, bool last) {
+  store_bf16(to, silu(gate) * up);
+  if (last) store_bf16(to + kPanel, Floats{});
+}
+
+inline bool is_half_block(const Step& step, int64_t panel) { return panel + 1 == step.panels() && panel % 2 == 0; }
+
+template <int kRows>
+void activate_rows(const Step& step, const Share& share, int64_t row, int64_t panel) {
+  const bf16* x[kRows];
+  for (int r = 0; r < kRows; ++r) x[r] = step.x + step.slot_tokens[share.slot + row + r] * step.x_stride;
+  const int64_t stride = panel_values(step.hidden), to_stride = step.blocks() * kBlock;
+  Floats sums[kRows][2];
+  const bf16* gate = step.weights.gate_up[share.expert] + panel * stride;
+  multiply_rows<kRows, 2>(x, gate, step.panels() * stride, step.x_blocks(), sums);
+  bf16* to = step.activations_of(share) + row * to_stride + panel * kPanel;
+  for (int r = 0; r < kRows; ++r) put_activations(to + r * to_stride, sums[r][0], sums[r][1], is_half_block(step, panel));
+}
+
+// Panels [first, last) of an expert's gate, and as many of what it is multiplied with.
+void activate(const Step& step, const Share& share, int64_t first, int64_t last) {
+  for (int64_t panel = first; panel < last; ++panel) {
+    int64_t row = 0;
+    for (; row + 4 <= share.rows; row += 4) activate_rows<4>(step, share, row, panel);
+    for (; row < share.rows; ++row) activate_rows<1>(step, share, row, panel);
+  }
+}
+
+#if defined(ZOO_TILES)
+// Gathers the rows of tiled shares, of `parts` threads each some groups.
+void gather(const Step& step, int part, int parts) {
+  const int64_t blocks = step.x_blocks();
+  for (const Share& share : *step.shares) {
+    if (!share.tiled()) continue;
+    for (int64_t row = 0; row < share.rows; ++row) {
+      const int64_t group = share.group + row / kPanel;
+      if (group % parts != part) continue;
+      const bf16* from = step.x + step.slot_tokens[share.slot + row] * step.x_stride;
+      bf16* to = step.inputs + group * blocks * kBlockValues + row % kPanel * kBlock;
+      for (int64_t block = 0; block < blocks; ++block)
+        std::memcpy(to + block * kBlockValues, from + block * kBlock, kBlock * sizeof(bf16));
+    }
+  }
+}
+
+void put_group(const Step& step, const Share& share, int64_t row, int rows, int64_t panel, const float* gate,
+               const float* up) {
+  const int64_t group = step.blocks() * kBlockValues;
+  bf16* to = step.activations_of(share) + row / kPanel * group + panel / 2 * kBlockValues + panel % 2 * kPanel;
+  for (int r = 0; r < rows; ++r)
+    put_activations(to + r * kBlock, load<Floats>(gate + r * kLanes), load<Floats>(up + r * kLanes),
+                    is_half_block(step, panel));
+}
+
+// As `activate`, for a share whose rows were gathered.
+void activate_tiled(const Step& step, const Share& share, int64_t first, int64_t last) {
+  const int64_t blocks = step.x_blocks(), stride = panel_values(step.hidden), group = blocks * kBlockValues;
+  const Rows x{step.inputs + share.group * group, kBlockValues, kBlock, group};
+  const bf16* packed = step.weights.gate_up[share.expert];
+  constexpr int64_t kStep = 2 * kPanel;
+  const int64_t chunk = std::max<int64_t>(1, kCachedValues / (kStep * blocks * kBlock)) * kStep;
+  alignas(64) float gate[kPanel * kLanes], up[kPanel * kLanes];
+  for (int64_t begin = 0; begin < share.rows; begin += chunk) {
+    const int64_t end = std::min(share.rows, begin + chunk);
+    int shaped = -1;
+    for (int64_t panel = first; panel < last; ++panel) {
+      for (int64_t row = begin; row < end; row += kStep) {
+        const int upper = std::min<int64_t>(end - row, kPanel), lower = std::min<int64_t>(end - row - upper, kPanel);
+        if (shaped != upper + lower) shape_tiles(upper, std::max(lower, 1)), shaped = upper + lower;
+        auto sum = lower ? multiply_blocks<true, true> : multiply_blocks<false, true>;
+        sum(x, row, 0, blocks, packed + panel * stride, step.panels() * stride);
+        _tile_stored(0, gate, 64);
+        _tile_stored(1, up, 64);
+        put_group(step, share, row, upper, panel, gate, up);
+        if (!lower) continue;
+        _tile_stored(2, gate, 64);
+        _tile_stored(3, up, 64);
+        put_group(step, share, row + kPanel, lower, panel, gate, up);
+      }
+    }
+  }
+  _tile_release();
+}
+#endif
+
+// Adds what a share's rows come to, each by its weight, to the sums of their tokens.
+struct WeightedSums {
+  const Step& step;
+  const Share& share;
+
+  void put(int64_t row, int64_t panel, Floats sum) const {
+    const int64_t slot = share.slot + row, stride = ceil_div(step.hidden, kPanel) * kPanel;
+    float* to = step.sums + step.slot_tokens[slot] * stride + panel * kPanel;
+    store(to, load<Floats>(to) + sum * step.slot_scales[slot]);
+  }
+};
+
+// Output channels of panels [first, last) for all tokens.
+void project(const Step& step, int64_t first, int64_t last, const Output& out) {
+  const int64_t stride = ceil_div(step.hidden, kPanel) * kPanel, blocks = step.blocks();
+  for (int64_t token = 0; token < step.tokens; ++token)
+    std::fill(step.sums + token * stride + first * kPanel, step.sums + token * stride + last * kPanel, 0.0f);
+  for (const Share& share : *step.shares) {
+    const bf16* packed = step.weights.down[share.expert];
+    const bf16* rows = step.activations_of(share);
+    const WeightedSums sums{step, share};
+#if defined(ZOO_TILES)
+    if (share.tiled()) {
+      const Rows tiles{rows, kBlockValues, kBlock, blocks * kBlockValues};
+      multiply_panels_by_tiles(tiles, share.rows, packed, blocks, first, last, sums);
+      continue;
+    }
+#endif
+    multiply_panels(rows, blocks * kBlock, share.rows, packed, blocks, first, last, sums);
+  }
+  for (int64_t token = 0; token < step.tokens; ++token)
+    for (int64_t panel = first; panel < last; ++panel)
+      out.put(token, panel, load<Floats>(step.sums + token * stride + panel * kPanel));
+}
+
+thread_local Workspace<int64_t> slot_tokens;
+thread_local Workspace<float> slot_scales, sums;
+thread_local Workspace<bf16> inputs, activations;
+thread_local std::vector<Share> shares;
+thread_local std::vector<int64_t> next_slot;
+
+}  // namespace
+
+extern "C" {
+
+// x: [tokens, hidden], rows `x_stride` values apart, filled up to a multiple of 32; width: a multiple of 16; ids and
+// scales: [tokens, top_k]; gate_up, down: each expert's panels, of 2 * width and of hidden channels; out: [tokens, hidden].
+void zoo_experts(const bf16* x, int64_t x_stride, int64_t tokens, int64_t hidden, int64_t width, const int64_t* ids,
+                 const float* scales, int64_t top_k, const bf16* const* gate_up, const bf16* const* down,
+                 int64_t experts, bf16* out, int threads) {
+  const int64_t slots = tokens * top_k;
+  sort_slots(ids, scales, tokens, top_k, experts, shares, next_slot, slot_tokens.values(slots),
+             slot_scales.values(slots));
+  const int64_t groups = shares.empty() ? 0 : shares.back().group + ceil_div(shares.back().rows, kPanel);
+  const bool tiled = std::any_of(shares.begin(), shares.end(), [](const Share& share) { return share.tiled(); });
+  const int64_t panels = ceil_div(hidden, kPanel);
+  Step step{x, x_stride, tokens, hidden, width, {gate_up, down}, &shares, slot_tokens.values(slots),
+            slot_scales.values(slots), nullptr, nullptr, sums.values(tokens * panels * kPanel)};
+  step.activations = activations.values(groups * step.blocks() * kBlockValues);
+  if (tiled) step.inputs = inputs.values(groups * step.x_blocks() * kBlockValues);
+#pragma omp parallel num_threads(threads)
+  {
+#if defined(ZOO_TILES)
+    if (tiled) {
+#pragma omp for schedule(static, 1)
+      for (int part = 0; part < threads; ++part) gather(step, part, threads);
+    }
+#endif
+#pragma omp for schedule(static, 1)
+    for (int part = 0; part < threads; ++part) {
+      for (const Share& share : *step.shares) {
+        const int64_t turn = (part + share.expert) % threads;  // so that nobody always has the larger part
+        const int64_t first = step.panels() * turn / threads, last = step.panels() * (turn + 1) / threads;
+#if defined(ZOO_TILES)
+        if (share.tiled()) {
+          activate_tiled(step, share, first, last);
+          continue;
+        }
+#endif
+        activate(step, share, first, last);
+      }
+    }
+#pragma omp for schedule(static, 1)
+    for (int part = 0; part < threads; ++part)
+      project(step, panels * part / threads, panels * (part + 1) / threads, Output{out, hidden, hidden});
+  }
+}
+}
