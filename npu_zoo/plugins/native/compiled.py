@@ -22,7 +22,18 @@ def _kernel(operation: str, implementation: str, description: str, dtypes: tuple
     )
 
 
+_FLOATS: tuple[DType, ...] = ("bfloat16", "float32")
+
+
+def _elementwise(operation: str) -> KernelSpec:
+    return _kernel(operation, f"elementwise:{operation}", "the zoo's own C++, in one pass over its values", _FLOATS)
+
+
 COMPILED_KERNELS = (
+    *map(
+        _elementwise,
+        ("rms_norm", "add_rms_norm", "silu_and_mul", "rotary_embedding", "interleaved_rotary_embedding"),
+    ),
     _kernel("linear", "linear:PanelLinear", "the zoo's own C++, with the weight in panels", ("bfloat16",)),
     _kernel(
         "linear_w8a16",

@@ -1,0 +1,44 @@
+// Sixteen values of a type as floats, and back; the last of a row may be fewer.
+#pragma once
+
+#include <algorithm>
+
+#include "vectors.h"
+
+namespace zoo {
+
+inline Floats load_floats(const float* from) { return load<Floats>(from); }
+inline Floats load_floats(const bf16* from) { return load_bf16(from); }
+inline Floats load_floats(const int8_t* from) {
+  using Bytes = int8_t __attribute__((vector_size(16)));
+  return __builtin_convertvector(load<Bytes>(from), Floats);
+}
+inline void store_floats(float* to, Floats value) { store(to, value); }
+inline void store_floats(bf16* to, Floats value) { store_bf16(to, value); }
+
+// `left` values at most; zeros behind them.
+template <typename T>
+inline Floats load_floats(const T* from, int64_t left) {
+  if (left >= kLanes) return load_floats(from);
+  T lanes[kLanes] = {};
+  std::copy_n(from, left, lanes);
+  return load_floats(lanes);
+}
+
+template <typename T>
+inline void store_floats(T* to, Floats value, int64_t left) {
+  if (left >= kLanes) return store_floats(to, value);
+  T lanes[kLanes];
+  store_floats(lanes, value);
+  std::copy_n(lanes, left, to);
+}
+
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+inline float largest(Floats value) {
+  float lanes[kLanes];
+  store(lanes, value);
+  return *std::max_element(lanes, lanes + kLanes);
+}
+
+}  // namespace zoo
