@@ -195,9 +195,7 @@ void project(const Step& step, int64_t first, int64_t last, const Output& out) {
       out.put(token, panel, load<Floats>(step.sums + token * stride + panel * kPanel));
 }
 
-thread_local Workspace<int64_t> slot_tokens;
-thread_local Workspace<float> slot_scales, sums;
-thread_local Workspace<bf16> inputs, activations;
+thread_local Workspace slot_tokens, slot_scales, sums, inputs, activations;
 thread_local std::vector<Share> shares;
 thread_local std::vector<int64_t> next_slot;
 
@@ -211,15 +209,15 @@ void zoo_experts(const bf16* x, int64_t x_stride, int64_t tokens, int64_t hidden
                  const float* scales, int64_t top_k, const bf16* const* gate_up, const bf16* const* down,
                  int64_t experts, bf16* out, int threads) {
   const int64_t slots = tokens * top_k;
-  sort_slots(ids, scales, tokens, top_k, experts, shares, next_slot, slot_tokens.values(slots),
-             slot_scales.values(slots));
+  sort_slots(ids, scales, tokens, top_k, experts, shares, next_slot, slot_tokens.take<int64_t>(slots),
+             slot_scales.take<float>(slots));
   const int64_t groups = shares.empty() ? 0 : shares.back().group + ceil_div(shares.back().rows, kPanel);
   const bool tiled = std::any_of(shares.begin(), shares.end(), [](const Share& share) { return share.tiled(); });
   const int64_t panels = ceil_div(hidden, kPanel);
-  Step step{x, x_stride, tokens, hidden, width, {gate_up, down}, &shares, slot_tokens.values(slots),
-            slot_scales.values(slots), nullptr, nullptr, sums.values(tokens * panels * kPanel)};
-  step.activations = activations.values(groups * step.blocks() * kBlockValues);
-  if (tiled) step.inputs = inputs.values(groups * step.x_blocks() * kBlockValues);
+  Step step{x, x_stride, tokens, hidden, width, {gate_up, down}, &shares, slot_tokens.take<int64_t>(slots),
+            slot_scales.take<float>(slots), nullptr, nullptr, sums.take<float>(tokens * panels * kPanel)};
+  step.activations = activations.take<bf16>(groups * step.blocks() * kBlockValues);
+  if (tiled) step.inputs = inputs.take<bf16>(groups * step.x_blocks() * kBlockValues);
 #pragma omp parallel num_threads(threads)
   {
 #if defined(ZOO_TILES)

@@ -85,8 +85,7 @@ void pack_matrix(const Matrix& matrix, bf16* panels) {
     std::fill(panels + panel * size + filled * kPanel, panels + (panel + 1) * size, 0);
 }
 
-thread_local Workspace<bf16> panels;
-thread_local Workspace<float> sums;
+thread_local Workspace panels, sums;
 
 }  // namespace
 
@@ -103,10 +102,10 @@ void zoo_head_linear(const bf16* x, int64_t x_stride, int64_t head_stride, int64
     const Matrix matrix{weight + head * inputs * outputs, inputs, outputs};
     const bf16* rows = x + head * head_stride;
     if (one) {
-      multiply_one(rows, matrix, sums.values(outputs), out + head * outputs);
+      multiply_one(rows, matrix, sums.take<float>(outputs), out + head * outputs);
       continue;
     }
-    bf16* packed = panels.values(count * panel_values(inputs));
+    bf16* packed = panels.take<bf16>(count * panel_values(inputs));
     pack_matrix(matrix, packed);
     const Output output{out + head * outputs, heads * outputs, outputs};
     multiply_panels(rows, x_stride, tokens, packed, ceil_div(inputs, kBlock), 0, count, output);

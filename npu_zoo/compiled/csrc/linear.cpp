@@ -1,36 +1,17 @@
 // x @ weight.T in bfloat16, summed in float32.
 #include "panels.h"
+#include "transpose.h"
 #include "workspace.h"
 
 namespace {
 
 using namespace zoo;
 
-// One step of a transposition: exchanges the halves of pairs of rows that are kWidth rows apart.
-template <int kWidth>
-inline void exchange(Words (&rows)[kPanel]) {
-  Words low, high;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const bool second = lane & kWidth;
-    low[lane] = second ? kLanes + lane - kWidth : lane;
-    high[lane] = second ? kLanes + lane : lane + kWidth;
-  }
-  for (int row = 0; row < kPanel; ++row) {
-    if (row & kWidth) continue;
-    const Words upper = rows[row], lower = rows[row + kWidth];
-    rows[row] = __builtin_shuffle(upper, lower, low);
-    rows[row + kWidth] = __builtin_shuffle(upper, lower, high);
-  }
-}
-
 // 32 inputs of 16 channels, from [channel][pair][2] to [pair][channel][2].
 void pack_block(const bf16* const* channels, bf16* block) {
   Words rows[kPanel];
   for (int channel = 0; channel < kPanel; ++channel) rows[channel] = load<Words>(channels[channel]);
-  exchange<1>(rows);
-  exchange<2>(rows);
-  exchange<4>(rows);
-  exchange<8>(rows);
+  transpose(rows);
   for (int pair = 0; pair < kPanel; ++pair) store(block + pair * 2 * kPanel, rows[pair]);
 }
 
@@ -51,7 +32,7 @@ void pack_panel(const bf16* weight, int64_t stride, int64_t channels, int64_t in
 }
 
 #if defined(ZOO_TILES)
-thread_local Workspace<bf16> workspace;
+thread_local Workspace workspace;
 #endif
 
 }  // namespace
@@ -80,7 +61,7 @@ void zoo_linear(const bf16* x, int64_t x_stride, int64_t rows, const bf16* packe
 #if defined(ZOO_TILES)
   if (rows > kPanel) {
     const int64_t groups = ceil_div(rows, kPanel);
-    bf16* tiles = workspace.values(groups * kPanel * blocks * kBlock);
+    bf16* tiles = workspace.take<bf16>(groups * kPanel * blocks * kBlock);
     const Rows packed_rows{tiles, kBlockValues, kBlock, kPanel * blocks * kBlock};
 #pragma omp parallel num_threads(threads)
     {

@@ -56,10 +56,10 @@ constexpr int64_t kFewRows = 16;  // above, widening codes once for all rows pay
 template <int kBits>
 void multiply_many(const bf16* x, int64_t x_stride, int64_t rows, const CodeWeight& weight, const Output& out,
                    int threads) {
-  static thread_local Workspace<bf16> inputs_as_tiles, widened_codes;
+  static thread_local Workspace inputs_as_tiles, widened_codes;
   const int64_t panels = ceil_div(out.channels, kPanel), groups = ceil_div(rows, kPanel);
   const int64_t inputs = weight.blocks * kCodeBlock, blocks = inputs / kBlock;
-  bf16* tiles = inputs_as_tiles.values(groups * kPanel * inputs);
+  bf16* tiles = inputs_as_tiles.take<bf16>(groups * kPanel * inputs);
   const Rows packed{tiles, kBlockValues, kBlock, kPanel * inputs};
 #pragma omp parallel num_threads(threads)
   {
@@ -68,22 +68,22 @@ void multiply_many(const bf16* x, int64_t x_stride, int64_t rows, const CodeWeig
 #pragma omp for schedule(static, 1)
     for (int part = 0; part < threads; ++part)
       multiply_widened_codes<kBits>(packed, rows, weight, panels * part / threads, panels * (part + 1) / threads,
-                                    widened_codes.values(2 * kPanel * inputs), out);
+                                    widened_codes.take<bf16>(2 * kPanel * inputs), out);
   }
 }
 #endif
 
 // What a step's inputs as integers take.
 struct IntegerSpace {
-  Workspace<int8_t> halves;
-  Workspace<float> scales;
-  Workspace<int32_t> offsets;
+  Workspace halves;
+  Workspace scales;
+  Workspace offsets;
 
   Integers take(int64_t rows, int64_t blocks, int64_t blocks_of_group) {
     const int64_t groups = ceil_div(blocks, blocks_of_group);
     const int64_t stride = blocks * kCodeBlock + 64;  // not a power of two, whose rows would share sets of the cache
-    int8_t* upper = halves.values(2 * rows * stride);
-    return {upper, upper + rows * stride, stride, scales.values(rows * groups), offsets.values(rows * groups), groups,
+    int8_t* upper = halves.take<int8_t>(2 * rows * stride);
+    return {upper, upper + rows * stride, stride, scales.take<float>(rows * groups), offsets.take<int32_t>(rows * groups), groups,
             blocks_of_group};
   }
 };

@@ -12,10 +12,44 @@ from npu_zoo.api import (
     hookimpl,
 )
 from npu_zoo.plugins.native.ascend import ASCEND_BACKENDS, ASCEND_KERNELS
-from npu_zoo.plugins.native.compiled import COMPILED_KERNELS
+from npu_zoo.plugins.native.compiled import COMPILED_BACKENDS, COMPILED_KERNELS
 from npu_zoo.plugins.native.quantized import QUANTIZATION_METHODS, QUANTIZED_KERNELS
 
 _ALL: tuple[DType, ...] = ("float32", "bfloat16", "float16")
+
+TORCH_BACKENDS = (
+    AttentionBackendSpec(
+        name="torch_paged",
+        kind="paged",
+        chip="any",
+        dtypes=_ALL,
+        implementation="npu_zoo.nn.attention.paged:PagedAttention",
+        block_sizes=(64, 32, 16, 128, 8, 4, 2, 1, 256),
+        priority=0,
+        description="blocks behind a block table, which decode reads in place",
+    ),
+    AttentionBackendSpec(
+        name="torch_paged_latent",
+        kind="paged",
+        cache="latent",
+        chip="any",
+        dtypes=_ALL,
+        implementation="npu_zoo.nn.attention.latent:PagedLatentAttention",
+        block_sizes=(64, 32, 16, 128, 8, 4, 2, 1, 256),
+        priority=0,
+        description="latents in blocks: absorbed for single tokens, expanded for prompts",
+    ),
+    AttentionBackendSpec(
+        name="torch_flash",
+        kind="flash",
+        chip="any",
+        dtypes=_ALL,
+        implementation="npu_zoo.nn.attention.contiguous:ContiguousAttention",
+        prefix_caching=False,
+        priority=0,
+        description="one contiguous stretch of keys and values per sequence",
+    ),
+)
 
 
 def _reference(operation: str, attribute: str) -> KernelSpec:
@@ -94,37 +128,13 @@ def register_quantization_methods() -> list[QuantizationSpec]:
 def register_attention_backends() -> list[AttentionBackendSpec]:
     """Attention in plain torch, on any device that torch drives, and by the fused operators of Ascend's chips."""
     return [
-        AttentionBackendSpec(
-            name="torch_paged",
-            kind="paged",
-            chip="any",
-            dtypes=_ALL,
-            implementation="npu_zoo.nn.attention.paged:PagedAttention",
-            block_sizes=(64, 32, 16, 128, 8, 4, 2, 1, 256),
-            priority=0,
-            description="blocks behind a block table, which decode reads in place",
+        *TORCH_BACKENDS,
+        # Where a chip has backends of its own, what runs anywhere does not serve there.
+        *(
+            backend.model_copy(update={"name": backend.name.replace("torch_", "cpu_"), "chip": "cpu", "priority": 5})
+            for backend in TORCH_BACKENDS
         ),
-        AttentionBackendSpec(
-            name="torch_paged_latent",
-            kind="paged",
-            cache="latent",
-            chip="any",
-            dtypes=_ALL,
-            implementation="npu_zoo.nn.attention.latent:PagedLatentAttention",
-            block_sizes=(64, 32, 16, 128, 8, 4, 2, 1, 256),
-            priority=0,
-            description="latents in blocks: absorbed for single tokens, expanded for prompts",
-        ),
-        AttentionBackendSpec(
-            name="torch_flash",
-            kind="flash",
-            chip="any",
-            dtypes=_ALL,
-            implementation="npu_zoo.nn.attention.contiguous:ContiguousAttention",
-            prefix_caching=False,
-            priority=0,
-            description="one contiguous stretch of keys and values per sequence",
-        ),
+        *COMPILED_BACKENDS,
         AttentionBackendSpec(
             name="cpu_paged_int8",
             kind="paged",

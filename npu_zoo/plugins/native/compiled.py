@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from npu_zoo.api import DType, KernelSpec
+from typing import Any, Literal
+
+from npu_zoo.api import AttentionBackendSpec, DType, KernelSpec
 
 _CONDITION = "npu_zoo.compiled.library:obstacle"
 _PRIORITY = 20
@@ -55,4 +57,52 @@ COMPILED_KERNELS = (
     ),
     _kernel("route_tokens", "experts:route_tokens", "the zoo's own C++, one call, in float32", _ALL),
     _kernel("experts", "experts:experts", "the zoo's own C++, one call, with the weights in panels", ("bfloat16",)),
+)
+
+
+def _backend(
+    name: str, kind: Literal["paged", "flash"], implementation: str, description: str, **more: Any
+) -> AttentionBackendSpec:
+    return AttentionBackendSpec(
+        name=f"compiled_{name}",
+        kind=kind,
+        chip="cpu",
+        dtypes=_FLOATS,
+        implementation=f"npu_zoo.nn.attention.{implementation}",
+        block_sizes=(64, 32, 128, 256) if kind == "paged" else (),
+        prefix_caching=kind == "paged",
+        priority=_PRIORITY,
+        condition=_CONDITION,
+        description=description,
+        **more,
+    )
+
+
+COMPILED_BACKENDS = (
+    _backend(
+        "paged",
+        "paged",
+        "compiled:CompiledPagedAttention",
+        "the zoo's own C++, over blocks of strips laid out for the processor's products",
+    ),
+    _backend(
+        "flash",
+        "flash",
+        "compiled:CompiledContiguousAttention",
+        "the zoo's own C++, over one contiguous stretch of strips per sequence",
+    ),
+    _backend(
+        "paged_int8",
+        "paged",
+        "compiled:CompiledInt8PagedAttention",
+        "the zoo's own C++, over int8 keys and values in blocks, with a scale per token and head",
+        kv_cache_dtype="int8",
+    ),
+    _backend(
+        "flash_int8",
+        "flash",
+        "compiled:CompiledInt8ContiguousAttention",
+        "the zoo's own C++, over int8 keys and values in one contiguous stretch per sequence",
+        kv_cache_dtype="int8",
+    ),
 )

@@ -1,0 +1,171 @@
+// One task of attention: some rows of queries of one key-value head over a stretch of its tokens.
+#pragma once
+
+#include "softmax.h"
+#include "sources.h"
+#include "strip_tiles.h"
+#include "workspace.h"
+
+namespace zoo {
+
+constexpr int kTaskRows = 128, kTileRows = 32;
+constexpr int kChunk = 256;                 // tokens whose scores are held at once
+constexpr int kScoreStride = kChunk + 16;   // else rows would fall into few sets of the cache
+constexpr int kFewRows = 4;                 // fewer are multiplied one by one rather than in a matrix unit's tiles
+
+// The first `rows` of [first_row, ...) of an item, tokens [begin, end), rows counted by query token, then head.
+struct Task {
+  int64_t item, head, first_row, rows, begin, end, part;
+};
+
+// A task's buffers.
+template <class Kind>
+struct Buffers {
+  using Operand = typename Kind::Operand;
+  Operand *queries, *weights;
+  float *scores, *sums;
+  char* packed;
+  RowState state[kTaskRows];
+  int64_t limits[kTaskRows];
+
+  Buffers(Workspace& workspace, Widths w, bool packs) {
+    const int64_t strips = kChunk / kStrip;
+    const int64_t sizes[] = {
+        kTaskRows * w.key * static_cast<int64_t>(sizeof(Operand)),
+        kTileRows * kScoreStride * static_cast<int64_t>(sizeof(Operand)),
+        kTileRows * kScoreStride * 4,
+        kTaskRows * w.value * 4,
+        packs ? strips * (Kind::key_bytes(w) + Kind::value_bytes(w)) : 0,
+    };
+    int64_t offsets[6] = {};
+    for (int i = 0; i < 5; ++i) offsets[i + 1] = offsets[i] + round_up(sizes[i], 64);
+    char* memory = workspace.take<char>(offsets[5]);
+    queries = reinterpret_cast<Operand*>(memory);
+    weights = reinterpret_cast<Operand*>(memory + offsets[1]);
+    scores = reinterpret_cast<float*>(memory + offsets[2]);
+    sums = reinterpret_cast<float*>(memory + offsets[3]);
+    packed = memory + offsets[4];
+  }
+};
+
+// A chunk's strips, and behind them what is read next.
+struct Chunk {
+  const char* keys[kChunk / kStrip + 1];
+  const char* values[kChunk / kStrip + 1];
+  int strips;
+  int64_t begin, end;
+};
+
+template <int kRows, class Kind>
+void attend_rows_to_strips(
+    Buffers<Kind>& b, const Chunk& chunk, int row, bool values, int strips, Widths w, float* sums) {
+  const typename Kind::Operand *queries[kRows], *weights[kRows];
+  float *scores[kRows], *to[kRows];
+  for (int strip = 0; strip < strips; ++strip) {
+    for (int r = 0; r < kRows; ++r) {
+      weights[r] = b.weights + (row + r) * kScoreStride + strip * kStrip;
+      scores[r] = b.scores + (row + r) * kScoreStride + strip * kStrip;
+      to[r] = sums + (row + r) * w.value;
+      queries[r] = b.queries + (&to[r][0] - b.sums) / w.value * w.key;
+    }
+    if (values) Kind::template add<kRows>(weights, chunk.values[strip], chunk.values[strip + 1], w, to);
+    else Kind::template score<kRows>(queries, chunk.keys[strip], chunk.keys[strip + 1], w, scores);
+  }
+}
+
+template <class Kind>
+void multiply_few(Buffers<Kind>& b, const Chunk& chunk, int rows, bool values, int strips, Widths w, float* sums) {
+  int row = 0;
+  for (; row + 4 <= rows; row += 4) attend_rows_to_strips<4>(b, chunk, row, values, strips, w, sums);
+  for (; row + 2 <= rows; row += 2) attend_rows_to_strips<2>(b, chunk, row, values, strips, w, sums);
+  for (; row < rows; ++row) attend_rows_to_strips<1>(b, chunk, row, values, strips, w, sums);
+}
+
+template <class Kind>
+constexpr bool kByTiles = false;
+#if defined(ZOO_TILES)
+template <>
+constexpr bool kByTiles<Pairs> = true;
+#endif
+
+template <class Kind>
+void multiply_tile(Buffers<Kind>& b, const Chunk& chunk, int first, int rows, bool values, int strips, Widths w) {
+  float* sums = b.sums + first * w.value;
+#if defined(ZOO_TILES)
+  if constexpr (kByTiles<Kind>) {
+    if (rows >= kFewRows) {
+      const bool two = rows > kPanel;
+      if (values) {
+        auto add = two ? add_by_tiles<true> : add_by_tiles<false>;
+        return add(b.weights, kScoreStride, chunk.values, strips, w, sums);
+      }
+      auto score = two ? score_by_tiles<true> : score_by_tiles<false>;
+      for (int strip = 0; strip < strips; ++strip)
+        score(b.queries + first * w.key, chunk.keys[strip], first ? nullptr : chunk.keys[strip + 1], w,
+              b.scores + strip * kStrip, kScoreStride);
+      return;
+    }
+  }
+#endif
+  multiply_few(b, chunk, rows, values, strips, w, sums);
+}
+
+// Attends from up to 32 rows to a chunk.
+template <class Kind>
+void attend_tile(Buffers<Kind>& b, const Chunk& chunk, int first, int rows, float scale, Widths w) {
+  const int64_t seen = std::min(chunk.end, b.limits[first + rows - 1]) - chunk.begin;
+  if (seen <= 0) return;
+  const int strips = ceil_div(seen, kStrip);
+  multiply_tile(b, chunk, first, rows, false, strips, w);
+  for (int row = 0; row < rows; ++row) {
+    const int64_t visible = std::min(seen, b.limits[first + row] - chunk.begin);
+    weigh(b.scores + row * kScoreStride, strips * kStrip, visible, scale, b.state[first + row],
+          b.sums + (first + row) * w.value, w.value, b.weights + row * kScoreStride,
+          [&](int64_t i) { return Kind::value_scales(chunk.values[i / kStrip], w, i % kStrip / kLanes); });
+  }
+  const int64_t whole = kByTiles<Kind> && rows >= kFewRows ? round_up(rows, kPanel) : rows;
+  for (int64_t row = rows; row < whole; ++row)
+    std::memset(b.weights + row * kScoreStride, 0, strips * kStrip * sizeof(typename Kind::Operand));
+  multiply_tile(b, chunk, first, rows, true, strips, w);
+}
+
+template <class Source, class Kind>
+Chunk take_chunk(const Source& source, Buffers<Kind>& b, int64_t begin, int64_t end, int64_t last, Widths w) {
+  Chunk chunk;
+  chunk.begin = begin, chunk.end = end, chunk.strips = ceil_div(end - begin, kStrip);
+  const int64_t key_bytes = Kind::key_bytes(w), value_bytes = Kind::value_bytes(w);
+  for (int strip = 0; strip < chunk.strips; ++strip) {
+    const int64_t token = begin + strip * kStrip;
+    if (Source::kPacks) {
+      char *keys = b.packed + strip * key_bytes, *values = b.packed + chunk.strips * key_bytes + strip * value_bytes;
+      source.pack(token, std::min<int64_t>(kStrip, end - token), keys, values);
+      chunk.keys[strip] = keys, chunk.values[strip] = values;
+    } else {
+      chunk.keys[strip] = source.keys(token), chunk.values[strip] = source.values(token);
+    }
+  }
+  chunk.keys[chunk.strips] = chunk.values[0];
+  chunk.values[chunk.strips] = !Source::kPacks && end < last ? source.keys(end) : chunk.values[0];
+  return chunk;
+}
+
+// Attends from a task's rows, whose queries and limits are in the buffers, to tokens [begin, end).
+template <class Source, class Kind>
+void attend(const Source& source, Buffers<Kind>& b, int rows, int64_t begin, int64_t end, float scale, Widths w) {
+  end = std::min(end, b.limits[rows - 1]);
+  std::fill_n(b.state, rows, RowState{});
+  std::fill_n(b.sums, round_up(rows, kPanel) * w.value, 0.0f);
+#if defined(ZOO_TILES)
+  if (kByTiles<Kind>) shape_full_tiles();
+#endif
+  for (int64_t at = begin; at < end; at += kChunk) {
+    const Chunk chunk = take_chunk(source, b, at, std::min<int64_t>(end, at + kChunk), end, w);
+    for (int first = 0; first < rows; first += kTileRows)
+      attend_tile(b, chunk, first, std::min(kTileRows, rows - first), scale, w);
+  }
+#if defined(ZOO_TILES)
+  if (kByTiles<Kind>) _tile_release();
+#endif
+}
+
+}  // namespace zoo

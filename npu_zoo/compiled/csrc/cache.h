@@ -1,0 +1,138 @@
+// What a step reads and writes: its rows, the blocks of their keys and values, and views of the step's tensors.
+#pragma once
+
+#include "strips.h"
+
+namespace zoo {
+
+// Sizes of a cache; `kind` as the ABI numbers it.
+struct Shape {
+  int64_t kind, heads, kv_heads, key, rope, value, block_size;
+
+  int64_t group() const { return heads / kv_heads; }
+  int64_t key_width() const { return key + rope; }
+};
+
+// Queries over a run of blocks: a row of the step, whose queries are the run's last tokens, or many rows' shared prefix.
+struct Item {
+  int64_t first;       // of the step's tokens, or with `shared` of the list of members
+  int64_t tokens;      // queries
+  int64_t table;       // where its blocks begin in the tables
+  int64_t keys;        // tokens to attend to, for the last query
+  int64_t prefix;      // the item of the prefix that it shares, or -1
+  int64_t prefix_row;  // of its first token in that item
+  int64_t shared;      // whether it is such a prefix, which all of its queries see whole
+};
+
+// [tokens][heads][width], values next to each other.
+template <typename T>
+struct View {
+  T* values;
+  int64_t token, head;
+
+  T* at(int64_t t, int64_t h) const { return values + t * token + h * head; }
+};
+
+// Where a head's strips lie within a layer.
+template <class Kind>
+struct Strips {
+  char *keys, *values;
+  const int64_t* table;
+  int64_t head, kv_heads, block_size;
+  Widths widths;
+
+  char* key_at(int64_t token) const { return keys + place(token) * Kind::key_bytes(widths); }
+  char* value_at(int64_t token) const { return values + place(token) * Kind::value_bytes(widths); }
+  int64_t place(int64_t token) const {
+    return (table[token / block_size] * kv_heads + head) * (block_size / kStrip) + token % block_size / kStrip;
+  }
+};
+
+inline Halves load_halves(const bf16* from, int64_t left) {
+  if (left >= kLanes) return load<Halves>(from);
+  bf16 lanes[kLanes] = {};
+  std::copy_n(from, std::max<int64_t>(left, 0), lanes);
+  return load<Halves>(lanes);
+}
+
+inline void write_key(Pairs, const bf16* key, int64_t width, char* strip, Widths w, int token) {
+  bf16* column = reinterpret_cast<bf16*>(strip) + token / kPanel * w.key * kPanel + token % kPanel * 2;
+  for (int64_t pair = 0; pair < w.key / 2; ++pair) {
+    column[pair * 2 * kPanel] = 2 * pair < width ? key[2 * pair] : 0;
+    column[pair * 2 * kPanel + 1] = 2 * pair + 1 < width ? key[2 * pair + 1] : 0;
+  }
+}
+
+// The values of a token, whose neighbour in the pair is left alone where it comes before and zero where it comes after.
+inline void write_value(Pairs, const bf16* value, int64_t width, char* strip, Widths w, int token) {
+  for (int64_t tile = 0; tile < w.value / kLanes; ++tile) {
+    bf16* pair = reinterpret_cast<bf16*>(strip) + tile * kBlockValues + token / 2 * 2 * kPanel;
+    Words words = __builtin_convertvector(load_halves(value + tile * kLanes, width - tile * kLanes), Words);
+    if (token % 2) words = words << 16 | (load<Words>(pair) & 0xffff);
+    store(pair, words);
+  }
+}
+
+// Codes of a vector, max|x| / 127 apart. What has no largest value has no finite scale.
+inline float quantize(const Floats* values, int64_t count, Floats* codes) {
+  Floats most{}, spoilt{};
+  for (int64_t i = 0; i < count; ++i) {
+    const Floats size = values[i] < 0.0f ? -values[i] : values[i];
+    most = larger(most, size);
+    spoilt += values[i] * 0.0f;
+  }
+  const float scale = largest(most) / 127 + sum(spoilt);
+  const float divisor = scale > 0 ? scale : 1.0f;
+  constexpr float kRound = 12582912.0f;
+  for (int64_t i = 0; i < count; ++i) {
+    Floats code = (values[i] / divisor + kRound) - kRound;
+    code = code > 127.0f ? splat(127.0f) : code;
+    code = code < -127.0f ? splat(-127.0f) : code;
+    codes[i] = code == code ? code : Floats{};
+  }
+  return scale;
+}
+
+// A token's values, filled up with zeros.
+template <typename T>
+inline void load_row(const T* from, int64_t width, int64_t padded, Floats* row) {
+  for (int64_t i = 0; i < ceil_div(padded, kLanes); ++i)
+    row[i] = width > i * kLanes ? load_floats(from + i * kLanes, width - i * kLanes) : Floats{};
+}
+
+constexpr int64_t kMaxWidth = 1024;
+
+template <typename T, typename X>
+inline void write_key(Plain<T>, const X* key, int64_t width, char* strip, Widths w, int token) {
+  Floats row[kMaxWidth / kLanes];
+  load_row(key, width, w.key, row);
+  if (Plain<T>::kScaled) Plain<T>::key_scales(strip, w)[token] = quantize(row, ceil_div(w.key, kLanes), row);
+  T* column = reinterpret_cast<T*>(strip) + token / kPanel * w.key * kPanel + token % kPanel;
+  const float* values = reinterpret_cast<const float*>(row);
+  for (int64_t i = 0; i < w.key; ++i) column[i * kPanel] = static_cast<T>(values[i]);
+}
+
+template <typename T, typename X>
+inline void write_value(Plain<T>, const X* value, int64_t width, char* strip, Widths w, int token) {
+  Floats row[kMaxWidth / kLanes];
+  load_row(value, width, w.value, row);
+  if (Plain<T>::kScaled) Plain<T>::value_scales(strip, w)[token] = quantize(row, w.value / kLanes, row);
+  T* to = reinterpret_cast<T*>(strip) + token * w.value;
+  const float* values = reinterpret_cast<const float*>(row);
+  for (int64_t i = 0; i < w.value; ++i) to[i] = static_cast<T>(values[i]);
+}
+
+// Writes an item's new tokens, in their order: the first of a strip clears what an earlier sequence left behind it.
+template <class Kind, typename X>
+void write_item(const Item& item, const Shape& shape, const Strips<Kind>& strips, View<const X> key, View<const X> value) {
+  const int64_t start = item.keys - item.tokens;
+  for (int64_t i = 0; i < item.tokens; ++i) {
+    const int64_t at = start + i;
+    char* values = strips.value_at(at);
+    if (at % kStrip == 0) std::memset(values, 0, Kind::value_bytes(strips.widths));
+    write_key(Kind{}, key.at(item.first + i, strips.head), shape.key, strips.key_at(at), strips.widths, at % kStrip);
+    write_value(Kind{}, value.at(item.first + i, strips.head), shape.value, values, strips.widths, at % kStrip);
+  }
+}
+
+}  // namespace zoo

@@ -1,0 +1,129 @@
+// Where a task's strips come from: the cache as it is, or packed out of it as they are needed.
+#pragma once
+
+#include "cache.h"
+#include "transpose.h"
+
+namespace zoo {
+
+// 32 inputs of 16 rows to pairs [16][16 rows][2].
+inline void pack_pairs(const bf16* const* rows, int64_t first, bf16* block) {
+  Words words[kLanes];
+  for (int row = 0; row < kLanes; ++row) words[row] = load<Words>(rows[row] + first);
+  transpose(words);
+  for (int pair = 0; pair < kLanes; ++pair) store(block + pair * 2 * kLanes, words[pair]);
+}
+
+// Two rows' values to [value / 16][16][2] at a pair's place in a strip.
+inline void pack_value_pair(const bf16* first, const bf16* second, int64_t width, Widths w, bf16* pair) {
+  for (int64_t i = 0; i < w.value; i += kLanes, pair += kBlockValues) {
+    const Words low = __builtin_convertvector(load_halves(first + i, width - i), Words);
+    const Words high = __builtin_convertvector(load_halves(second + i, width - i), Words);
+    store(pair, low | high << 16);
+  }
+}
+
+template <class Kind>
+struct InPlace {
+  static constexpr bool kPacks = false;
+  Strips<Kind> strips;
+
+  const char* keys(int64_t token) const { return strips.key_at(token); }
+  const char* values(int64_t token) const { return strips.value_at(token); }
+  void pack(int64_t, int64_t, char*, char*) const {}
+};
+
+// Latents with their rotated keys, [block][token][value + rope], which every head shares.
+template <typename T>
+struct Latents {
+  const T* pool;
+  const int64_t* table;
+  int64_t value, width, block_size;
+  Widths widths;
+
+  static constexpr bool kPacks = true;
+  const char* keys(int64_t) const { return nullptr; }
+  const char* values(int64_t) const { return nullptr; }
+  const T* at(int64_t token) const {
+    return pool + (table[token / block_size] * block_size + token % block_size) * width;
+  }
+
+  // Packs the strip that begins with a token, of which `count` tokens are there and the others zero.
+  void pack(int64_t token, int64_t count, char* keys, char* values) const { pack(token, count, (T*)keys, (T*)values); }
+
+  void pack(int64_t token, int64_t count, bf16* keys, bf16* values) const {
+    constexpr int64_t kRoom = 2048;
+    static const bf16 zeros[kRoom] = {};
+    bf16 ends[kStrip][kBlock];
+    const bf16* rows[kStrip];
+    for (int i = 0; i < kStrip; ++i) rows[i] = i < count ? at(token + i) : zeros;
+    const int64_t whole = width / kBlock * kBlock;
+    if (whole < width) {
+      std::memset(ends, 0, sizeof ends);
+      for (int i = 0; i < count; ++i) std::copy_n(rows[i] + whole, width - whole, ends[i]);
+    }
+    for (int half = 0; half < 2; ++half) {
+      bf16* panel = keys + half * widths.key * kPanel;
+      for (int64_t first = 0; first < whole; first += kBlock)
+        pack_pairs(rows + half * kPanel, first, panel + first * kPanel);
+      if (whole == width) continue;
+      const bf16* last[kPanel];
+      for (int i = 0; i < kPanel; ++i) last[i] = ends[half * kPanel + i];
+      pack_pairs(last, 0, panel + whole * kPanel);
+    }
+    for (int i = 0; i < kStrip; i += 2) pack_value_pair(rows[i], rows[i + 1], value, widths, values + i * kPanel);
+  }
+
+  void pack(int64_t token, int64_t count, float* keys, float* values) const {
+    for (int i = 0; i < kStrip; ++i) {
+      const float* row = i < count ? at(token + i) : nullptr;
+      float* column = keys + i / kPanel * widths.key * kPanel + i % kPanel;
+      for (int64_t d = 0; d < widths.key; ++d) column[d * kPanel] = row && d < width ? row[d] : 0;
+      for (int64_t d = 0; d < widths.value; ++d) values[i * widths.value + d] = row && d < value ? row[d] : 0;
+    }
+  }
+};
+
+// Strips of codes, restored to pairs of bfloat16.
+struct Restored {
+  Strips<Plain<int8_t>> strips;
+  Widths widths;
+
+  static constexpr bool kPacks = true;
+  const char* keys(int64_t) const { return nullptr; }
+  const char* values(int64_t) const { return nullptr; }
+
+  void pack(int64_t token, int64_t count, char* key_strip, char* value_strip) const {
+    using Codes = Plain<int8_t>;
+    const Widths from = strips.widths;
+    char *keys = strips.key_at(token), *values = strips.value_at(token);
+    bf16 *to = reinterpret_cast<bf16*>(key_strip), even[kPanel], odd[kPanel];
+    for (int half = 0; half < 2; ++half) {
+      const Floats scales = load<Floats>(Codes::key_scales(keys, from) + half * kPanel);
+      const int8_t* panel = reinterpret_cast<const int8_t*>(keys) + half * from.key * kPanel;
+      for (int64_t d = 0; d < widths.key; d += 2, to += 2 * kPanel) {
+        store_bf16(even, d < from.key ? load_floats(panel + d * kPanel) * scales : Floats{});
+        store_bf16(odd, d + 1 < from.key ? load_floats(panel + (d + 1) * kPanel) * scales : Floats{});
+        store(to, interleaved(even, odd));
+      }
+    }
+    const float* scales = Codes::value_scales(values, from);
+    const int8_t* codes = reinterpret_cast<const int8_t*>(values);
+    to = reinterpret_cast<bf16*>(value_strip);
+    for (int i = 0; i < kStrip; i += 2) {
+      // Scales of tokens that are not there are whatever was in memory.
+      const float first = i < count ? scales[i] : 0, second = i + 1 < count ? scales[i + 1] : 0;
+      for (int64_t d = 0; d < widths.value; d += kLanes) {
+        store_bf16(even, load_floats(codes + i * from.value + d) * first);
+        store_bf16(odd, load_floats(codes + (i + 1) * from.value + d) * second);
+        store(to + d / kLanes * kBlockValues + i * kPanel, interleaved(even, odd));
+      }
+    }
+  }
+
+  static Words interleaved(const bf16* even, const bf16* odd) {
+    return __builtin_convertvector(load<Halves>(even), Words) | __builtin_convertvector(load<Halves>(odd), Words) << 16;
+  }
+};
+
+}  // namespace zoo

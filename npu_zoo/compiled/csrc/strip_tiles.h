@@ -1,0 +1,82 @@
+// Products of 16 or 32 rows with strips of pairs, in a matrix unit.
+#pragma once
+
+#include "strips.h"
+
+namespace zoo {
+
+#if defined(ZOO_TILES)
+inline void shape_full_tiles() { shape_tiles(16, 16); }
+
+// Scores of a strip's tokens: q [rows][w.key], to out [rows][stride].
+template <bool kTwoGroups>
+inline void score_by_tiles(const bf16* q, const char* strip, const char* ahead, Widths w, float* out, int64_t stride) {
+  const bf16 *first = reinterpret_cast<const bf16*>(strip), *second = first + w.key * kPanel;
+  const int bytes = w.key * sizeof(bf16);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t block = 0; block < w.key / kBlock; ++block) {
+    for (int line = 0; ahead && line < 32; ++line) prefetch(ahead + (block * 32 + line) * 64);
+    _tile_loadd(4, q + block * kBlock, bytes);
+    _tile_loadd(6, first + block * kBlockValues, 64);
+    _tile_loadd(7, second + block * kBlockValues, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if (kTwoGroups) {
+      _tile_loadd(5, q + kPanel * w.key + block * kBlock, bytes);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, out, stride * sizeof(float));
+  _tile_stored(1, out + kPanel, stride * sizeof(float));
+  if (kTwoGroups) {
+    _tile_stored(2, out + kPanel * stride, stride * sizeof(float));
+    _tile_stored(3, out + kPanel * stride + kPanel, stride * sizeof(float));
+  }
+}
+
+// Adds weighted values of all strips to two columns of 16 features: p [rows][p_stride], out [rows][w.value].
+template <bool kTwoGroups, bool kTwoColumns>
+inline void add_columns(
+    const bf16* p, int64_t p_stride, const char* const* strips, int count, int64_t column, Widths w, float* out) {
+  const int p_bytes = p_stride * sizeof(bf16), out_bytes = w.value * sizeof(float);
+  float *upper = out + column * kLanes, *lower = upper + kPanel * w.value;
+  _tile_loadd(0, upper, out_bytes);
+  if (kTwoColumns) _tile_loadd(1, upper + kLanes, out_bytes);
+  if (kTwoGroups) _tile_loadd(2, lower, out_bytes);
+  if (kTwoGroups && kTwoColumns) _tile_loadd(3, lower + kLanes, out_bytes);
+  for (int strip = 0; strip < count; ++strip) {
+    const bf16* values = reinterpret_cast<const bf16*>(strips[strip]) + column * kBlockValues;
+    _tile_loadd(4, p + strip * kStrip, p_bytes);
+    _tile_loadd(6, values, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if (kTwoColumns) {
+      _tile_loadd(7, values + kBlockValues, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if (kTwoGroups) {
+      _tile_loadd(5, p + kPanel * p_stride + strip * kStrip, p_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+      if (kTwoColumns) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, upper, out_bytes);
+  if (kTwoColumns) _tile_stored(1, upper + kLanes, out_bytes);
+  if (kTwoGroups) _tile_stored(2, lower, out_bytes);
+  if (kTwoGroups && kTwoColumns) _tile_stored(3, lower + kLanes, out_bytes);
+}
+
+template <bool kTwoGroups>
+inline void add_by_tiles(
+    const bf16* p, int64_t p_stride, const char* const* strips, int count, Widths w, float* out) {
+  const int64_t columns = w.value / kLanes;
+  int64_t column = 0;
+  for (; column + 2 <= columns; column += 2) add_columns<kTwoGroups, true>(p, p_stride, strips, count, column, w, out);
+  if (column < columns) add_columns<kTwoGroups, false>(p, p_stride, strips, count, column, w, out);
+}
+#endif
+
+}  // namespace zoo
