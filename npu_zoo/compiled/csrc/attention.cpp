@@ -84,7 +84,7 @@ void load_queries(const Job<X>& job, const Task& task, Widths w, Buffers<Kind>& 
     put_operands(job.query.at(token, head), job.shape.key, to);
     if (job.shape.rope) put_operands(job.query_rope.at(token, head), job.shape.rope, to + job.shape.key);
     std::fill(to + job.shape.key_width(), to + w.key, typename Kind::Operand{});
-    b.limits[row] = item.shared ? item.keys : item.keys - item.tokens + i + 1;
+    b.limits[row] = item.whole ? item.keys : item.keys - item.tokens + i + 1;
   }
   const int64_t whole = round_up(task.rows, kPanel);
   std::fill(b.queries + task.rows * w.key, b.queries + whole * w.key, typename Kind::Operand{});
@@ -155,6 +155,7 @@ void run(const Job<X>& job, Widths w, int threads, const Write& write, const Run
   static thread_local Plan plan;
   static thread_local Workspace workspace;
   make_plan(job, w.value, threads, plan);
+  if (!job.query.values) plan.tasks.clear(), plan.room = 0;
   const Plan& made = plan;
   float* parts = made.room ? workspace.take<float>(made.room) : nullptr;
   const int64_t heads = job.shape.kv_heads, tasks = made.tasks.size();
@@ -185,7 +186,7 @@ Strips<Kind> strips_of(const Job<X>& job, const Item& item, int64_t head, Widths
 
 template <typename X, class Kind>
 void attend_heads(const Job<X>& job, int threads) {
-  const Widths w = Kind::widths(job.shape.key, job.shape.value);
+  const Widths w = Kind::widths(job.shape.key_width(), job.shape.value);
   auto write = [&](int64_t head) {
     for (int64_t i = 0; i < job.num_items; ++i)
       if (!job.items[i].shared)
@@ -228,9 +229,84 @@ void attend_latents(const Job<X>& job, int threads) {
   });
 }
 
+inline void put_features(const bf16* first, const bf16* second, int64_t left, bf16* to) {
+  const Words high = second ? __builtin_convertvector(load_halves(second, left), Words) : Words{};
+  store(to, __builtin_convertvector(load_halves(first, left), Words) | high << 16);
+}
+
+// Strips of bfloat16 of a stretch of tokens, from features [width] that lie token after token, and values by token.
+void pack_strip(Pairs, const bf16* const* features, int64_t width, const bf16* values, int64_t value_width, int64_t token,
+                int64_t count, Widths w, char* key_strip, char* value_strip) {
+  bf16 *keys = reinterpret_cast<bf16*>(key_strip), *to = reinterpret_cast<bf16*>(value_strip);
+  for (int64_t half = 0; half < kStrip; half += kPanel)
+    for (int64_t d = 0; d < w.key; d += 2, keys += 2 * kPanel) {
+      if (d >= width) store(keys, Words{});
+      else
+        put_features(features[d] + token + half, d + 1 < width ? features[d + 1] + token + half : nullptr, count - half,
+                     keys);
+    }
+  for (int64_t i = 0; i < kStrip; i += 2) {
+    const bf16 *first = values + (token + i) * value_width, *second = first + value_width;
+    const int64_t seen = i < count ? value_width : 0, seen_next = i + 1 < count ? value_width : 0;
+    for (int64_t d = 0; d < w.value; d += kLanes)
+      put_features(first + d, seen_next ? second + d : nullptr, seen - d, to + d * kStrip + i * kPanel);
+  }
+}
+
+void pack_strip(Plain<float>, const float* const* features, int64_t width, const float* values, int64_t value_width,
+                int64_t token, int64_t count, Widths w, char* key_strip, char* value_strip) {
+  float *keys = reinterpret_cast<float*>(key_strip), *to = reinterpret_cast<float*>(value_strip);
+  for (int64_t half = 0; half < kStrip; half += kPanel)
+    for (int64_t d = 0; d < w.key; ++d, keys += kPanel)
+      store(keys, d < width && half < count ? load_floats(features[d] + token + half, count - half) : Floats{});
+  for (int64_t i = 0; i < kStrip; ++i)
+    for (int64_t d = 0; d < w.value; ++d)
+      to[i * w.value + d] = i < count && d < value_width ? values[(token + i) * value_width + d] : 0;
+}
+
+// Where a stretch of expanded tokens goes: its first token, how many there are, and the first of its strips.
+struct Stretch {
+  int64_t token, count, strip;
+};
+
+template <typename X, class Kind>
+void pack_expanded(const Shape& shape, const Stretch* stretches, int64_t count, int64_t tokens, const X* keys,
+                   const X* rope, const X* values, char* key_strips, char* value_strips, int threads) {
+  const Widths w = Kind::widths(shape.key_width(), shape.value);
+#pragma omp parallel for num_threads(threads)
+  for (int64_t head = 0; head < shape.kv_heads; ++head) {
+    std::vector<const X*> features(shape.key_width());
+    for (int64_t d = 0; d < shape.key_width(); ++d)
+      features[d] = d < shape.key ? keys + (head * shape.key + d) * tokens : rope + (d - shape.key) * tokens;
+    for (int64_t i = 0; i < count; ++i) {
+      const Stretch& stretch = stretches[i];
+      for (int64_t at = 0; at < stretch.count; at += kStrip) {
+        const int64_t place = (stretch.strip + at / kStrip) * shape.kv_heads + head;
+        pack_strip(Kind{}, features.data(), shape.key_width(), values + head * tokens * shape.value, shape.value,
+                   stretch.token + at, std::min<int64_t>(kStrip, stretch.count - at), w,
+                   key_strips + place * Kind::key_bytes(w), value_strips + place * Kind::value_bytes(w));
+      }
+    }
+  }
+}
+
 }  // namespace
 
 extern "C" {
+
+// Packs expanded keys into blocks of one strip. keys: [heads][key][tokens]; rope: [rope][tokens], which all heads share;
+// values: [heads][tokens][value].
+void zoo_pack_expanded(const Shape* shape, const Stretch* stretches, int64_t count, int64_t tokens, const void* keys,
+                       const void* rope, const void* values, char* key_strips, char* value_strips, int threads) {
+  auto pack = [&](auto kind, auto zero) {
+    using X = decltype(zero);
+    pack_expanded<X, decltype(kind)>(*shape, stretches, count, tokens, static_cast<const X*>(keys),
+                                     static_cast<const X*>(rope), static_cast<const X*>(values), key_strips,
+                                     value_strips, threads);
+  };
+  if (shape->kind == kBf16) return pack(Pairs{}, bf16{});
+  pack(Plain<float>{}, float{});
+}
 
 // Bytes of 32 tokens' keys (or with `values` their values) of one head.
 int64_t zoo_strip_bytes(int64_t kind, int64_t width, int values) {
@@ -243,7 +319,7 @@ int64_t zoo_strip_bytes(int64_t kind, int64_t width, int values) {
   return kind == kFloat32 ? bytes(Plain<float>{}) : bytes(Plain<int8_t>{});
 }
 
-// Writes a step's keys and values where `key` is given, then attends.
+// Writes a step's keys and values where `key` is given, then attends where `query` is.
 //
 // query, key, value: addresses, strides of tokens and of heads; of latents, the second query is rotated and the value is
 // the rotated key. out: [tokens][heads][value]; lse: [tokens][heads] or nothing.

@@ -21,7 +21,8 @@ struct Item {
   int64_t keys;        // tokens to attend to, for the last query
   int64_t prefix;      // the item of the prefix that it shares, or -1
   int64_t prefix_row;  // of its first token in that item
-  int64_t shared;      // whether it is such a prefix, which all of its queries see whole
+  int64_t shared;      // whether it is such a prefix
+  int64_t whole;       // whether all of its queries see all of its tokens
 };
 
 // [tokens][heads][width], values next to each other.

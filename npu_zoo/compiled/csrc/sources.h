@@ -56,7 +56,9 @@ struct Latents {
     static const bf16 zeros[kRoom] = {};
     bf16 ends[kStrip][kBlock];
     const bf16* rows[kStrip];
-    for (int i = 0; i < kStrip; ++i) rows[i] = i < count ? at(token + i) : zeros;
+    const bool together = token % block_size + kStrip <= block_size;
+    const bf16* first_row = at(token);
+    for (int i = 0; i < kStrip; ++i) rows[i] = i >= count ? zeros : together ? first_row + i * width : at(token + i);
     const int64_t whole = width / kBlock * kBlock;
     if (whole < width) {
       std::memset(ends, 0, sizeof ends);

@@ -32,7 +32,7 @@ class CompiledMetadata(AttentionMetadata):
     """A step's rows as the library takes them.
 
     Attributes:
-        items: [rows and shared prefixes, 7], as ``csrc/cache.h`` has them.
+        items: [shared prefixes and rows, 8], as ``csrc/cache.h`` has them.
         tables: the blocks of all rows, one row's after the other's.
         members: the tokens of shared prefixes.
         shared: how many prefixes are attended to once for several rows.
@@ -64,14 +64,14 @@ def make_metadata(
     """
     first_tokens = np.cumsum(lengths) - lengths
     first_blocks = np.cumsum(counts) - counts
-    items = np.zeros((len(shared) + len(rows), 7), dtype=np.int64)
+    items = np.zeros((len(shared) + len(rows), 8), dtype=np.int64)
     own = items[len(shared) :]
     own[:, 0], own[:, 1], own[:, 2], own[:, 3], own[:, 4] = first_tokens, lengths, first_blocks, starts + lengths, -1
     members = []
     done = 0
     for number, (numbers, blocks) in enumerate(shared):
         tokens = np.concatenate([first_tokens[row] + np.arange(lengths[row]) for row in numbers])
-        items[number] = done, len(tokens), first_blocks[numbers[0]], blocks * block_size, -1, 0, 1
+        items[number] = done, len(tokens), first_blocks[numbers[0]], blocks * block_size, -1, 0, 1, 1
         own[numbers, 2] += blocks
         own[numbers, 3] -= blocks * block_size
         own[numbers, 4] = number
@@ -92,15 +92,15 @@ def attend(
     shape: int,
     metadata: CompiledMetadata,
     cache: tuple[int, int],
-    query: Tensor,
+    query: Tensor | None,
     query_rope: Tensor | None,
     key: Tensor | None,
     value: Tensor | None,
-    out: Tensor,
+    out: Tensor | None,
     scale: float,
     lse: Tensor | None = None,
 ) -> None:
-    """Write keys and values, where they are given, and attend.
+    """Write keys and values, where they are given, and attend, where there are queries.
 
     Args:
         shape: the address of the cache's sizes.
@@ -121,7 +121,7 @@ def attend(
         *_view(query_rope),
         *_view(key),
         *_view(value),
-        out.data_ptr(),
+        None if out is None else out.data_ptr(),
         None if lse is None else lse.data_ptr(),
         scale,
         torch.get_num_threads(),

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -63,12 +64,13 @@ class Driver:
     block_size: int = 4
     num_blocks: int = 40
     heads: int = HEADS
+    kind: type[Any] = PagedLatentAttention
     histories: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         layout = LatentLayout(2, self.mla, self.num_blocks, self.block_size)
         self.scale = self.mla.qk_head_dim**-0.5
-        self.backend = PagedLatentAttention(layout, self.dtype, CPU, self.heads, self.scale)
+        self.backend = self.kind(layout, self.dtype, CPU, self.heads, self.scale)
         # Whatever is read without having been written spoils the result.
         self.backend.pool.fill_(torch.nan)
         self.projection = Projection(self.mla, self.dtype, self.heads)
