@@ -75,9 +75,7 @@ void multiply_many(const bf16* x, int64_t x_stride, int64_t rows, const CodeWeig
 
 // What a step's inputs as integers take.
 struct IntegerSpace {
-  Workspace halves;
-  Workspace scales;
-  Workspace offsets;
+  Workspace halves, scales, offsets;
 
   Integers take(int64_t rows, int64_t blocks, int64_t blocks_of_group) {
     const int64_t groups = ceil_div(blocks, blocks_of_group);
