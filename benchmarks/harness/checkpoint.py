@@ -15,8 +15,18 @@ from harness.shapes import Experts, Shape
 SPECIAL_TOKENS = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>")
 REFERENCE = "reference"
 """The folder in a checkpoint that transformers takes instead, where there is one."""
-FORMAT = 1
+FORMAT = 2
 """Raised when the files change, so that an older cached checkpoint is not taken for one of these."""
+
+REMOTE_CONFIG = "configuration_deepseek"
+REMOTE_CONFIG_SOURCE = """\
+from transformers import PretrainedConfig
+
+
+class DeepseekConfig(PretrainedConfig):
+    model_type = "deepseek"
+"""
+"""What vLLM reads such a config.json with, for which transformers has no class; the hub's checkpoints bring it, too."""
 
 Tensors = Iterator[tuple[str, tuple[int, ...]]]
 
@@ -32,6 +42,8 @@ def ensure_checkpoint(root: Path, shape: Shape) -> Path:
     write_weights(part / "model.safetensors", shape)
     write_tokenizer(part, shape)
     _write_json(part / "config.json", config(shape))
+    if shape.experts and not shape.latent:
+        (part / f"{REMOTE_CONFIG}.py").write_text(REMOTE_CONFIG_SOURCE, encoding="utf-8")
     generation = {"bos_token_id": _bos(shape), "eos_token_id": _eos(shape), "pad_token_id": _eos(shape)}
     _write_json(part / "generation_config.json", generation)
     write_reference(part, shape)
@@ -84,7 +96,7 @@ def _kind(shape: Shape) -> dict[str, Any]:
         "scoring_func": "softmax",
     }
     if latent is None:
-        return found
+        return found | {"auto_map": {"AutoConfig": f"{REMOTE_CONFIG}.DeepseekConfig"}}
     yarn = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
     return found | {
         "architectures": ["DeepseekV3ForCausalLM"],
@@ -182,9 +194,10 @@ def write_reference(folder: Path, shape: Shape) -> None:
         gate = torch.zeros(1, shape.hidden_size, dtype=getattr(torch, shape.dtype))
         found[f"model.layers.{layer}.mlp.shared_expert_gate.weight"] = gate
     target = folder / REFERENCE
-    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("model.safetensors", REFERENCE))
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("model.safetensors", "*.py", REFERENCE))
     save_file(found, target / "model.safetensors", {"format": "pt"})
-    described = config(shape) | {
+    plain = {name: value for name, value in config(shape).items() if name != "auto_map"}
+    described = plain | {
         "architectures": ["Qwen2MoeForCausalLM"],
         "model_type": "qwen2_moe",
         "num_experts": experts.routed,

@@ -182,7 +182,7 @@ SHAPES = {
             head_dim=128,
             vocab_size=32256,
             num_tokens=32000,
-            experts=Experts(32, 1, 6, 704, (4, 2)),
+            experts=Experts(32, 1, 4, 704, (4, 2)),
             latent=Latent(),
             small="tiny-mla",
         ),

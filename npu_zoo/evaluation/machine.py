@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from npu_zoo.core.config import EngineConfig
 from npu_zoo.evaluation.record import Machine
@@ -25,8 +25,23 @@ READ_BYTES = 2**30
 MATRIX_SHAPES = ((2048, 2048, 5504), (2048, 5504, 2048), (4096, 4096, 4096))
 """Rows, inputs and outputs of the products that the peak is taken from."""
 
+DEVICE_SHAPE = (8192, 8192, 8192)
+"""A further one on a device, whose units the others do not fill for long enough."""
+
 REPETITIONS = 7
-_INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "asimddp", "bf16", "i8mm", "sve")
+_INSTRUCTIONS = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "asimddp",
+    "bf16",
+    "i8mm",
+    "sve",
+)
 
 
 def describe_machine(hardware: str = "cpu", threads: int | None = None) -> Machine:
@@ -64,13 +79,25 @@ def measure_machine(config: EngineConfig, *, divisor: int = 1) -> Machine:
     dtype, device = getattr(torch, config.dtype), torch.device(config.device)
     described = describe_machine(config.hardware, threads if config.device == "cpu" else config.threads)
     try:
-        measured = {
+        measured: dict[str, Any] = {
             "bandwidth": count * read_bandwidth(READ_BYTES // divisor, device),
             "peak": count * matrix_peak(dtype, device, divisor),
         }
     finally:
         torch.set_num_threads(before)
+    if config.device == "cuda":
+        measured["devices"] = {"device": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
     return described.model_copy(update=measured)
+
+
+def better_machine(known: Machine | None, measured: Machine) -> Machine:
+    """A machine with the higher of two measurements of each kind, since what else runs can only lower one."""
+    if known is None:
+        return measured
+    best = {
+        name: max(getattr(known, name) or 0.0, getattr(measured, name) or 0.0) or None for name in ("bandwidth", "peak")
+    }
+    return measured.model_copy(update=best)
 
 
 def measure_apart(config: EngineConfig, cores: Sequence[int] = (), *, divisor: int = 1) -> Machine:
@@ -106,7 +133,7 @@ def matrix_peak(dtype: torch.dtype, device: torch.device, divisor: int = 1) -> f
     import torch
 
     best = 0.0
-    for shape in MATRIX_SHAPES:
+    for shape in (*MATRIX_SHAPES, *(() if device.type == "cpu" else (DEVICE_SHAPE,))):
         rows, inner, columns = (size // divisor for size in shape)
         left = torch.randn(rows, inner, device=device).to(dtype)
         weight = torch.randn(columns, inner, device=device).to(dtype)

@@ -67,7 +67,7 @@ def test_a_complete_checkpoint_is_kept_and_a_partial_one_is_not(checkpoint: Path
     assert ensure_checkpoint(checkpoint.parent, SHAPE) == checkpoint
     assert (checkpoint / "model.safetensors").stat().st_mtime_ns == stamp
     other = dataclasses.replace(SHAPE, name="other")
-    (checkpoint.parent / "other-float32-v1.part" / "stale").mkdir(parents=True)
+    (checkpoint.parent / "other-float32-v2.part" / "stale").mkdir(parents=True)
     written = ensure_checkpoint(checkpoint.parent, other)
     assert not (written / "stale").exists()
 

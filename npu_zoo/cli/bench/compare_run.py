@@ -44,6 +44,8 @@ def run_comparison(args: EngineArgs, asked: Mapping[str, Any], gguf: Path | None
         for _ in session.run(_Progress()):
             if json_file:
                 write_record(session.record(arguments), json_file)
+        if json_file:
+            write_record(session.record(arguments), json_file)
     if not any(sample for case in session.body.cases for sample in case.rounds):
         raise PeerError("no engine came through any case; the reasons stand above")
 

@@ -162,6 +162,7 @@ CATALOGUE: dict[str, Case] = {
         ),
         Case("start", "process start to first token", "start", 1, (1, 1), (1, 1)),
         Case("memory", "peak memory, 8 x 512 prompt, 16 new", "memory", 8, (512, 512), (16, 16)),
+        Case("memory-1", "peak memory, 1 x 128 prompt, 64 new", "memory", 1, (128, 128), (64, 64)),
         Case("cache", "cache per token of context", "cache", 2, (128, 128), (16, 16)),
     )
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,6 +37,7 @@ class Conditions:
         num_tokens: prompts hold ids below it.
         threads, cores: see :class:`~npu_zoo.evaluation.peers.process.PeerProcess`.
         cache_per_token: bytes of a token's keys and values, which a process whose memory is measured gets room by.
+        fewer: rounds of an engine in a case, by both names, where ``rounds`` would take too long.
     """
 
     rounds: int
@@ -44,6 +45,13 @@ class Conditions:
     threads: int | None = None
     cores: tuple[int, ...] = ()
     cache_per_token: int = 0
+    fewer: Mapping[tuple[str, str], int] = field(default_factory=dict)
+
+    def rounds_of(self, engine: str, case: Case) -> int:
+        """How often an engine runs a case."""
+        if case.metric == "cache":
+            return 1
+        return min(self.rounds, self.fewer.get((engine, case.name), self.rounds))
 
 
 class Comparison:
@@ -81,17 +89,20 @@ class Comparison:
 
     def _runs(self, case: Case) -> int:
         warm_up = case.metric == "start" or not case.fresh
-        return len(self.engines) * (1 if case.metric == "cache" else self.conditions.rounds + warm_up)
+        return sum(self.conditions.rounds_of(name, case) + warm_up for name in self.engines)
 
     def _close(self) -> None:
         while self._loaded:
             self._loaded.popitem()[1].close(gently=False)
 
-    def _order(self, number: int) -> list[str]:
-        """Who runs first changes from round to round."""
+    def _order(self, number: int, case: Case) -> list[str]:
+        """Who takes part in a round of a case; who runs first changes from round to round."""
         names = list(self.engines)
         first = number % len(names)
-        return names[first:] + names[:first]
+        return [name for name in names[first:] + names[:first] if number < self.conditions.rounds_of(name, case)]
+
+    def _numbers(self, case: Case) -> range:
+        return range(max(self.conditions.rounds_of(name, case) for name in self.engines))
 
     def _loaded_case(self, case: Case) -> CaseResult:
         result = CaseResult.of(case)
@@ -99,11 +110,11 @@ class Comparison:
         warm_up = case.warm_up(self.conditions.num_tokens)
         for name in self.engines:
             self._guarded(result, name, "warm-up", partial(self._warm_up, name, warm_up, case))
-        for number in range(self.conditions.rounds):
+        for number in self._numbers(case):
             requests = case.requests(self.conditions.num_tokens, number)
             result.rounds.append({})
             result.runs.append({})
-            for name in self._order(number):
+            for name in self._order(number, case):
                 run = self._guarded(result, name, _round(number), partial(self._run, name, requests, case))
                 if run is not None:
                     result.rounds[-1][name] = case.value(run, requests)
@@ -164,9 +175,9 @@ class Comparison:
         # The first start of each reads files and writes byte code that later ones find cached; memory is the same.
         for name in self.engines if case.metric == "start" else ():
             self._guarded(result, name, "warm-up", partial(self._fresh_value, name, case, -1))
-        for number in range(1 if case.metric == "cache" else self.conditions.rounds):
+        for number in self._numbers(case):
             result.rounds.append({})
-            for name in self._order(number):
+            for name in self._order(number, case):
                 value = self._guarded(result, name, _round(number), partial(self._fresh_value, name, case, number))
                 if value is not None:
                     result.rounds[-1][name] = value

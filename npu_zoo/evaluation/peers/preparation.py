@@ -12,7 +12,7 @@ from npu_zoo.core.config import EngineArgs, EngineConfig
 from npu_zoo.core.errors import ConfigError, UsageError
 from npu_zoo.core.parallel import Split
 from npu_zoo.evaluation.machine import floor_seconds
-from npu_zoo.evaluation.peers.cases import Case, work_of
+from npu_zoo.evaluation.peers.cases import Case, Metric, work_of
 from npu_zoo.evaluation.peers.comparison import cache_tokens
 from npu_zoo.evaluation.peers.engines import SUBJECT, InstalledEngine
 from npu_zoo.evaluation.peers.result import CaseResult, NeededWork
@@ -60,8 +60,8 @@ def _obstacle(case: Case, config: EngineConfig) -> str:
     """Why a case cannot be measured; empty where it can."""
     if case.longest > config.max_model_len:
         return f"needs {case.longest:,} tokens, and the model takes {config.max_model_len:,}"
-    if case.metric == "memory" and config.device != "cpu":
-        return f"measures resident memory, and the weights are in that of a {config.device} device"
+    if case.metric == "memory" and config.device == "npu":
+        return "measures resident memory, or that of a CUDA device, and weights are in that of an NPU"
     if case.metric in ("memory", "cache") and config.world_size > 1:
         return f"measures one process, and the model is split over {config.world_size}"
     return ""
@@ -159,8 +159,17 @@ def with_floor(result: CaseResult, case: Case, config: EngineConfig, machine: Ma
     """A result with the work that its case needs, and the best figure that the machine allows."""
     work, tokens = _least_work(case, config)
     found = NeededWork(bytes=work.bytes, operations=work.operations, tokens=tokens)
-    floor, limit = _floor(case, work, tokens, machine)
+    floor, limit = best_figure(case.metric, work, tokens, machine)
     return result.model_copy(update={"work": found, "floor": floor, "limit": limit})
+
+
+def renewed_floor(result: CaseResult, machine: Machine) -> CaseResult:
+    """A result that has its work, with the floor of a machine that was measured anew."""
+    if result.work is None:
+        return result
+    needed = result.work
+    floor, limit = best_figure(result.metric, Work(needed.bytes, needed.operations), needed.tokens, machine)
+    return result.model_copy(update={"floor": floor, "limit": limit})
 
 
 def _least_work(case: Case, config: EngineConfig) -> tuple[Work, int]:
@@ -175,14 +184,14 @@ def _least_work(case: Case, config: EngineConfig) -> tuple[Work, int]:
     return work_of(case, model, requests)
 
 
-def _floor(case: Case, work: Work, tokens: int, machine: Machine) -> tuple[float | None, str]:
-    """The best figure, in the case's unit, and what limits it."""
-    if case.metric in ("memory", "cache"):
-        return work.bytes / (2**30 if case.metric == "memory" else 2**10), "size"
+def best_figure(metric: Metric, work: Work, tokens: int, machine: Machine) -> tuple[float | None, str]:
+    """The best figure that a machine allows for some work, in the metric's unit, and what limits it."""
+    if metric in ("memory", "cache"):
+        return work.bytes / (2**30 if metric == "memory" else 2**10), "size"
     if machine.bandwidth is None or machine.peak is None:
         return None, ""
     seconds, limit = floor_seconds(work, machine)
-    return (seconds if case.metric == "start" else tokens / seconds), limit
+    return (seconds if metric == "start" else tokens / seconds), limit
 
 
 def _weight_bytes(config: EngineConfig) -> int:

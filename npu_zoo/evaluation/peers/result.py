@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from statistics import median
 from typing import Any
 
@@ -45,6 +45,19 @@ class Agreement(_Part):
         """Compare two outputs of one length."""
         differing = (i for i, (a, b) in enumerate(zip(tokens, expected, strict=True)) if a != b)
         return cls(tokens=len(tokens), first_difference=next(differing, None))
+
+
+class Correctness(_Part):
+    """An engine's greedy tokens of a small model in float32 beside the first engine's.
+
+    Attributes:
+        requests: that were compared, with ``tokens`` in all.
+        equal: those all of whose tokens are the same.
+    """
+
+    requests: int
+    equal: int
+    tokens: int
 
 
 class NeededWork(_Part):
@@ -106,6 +119,25 @@ class CaseResult(_Part):
         pairs = [(sample[subject], sample[engine]) for sample in self.rounds if {subject, engine} <= sample.keys()]
         return [own / other if self.higher_is_better else other / own for own, other in pairs]
 
+    def seconds(self, run: Mapping[str, Any]) -> float:
+        """How long the measured part of a run took; for the rates only."""
+        start, split, end = run["start"], run["all_started"], run["end"]
+        return float({"decode": end - split, "prefill": split - start}.get(self.metric, end - start))
+
+    def host_share(self, engine: str) -> float | None:
+        """Of an engine's measured time, what passed outside the model's own steps: the median of the rounds.
+
+        None where the engine does not tell when its steps are.
+        """
+        told = [runs[engine] for runs in self.runs if runs.get(engine, {}).get("model_seconds")]
+        if not told:
+            return None
+        return median(max(0.0, 1 - self._model_seconds(run) / self.seconds(run)) for run in told)
+
+    def _model_seconds(self, run: Mapping[str, Any]) -> float:
+        before, after = run["model_seconds"]
+        return float({"decode": after, "prefill": before}.get(self.metric, before + after))
+
     def share(self, engine: str) -> float | None:
         """How much of the best figure that the machine allows an engine reaches, 0 to 1."""
         found = self.median_of(engine)
@@ -122,6 +154,7 @@ class ComparisonBody(_Part):
         missing: engines that were not there, and how to install them.
         skipped: cases that cannot be measured with this model or on its device, and why.
         notes: what else bears on the figures.
+        correctness: by engine, but for the first; empty where it was not looked at.
     """
 
     engines: list[EngineEntry]
@@ -129,6 +162,7 @@ class ComparisonBody(_Part):
     missing: dict[str, str] = Field(default_factory=dict)
     skipped: dict[str, str] = Field(default_factory=dict)
     notes: list[str] = Field(default_factory=list)
+    correctness: dict[str, Correctness] = Field(default_factory=dict)
     cases: list[CaseResult] = Field(default_factory=list)
 
     @property

@@ -13,7 +13,7 @@ from typing import Any
 from npu_zoo.core.config import EngineArgs, EngineConfig
 from npu_zoo.core.errors import UsageError
 from npu_zoo.dispatch import resolve
-from npu_zoo.evaluation.machine import measure_apart
+from npu_zoo.evaluation.machine import better_machine, describe_machine, measure_apart
 from npu_zoo.evaluation.peers.cases import Case
 from npu_zoo.evaluation.peers.comparison import Comparison, Conditions, Step
 from npu_zoo.evaluation.peers.engines import InstalledEngine
@@ -22,6 +22,7 @@ from npu_zoo.evaluation.peers.preparation import (
     fitting_cases,
     load_options,
     ordinary_tokens,
+    renewed_floor,
     usable_cores,
     with_floor,
 )
@@ -51,7 +52,8 @@ class Session:
     """A comparison that can start.
 
     Attributes:
-        machine: as it was measured before the first case; None before :meth:`run`.
+        machine: the best that was measured of it before the first case and after the last; None before :meth:`run`.
+        cases: those that are still to be run.
         body: grows with every case.
     """
 
@@ -73,6 +75,7 @@ class Session:
         cases: Sequence[Case],
         *,
         rounds: int = 3,
+        fewer: Mapping[tuple[str, str], int] | None = None,
         gguf: Path | None = None,
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> Session:
@@ -81,6 +84,7 @@ class Session:
         Args:
             args, config: see :func:`checked_request`.
             engines: the first is the one that the others are compared with.
+            fewer: see :class:`~npu_zoo.evaluation.peers.comparison.Conditions`.
             gguf, overrides: see :func:`~npu_zoo.evaluation.peers.preparation.load_options`.
 
         Raises:
@@ -94,6 +98,7 @@ class Session:
             config.threads,
             usable_cores(config.threads or 1) if config.device == "cpu" else (),
             ModelWork.of(config).cache_per_token,
+            fewer or {},
         )
         entries = [
             EngineEntry(name=e.name, python=e.python, versions=e.versions, options=dataclasses.asdict(options[e.name]))
@@ -103,19 +108,55 @@ class Session:
         body = ComparisonBody(engines=entries, rounds=rounds, skipped=skipped, notes=notes)
         return cls(args, config, list(engines), options, kept, conditions, body)
 
+    def resume(self, earlier: ResultRecord) -> None:
+        """Take over the cases that an earlier record of the same comparison has, so that only the others are run.
+
+        Raises:
+            UsageError: it is of another model, machine, or set of engines, or one was started otherwise.
+        """
+        body, model = ComparisonBody.model_validate(earlier.body), ModelUnderTest.of(self.config)
+        differing = [
+            what
+            for what, same in (
+                ("model", earlier.model is not None and _lasting(earlier.model) == _lasting(model)),
+                ("machine", earlier.machine is not None and _same_machine(earlier.machine, self._described())),
+                ("engines or how they are started", body.engines == self.body.engines),
+                ("rounds", body.rounds == self.body.rounds),
+            )
+            if not same
+        ]
+        if differing:
+            raise UsageError(
+                f"the record is of other {', other '.join(differing)}, and cannot be gone on with; start another"
+            )
+        self.machine, self.body.cases = earlier.machine, body.cases
+        done = {case.name for case in body.cases}
+        self.cases = [case for case in self.cases if case.name not in done]
+
+    def _described(self) -> Machine:
+        return describe_machine(self.config.hardware, self.config.threads)
+
     def run(self, on_step: Callable[[Step], None] = lambda step: None, *, divisor: int = 1) -> Iterator[CaseResult]:
-        """Measure the machine, then yield each case when it is over and in the body.
+        """Measure the machine, yield each case when it is over and in the body, and measure the machine again.
 
         Args:
             divisor: makes the measurement of the machine smaller.
         """
-        self.machine = measure_apart(self.config, self.conditions.cores, divisor=divisor)
         cases = {case.name: case for case in self.cases}
+        machine = self._measure_machine(divisor)
         comparison = Comparison(self.engines, self.options, self.conditions, on_step)
         with contextlib.closing(comparison.run(self.cases)) as results:
             for result in results:
-                self.body.cases.append(with_floor(result, cases[result.name], self.config, self.machine))
+                self.body.cases.append(with_floor(result, cases[result.name], self.config, machine))
                 yield self.body.cases[-1]
+        self._measure_machine(divisor)
+
+    def _measure_machine(self, divisor: int) -> Machine:
+        """Take the better of what is known and what is measured now, and tell all floors by it."""
+        found = measure_apart(self.config, self.conditions.cores, divisor=divisor)
+        self.machine = machine = better_machine(self.machine, found)
+        self.body.cases = [renewed_floor(case, machine) for case in self.body.cases]
+        return machine
 
     def record(self, arguments: Mapping[str, Any]) -> ResultRecord:
         """What is known so far."""
@@ -128,3 +169,13 @@ class Session:
             body=self.body.model_dump(mode="json"),
             figures=self.body.figures(),
         )
+
+
+def _lasting(model: ModelUnderTest) -> dict[str, Any]:
+    """What of a model must be the same; its code may have changed in places that do not matter here."""
+    return model.model_dump(exclude={"code", "row"})
+
+
+def _same_machine(one: Machine, other: Machine) -> bool:
+    names = ("hardware", "cpu", "instructions", "threads")
+    return all(getattr(one, name) == getattr(other, name) for name in names)

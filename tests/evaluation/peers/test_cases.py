@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from npu_zoo.core.errors import UsageError
 from npu_zoo.evaluation.peers.cases import CATALOGUE, START_ROOM, Case, cases_of_lengths, named_cases, work_of
+from npu_zoo.evaluation.peers.result import CaseResult
 from npu_zoo.evaluation.peers.worker.driver import Request, static_batches
 from npu_zoo.evaluation.peers.worker.timeline import Run, summarise
 from npu_zoo.evaluation.peers.worker.transformers_driver import left_pad
@@ -95,6 +98,19 @@ def test_figures_of_a_run() -> None:
     requests = [Request([1] * 20, 3), Request([1] * 10, 1), Request([1] * 15, 2)]
     figures = {case.metric: case.value(_run(), requests) for case in LOADED}
     assert figures == {"decode": 1.0, "prefill": 30.0, "total": 51 / 2.5}
+
+
+def test_time_outside_the_model_s_steps_is_the_host_s() -> None:
+    # Half of a step before the last first token at 11.5, a quarter of the second after it.
+    run = summarise(10.0, EVENTS, [[7, 7, 7], [7], [7, 7]], spans=[(10.0, 10.5), (11.0, 11.25), (12.0, 12.25)])
+    assert run.model_seconds == (0.75, 0.25)
+    shares = {}
+    for case in LOADED:
+        result = CaseResult.of(case)
+        result.runs.append({"npu-zoo": dataclasses.asdict(run), "vllm": dataclasses.asdict(_run())})
+        shares[case.metric] = result.host_share("npu-zoo")
+        assert result.host_share("vllm") is None
+    assert shares == {"prefill": 0.5, "decode": 0.75, "total": 0.6}
 
 
 @pytest.mark.parametrize(

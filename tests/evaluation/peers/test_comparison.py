@@ -76,9 +76,15 @@ class Compare:
             {"diary": [], "fails_on": staticmethod(lambda *_: False), "cached_tokens": 0, "differing": "", "waves": {}},
         )
 
-    def __call__(self, *cases: Case, rounds: int = 2, engines: Sequence[str] = tuple(SECONDS)) -> list[CaseResult]:
+    def __call__(
+        self,
+        *cases: Case,
+        rounds: int = 2,
+        engines: Sequence[str] = tuple(SECONDS),
+        fewer: dict[tuple[str, str], int] | None = None,
+    ) -> list[CaseResult]:
         options = {name: LoadOptions("folder", "float32", 256, kv_cache_memory=7) for name in engines}
-        conditions = Conditions(rounds, 100, cache_per_token=10)
+        conditions = Conditions(rounds, 100, cache_per_token=10, fewer=fewer or {})
         found = [InstalledEngine(name) for name in engines]
         return list(Comparison(found, options, conditions, self.steps.append).run(cases))
 
@@ -101,6 +107,15 @@ def test_all_run_the_same_requests_in_changing_order(compare: Compare) -> None:
     rounds = [[given for _, given in runs[start : start + 3]] for start in (3, 6, 9)]
     assert all(first == second == third for first, second, third in rounds)
     assert rounds[0][0] != rounds[1][0]
+
+
+def test_an_engine_may_take_part_in_fewer_rounds_of_a_case(compare: Compare) -> None:
+    fewer = {("vllm", "short"): 1, ("vllm", "start"): 2}
+    start, short = compare(SHORT, CATALOGUE["start"], rounds=3, fewer=fewer)
+    assert [set(sample) for sample in short.rounds] == [set(SECONDS), *[{"npu-zoo", "transformers"}] * 2]
+    assert [len(sample) for sample in start.rounds] == [3, 3, 2]
+    assert len(short.ratios("vllm", "npu-zoo")) == 1
+    assert compare.steps[-1].done == compare.steps[-1].total == len(compare.steps)
 
 
 def test_two_take_turns_at_being_first(compare: Compare) -> None:

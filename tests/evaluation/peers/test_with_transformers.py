@@ -69,10 +69,14 @@ def test_cases_that_do_not_fit_are_left_out(args: EngineArgs) -> None:
 @pytest.mark.parametrize(
     ("update", "told"),
     [
-        ({"device": "cuda"}, {"memory": "resident memory, and the weights are in that of a cuda device"}),
+        (
+            {"device": "npu"},
+            {"memory": "resident memory, or that of a CUDA device, and weights are in that of an NPU"},
+        ),
+        ({"device": "cuda"}, {}),
         ({"world_size": 2}, dict.fromkeys(("memory", "cache"), "one process, and the model is split over 2")),
     ],
-    ids=["on a device", "split"],
+    ids=["on an NPU", "on a CUDA device", "split"],
 )
 def test_what_a_process_does_not_hold_is_not_measured(update: dict[str, Any], told: dict[str, str]) -> None:
     config: Any = SimpleNamespace(**{"max_model_len": 4096, "device": "cpu", "world_size": 1, **update})
@@ -167,6 +171,53 @@ def test_the_command_compares_and_keeps_a_record(
     assert case.floor is not None
     assert case.work is not None
     assert case.floor == pytest.approx(case.work.tokens / (case.work.bytes / 1e10))
+
+
+def _session(args: EngineArgs, names: list[str], **options: Any) -> session.Session:
+    request, config = session.checked_request(args)
+    engines = [InstalledEngine(name) for name in names]
+    cases = [CATALOGUE["prefill-1x512"].scaled(64), CASE]
+    return session.Session.prepare(request, config, engines, cases, **{"rounds": 1, **options})
+
+
+def test_an_interrupted_comparison_goes_on(args: EngineArgs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "measure_apart", _measured)
+    first = _session(args, ["npu-zoo"])
+    running = first.run()
+    next(running)
+    record = first.record({})
+    running.close()
+    faster = {"bandwidth": 4e10, "peak": 1e10}
+    monkeypatch.setattr(session, "measure_apart", lambda *_, **__: _measured().model_copy(update=faster))
+    second = _session(args, ["npu-zoo"])
+    second.resume(record)
+    assert [result.name for result in second.run()] == [CASE.name]
+    done = second.body.cases
+    assert [case.name for case in done] == ["prefill-1x512", CASE.name]
+    assert done[0].rounds == first.body.cases[0].rounds
+    assert second.machine is not None
+    assert (second.machine.bandwidth, second.machine.peak) == (4e10, 1e11), "the better of both measurements"
+    for case in done:
+        assert case.work is not None
+        assert case.floor == pytest.approx(case.work.tokens / max(case.work.bytes / 4e10, case.work.operations / 1e11))
+
+
+@pytest.mark.parametrize(
+    ("update", "names", "options", "told"),
+    [
+        ({"dtype": "bfloat16"}, ["npu-zoo"], {}, "other model, other engines or how they are started,"),
+        ({}, ["npu-zoo", "transformers"], {}, "other engines or how they are started,"),
+        ({}, ["npu-zoo"], {"rounds": 2}, "other rounds,"),
+    ],
+    ids=["model", "engines", "rounds"],
+)
+def test_another_comparison_is_not_gone_on_with(
+    update: dict[str, Any], names: list[str], options: dict[str, Any], told: str, args: EngineArgs
+) -> None:
+    earlier = _session(args, ["npu-zoo"])
+    earlier.machine = _measured()
+    with pytest.raises(UsageError, match=told):
+        _session(args.model_copy(update=update), names, **options).resume(earlier.record({}))
 
 
 def test_a_file_of_another_kind_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

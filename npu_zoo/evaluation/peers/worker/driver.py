@@ -55,11 +55,14 @@ class Generated:
         token_ids: output ids per request, in the requests' order.
         cached_tokens: prompt tokens that came from a prefix cache.
         preemptions: how often a request lost its room and was computed again, as far as the engine tells.
+        spans: when the model's own steps began and ended, on the machine's monotonic clock; empty where the engine does
+            not tell.
     """
 
     token_ids: list[list[int]]
     cached_tokens: int = 0
     preemptions: int = 0
+    spans: list[tuple[float, float]] = field(default_factory=list)
 
 
 class Driver(ABC):
@@ -105,7 +108,8 @@ class Driver(ABC):
 
         start = time.monotonic()
         generated = self.generate(requests, static_batch, on_tokens)
-        return summarise(start, events, generated.token_ids, generated.cached_tokens, generated.preemptions)
+        told = generated.cached_tokens, generated.preemptions, generated.spans
+        return summarise(start, events, generated.token_ids, *told)
 
 
 DRIVERS = {

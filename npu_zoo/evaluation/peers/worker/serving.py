@@ -20,9 +20,11 @@ class Worker:
 
     def __init__(self, engine: str) -> None:
         self.driver = make_driver(engine)
+        self.device = "cpu"
 
     def load(self, options: dict[str, Any]) -> None:
         """Load the engine."""
+        self.device = options["device"]
         self.driver.load(LoadOptions(**options))
 
     def run(self, requests: list[dict[str, Any]], static_batch: int, longest: int) -> dict[str, Any]:
@@ -35,8 +37,16 @@ class Worker:
         return self.driver.cache_bytes([Request(**request) for request in requests])
 
     def peak_memory(self) -> int:
-        """The largest resident size that this process has had, in bytes."""
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        """The most memory that the engine has had, in bytes: resident, or on a CUDA device what torch took of it.
+
+        Raises:
+            NotImplementedError: the engine takes a device's memory by itself.
+        """
+        if self.device != "cuda":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if "torch" not in sys.modules:
+            raise NotImplementedError("this engine does not tell what it takes of a device's memory")
+        return int(sys.modules["torch"].cuda.max_memory_reserved())
 
 
 def main(arguments: list[str]) -> None:

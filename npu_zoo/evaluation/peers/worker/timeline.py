@@ -22,6 +22,8 @@ class Run:
         token_ids: the outputs.
         preemptions: how often a request lost its room and was computed again.
         ended_at_all_started: requests that had their last token by ``all_started``.
+        model_seconds: spent in the model's own steps up to ``all_started`` and after it; None where the engine does not
+            tell. What is left of a run is scheduling, sampling and whatever else the host does.
     """
 
     start: float
@@ -34,6 +36,7 @@ class Run:
     token_ids: list[list[int]]
     preemptions: int = 0
     ended_at_all_started: int = 0
+    model_seconds: tuple[float, float] | None = None
 
 
 def summarise(
@@ -42,6 +45,7 @@ def summarise(
     token_ids: list[list[int]],
     cached_tokens: int = 0,
     preemptions: int = 0,
+    spans: Sequence[tuple[float, float]] = (),
 ) -> Run:
     """Reduce a run's events, which are in order of time, to its :class:`Run`.
 
@@ -74,4 +78,11 @@ def summarise(
         token_ids=token_ids,
         preemptions=preemptions,
         ended_at_all_started=sum(count == counts[request] for request, count in at_all_started.items()),
+        model_seconds=_split(spans, all_started) if spans else None,
     )
+
+
+def _split(spans: Sequence[tuple[float, float]], moment: float) -> tuple[float, float]:
+    """Seconds of spans that began before a moment, and of those that began later."""
+    before = sum(end - start for start, end in spans if start < moment)
+    return before, sum(end - start for start, end in spans) - before
