@@ -100,6 +100,7 @@ lint: $(STAMP)-dev
 ## make docs     rewrite the generated pages
 docs: $(STAMP)-dev
 	$(BIN)/python scripts/generate_docs.py
+	$(BIN)/python benchmarks/performance.py
 
 ## make evidence run the matrix rows that up to four simulated NPUs can run, and rewrite the families' evidence.json
 evidence: $(NPU_STAMP)

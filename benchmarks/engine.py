@@ -1,12 +1,14 @@
-"""Compare npu-zoo with transformers' generate on random weights: ``npu-zoo bench compare``, and a page of it.
+"""Compare npu-zoo with other engines on random weights: all cases of a shape by one command, which can be interrupted.
 
-    python benchmarks/engine.py [--shape tiny] [--cases decode-1,mixed] [--json FILE] [--markdown FILE]
+    python benchmarks/engine.py --shape 1.3b --engine-python vllm=PYTHON --engine-python llama.cpp=PYTHON --records DIR
 
-Decoding is told from prefill by the moments at which tokens arrive, on both sides alike: transformers reports each
-step's tokens to a streamer, npu-zoo to ``on_output``. Decode counts the tokens that arrive after the moment at which
-every request of the batch has its first one, over the time from then to the last token. So a run needs no second one
-to subtract, and neither side profits from how it orders prefill and decoding before that moment. The rest of the
-method is printed with the result (``harness/report.py``).
+A client of ``npu-zoo bench compare``'s own machinery: it makes the checkpoints and their GGUF files, and keeps a record
+for each form of the weights (``1.3b.json``, ``1.3b-w8a16.json``), written after every case; ``--resume`` goes on with
+what is missing. ``performance.py`` makes docs/performance.md of records.
+
+Decoding is told from prefill by the moments at which tokens arrive, on all sides alike. Decode counts the tokens that
+arrive after the moment at which every request of the batch has its first one, over the time from then to the last. So a
+run needs no second one to subtract, and no side profits from how it orders prefill and decoding before that moment.
 
 This process imports no torch: it starts workers, passes them requests, and waits.
 """
@@ -16,113 +18,200 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import multiprocessing
 import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
-from harness import report
-from harness.checkpoint import REFERENCE, ensure_checkpoint
 from harness.shapes import SHAPES, Shape
+from harness.suite import CASES, FEWER, GROUPS, Group, Setting, correctness, parse_fewer, prepare
+from harness.targets import Verdict, verdicts
 
-from npu_zoo.core.config import EngineArgs
 from npu_zoo.core.errors import NpuZooError, UsageError
-from npu_zoo.evaluation.peers.cases import CATALOGUE, Case
+from npu_zoo.evaluation.peers.cases import CATALOGUE
 from npu_zoo.evaluation.peers.comparison import Step
-from npu_zoo.evaluation.peers.engines import find_engines
-from npu_zoo.evaluation.peers.process import PeerError, PeerProcess
-from npu_zoo.evaluation.peers.session import Session, checked_request
-from npu_zoo.evaluation.record import ResultRecord, write_record
+from npu_zoo.evaluation.peers.engines import ENGINES, SUBJECT, find_engines, parse_interpreters, parse_names
+from npu_zoo.evaluation.peers.preparation import weight_bytes
+from npu_zoo.evaluation.peers.result import ComparisonBody, EngineEntry
+from npu_zoo.evaluation.peers.session import Session
+from npu_zoo.evaluation.peers.table import HEADS, remarks, table_rows
+from npu_zoo.evaluation.record import ResultRecord, read_record, require_record_place, write_record
+from npu_zoo.parallel.processes import exit_on_sigterm
 
-SYSTEM_NAMES = (report.SUBJECT, report.PEER)
 BUSY = 0.5
-CORRECTNESS = Case("correctness", "correctness", "total", 8, (3, 90), (32, 32))
+INTERRUPTED = 130
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--shape", choices=SHAPES, default="1.3b", help="model shape; tiny checks the script itself")
-    parser.add_argument(
-        "--cases", type=_case_names, default=list(CATALOGUE), help=f"comma-separated: {', '.join(CATALOGUE)}"
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="pairs of runs per case")
-    parser.add_argument("--threads", type=int, default=2, help="threads, and cores that both systems are pinned to")
-    parser.add_argument("--workdir", type=Path, default=Path("build/benchmarks"), help="cache of checkpoints")
-    parser.add_argument("--json", type=Path, help="write the record: machine, versions, all samples")
-    parser.add_argument("--markdown", type=Path, help="write the report")
-    parser.add_argument(
-        "--from",
-        dest="records",
-        type=Path,
-        nargs="+",
-        metavar="RECORD",
-        help="report earlier records instead of running; those of one shape come together, and are of one machine",
-    )
-    parser.add_argument("--experts", default="eager", help="transformers' experts_implementation")
-    parser.add_argument("--check", action="store_true", help="exit 1 when a ratio is below its case's target")
+    add = parser.add_argument
+    add("--shape", choices=SHAPES, default="1.3b", help="model shape; tiny ones check the script itself")
+    add("--engines", type=_engines, help=f"peers, comma-separated: {', '.join(ENGINES)}; default: what is installed")
+    add("--engine-python", action="append", default=[], metavar="NAME=PYTHON", help="the interpreter that has a peer")
+    add("--groups", type=_groups, default=list(GROUPS), help=f"forms of the weights: {', '.join(GROUPS)}; default: all")
+    add("--cases", type=_cases, default=list(CASES), help=f"comma-separated: {', '.join(CATALOGUE)}")
+    add("--rounds", type=int, default=3, help="pairs of runs per case")
+    add("--fewer", action="append", metavar="ENGINE:CASE=N", help=f"a peer's rounds in a case; default: {_told(FEWER)}")
+    add("--threads", type=int, default=2, help="threads, and cores that all systems are pinned to")
+    add("--hardware", default="cpu", choices=("cpu", "cuda"), help="where models run")
+    add("--group-size", type=int, help="values that share a scale in w4a16; default: a whole channel")
+    add("--experts", default="eager", help="transformers' experts_implementation")
+    add("--workdir", type=Path, default=Path("build/benchmarks"), help="cache of checkpoints")
+    add("--records", type=Path, default=Path("build/benchmarks/records"), help="where records are kept")
+    add("--note", action="append", default=[], help="what a reader has to know, such as how a peer was built")
+    add("--resume", action="store_true", help="go on with records that are there already")
+    add("--check", action="store_true", help="exit 1 when a case misses its target")
     options = parser.parse_args(arguments)
     if options.rounds < 1 or options.threads < 1:
         parser.error("--rounds and --threads are at least 1")
     return options
 
 
-def _case_names(value: str) -> list[str]:
+def _told(fewer: dict[tuple[str, str], int]) -> str:
+    return ", ".join(f"{engine}:{case}={count}" for (engine, case), count in fewer.items())
+
+
+def _engines(value: str) -> list[str]:
+    try:
+        return parse_names(value)
+    except NpuZooError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _groups(value: str) -> list[str]:
+    return _listed(value, "group", list(GROUPS))
+
+
+def _cases(value: str) -> list[str]:
+    return _listed(value, "case", list(CATALOGUE))
+
+
+def _listed(value: str, kind: str, known: list[str]) -> list[str]:
     names = value.split(",")
-    unknown = [name for name in names if name not in CATALOGUE]
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise argparse.ArgumentTypeError(f"no case {', '.join(unknown)}; there are {', '.join(CATALOGUE)}")
+        raise argparse.ArgumentTypeError(f"no {kind} {', '.join(unknown)}; there are {', '.join(known)}")
     return names
 
 
-def session_of(shape: Shape, options: argparse.Namespace, cases: list[Case]) -> Session:
-    """The comparison on a shape's checkpoint, which is written where it does not exist."""
-    weights = _checkpoint(shape, options.workdir.resolve())
-    asked = EngineArgs(
-        model=shape.model,
-        weights=str(weights),
-        hardware="cpu",
-        dtype=shape.dtype,
-        max_model_len=shape.max_model_len,
-        kv_cache_memory=shape.kv_cache_memory,
-        threads=options.threads,
-    )
-    beside = weights / REFERENCE
-    peer = {
-        "weights": str(beside if beside.is_dir() else weights),
-        "settings": {"experts_implementation": options.experts} if shape.experts else {},
-    }
-    args, config = checked_request(asked)
-    engines, _ = find_engines(SYSTEM_NAMES)
-    return Session.prepare(args, config, engines, cases, rounds=options.rounds, overrides={report.PEER: peer})
-
-
-def _checkpoint(shape: Shape, root: Path) -> Path:
-    _say(f"checkpoint of shape {shape.name} in {shape.dtype}")
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(ensure_checkpoint, root, shape).result()
-
-
-def check_correctness(session: Session) -> dict[str, int]:
-    """Greedy tokens of a small float32 model: npu-zoo in one batch, transformers one request at a time.
+def setting_of(options: argparse.Namespace) -> Setting:
+    """What all groups have in common.
 
     Raises:
-        PeerError: they differ.
+        NpuZooError: an engine is unknown or not there.
     """
-    requests = CORRECTNESS.requests(session.conditions.num_tokens, 0)
-    found = {}
-    for engine, batch in zip(session.engines, (0, 1), strict=True):
-        with PeerProcess(engine, session.conditions.threads, session.conditions.cores) as process:
-            process.load(session.options[engine.name])
-            found[engine.name] = process.run(requests, batch).token_ids
-    own, other = (found[name] for name in SYSTEM_NAMES)
-    equal = sum(left == right for left, right in zip(own, other, strict=True))
-    if equal < len(requests):
-        raise PeerError(f"greedy tokens differ in {len(requests) - equal} of {len(requests)} requests: {found}")
-    return {"requests": len(requests), "equal": equal, "tokens": sum(map(len, own))}
+    names = list(dict.fromkeys([SUBJECT, *options.engines])) if options.engines else None
+    engines, missing = find_engines(names, parse_interpreters(options.engine_python))
+    for name, how in missing.items():
+        _say(f"{name} is left out: {how}")
+    return Setting(
+        workdir=options.workdir.resolve(),
+        engines=tuple(engines),
+        hardware=options.hardware,
+        threads=options.threads,
+        rounds=options.rounds,
+        experts=options.experts,
+        group_size=options.group_size,
+        fewer=FEWER if options.fewer is None else parse_fewer(options.fewer),
+    )
+
+
+def record_file(folder: Path, shape: str, group: Group) -> Path:
+    """Where a group's record is kept."""
+    return folder / (f"{shape}-{group.scheme}.json" if group.scheme else f"{shape}.json")
+
+
+class Run:
+    """One group of a shape, from its session to its record."""
+
+    def __init__(self, setting: Setting, shape: Shape, group: Group, cases: list[str], file: Path) -> None:
+        self.setting, self.shape, self.file = setting, shape, file
+        self.session: Session = prepare(setting, shape, group, cases)
+        # Where things lie here tells a reader of the record nothing.
+        self.session.body.engines = [_without_places(entry, setting.workdir) for entry in self.session.body.engines]
+        self._arguments = {
+            "benchmark": "engine",
+            "shape": json.loads(json.dumps(dataclasses.asdict(shape))),
+            "group": group.name,
+            "weight_bytes": weight_bytes(self.session.config),
+            "group_size": setting.group_size if group.name == "w4a16" else None,
+            "experts_implementation": setting.experts if shape.experts else None,
+        }
+
+    def resume(self) -> None:
+        """Go on with the record that is there.
+
+        Raises:
+            UsageError: it is of something else.
+        """
+        earlier = read_record(self.file, "bench compare")
+        self.session.resume(earlier)
+        body = ComparisonBody.model_validate(earlier.body)
+        self.session.body.correctness, self.session.body.notes = body.correctness, body.notes
+
+    def measure(self) -> ComparisonBody:
+        """Run what is missing; the record is written after every case."""
+        if self.session.cases:
+            body = self.session.body
+            if self.shape.name != self.shape.small and not body.correctness:
+                body.correctness = correctness(self.setting, SHAPES[self.shape.small])
+            for result in self.session.run(_tell, divisor=self.shape.divisor):
+                for name, why in result.failures.items():
+                    _say(f"{result.name}: {name} failed, {why}")
+                self._write()
+            self._write()
+        return self.session.body
+
+    def _write(self) -> None:
+        write_record(self.record(), self.file)
+
+    def record(self) -> ResultRecord:
+        """What is known so far."""
+        return self.session.record(self._arguments)
+
+
+def _without_places(entry: EngineEntry, workdir: Path) -> EngineEntry:
+    options = json.loads(json.dumps(entry.options).replace(f"{workdir}/", ""))
+    return entry.model_copy(update={"python": Path(entry.python).name, "options": options})
+
+
+def measure(options: argparse.Namespace) -> list[Verdict]:
+    """Run all groups that are asked for; what they missed and held of their targets.
+
+    Raises:
+        NpuZooError: npu-zoo or all peers cannot run.
+    """
+    setting, shape = setting_of(options), SHAPES[options.shape]
+    load, found = os.getloadavg()[0], []
+    if load > BUSY:
+        _say(f"warning: a load of {load:.1f} before the start; other work on this machine distorts all figures")
+    for group in (GROUPS[name] for name in options.groups):
+        cases = group.cases(options.cases)
+        if not cases or (group.scheme and setting.llama_python is None):
+            _say(f"{group.name} is left out: it has no case that was asked for, or llama.cpp is not there")
+            continue
+        file = record_file(options.records, shape.name, group)
+        require_record_place(file, "bench compare")
+        if file.exists() and file.stat().st_size and not options.resume:
+            raise UsageError(f"{file} exists; give --resume to go on with it, or another place in --records")
+        _say(f"{shape.name}, {group.name}: {', '.join(engine.name for engine in group.engines(setting.engines))}")
+        run = Run(setting, shape, group, cases, file)
+        if file.exists() and file.stat().st_size:
+            run.resume()
+        else:
+            run.session.body.notes += [f"a load of {load:.1f} before the start", *options.note]
+        _report(run.measure())
+        found += verdicts(run.record())
+    return found
+
+
+def _report(body: ComparisonBody) -> None:
+    rows = [HEADS, *table_rows(body)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADS))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print("\n".join(f"- {line}" for line in remarks(body)), flush=True)
 
 
 def _say(line: str) -> None:
@@ -133,93 +222,21 @@ def _tell(step: Step) -> None:
     _say(f"{step.done}/{step.total} {step.text}")
 
 
-def _write(target: Path | None, content: str) -> None:
-    if target:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(content, encoding="utf-8")
-
-
-def measure(options: argparse.Namespace) -> report.Record:
-    """Run the selected cases and return the record; it is written after every case.
-
-    Raises:
-        PeerError: an engine failed in a case.
-    """
-    load = os.getloadavg()[0]
-    if load > BUSY:
-        _say(f"warning: a load of {load:.1f} before the start; other work on this machine distorts all figures")
-    shape = SHAPES[options.shape]
-    small = dataclasses.replace(SHAPES[shape.small], dtype="float32")
-    more = {
-        "shape": dataclasses.asdict(shape),
-        "experts_implementation": options.experts if shape.experts else None,
-        "correctness": check_correctness(session_of(small, options, [CORRECTNESS])),
-        "load_average": load,
-    }
-    session = session_of(shape, options, [CATALOGUE[name].scaled(shape.divisor) for name in options.cases])
-    for result in session.run(_tell, divisor=shape.divisor):
-        if result.failures:
-            raise PeerError(f"{result.name}: {result.failures}")
-        record = _with_body(session, more)
-        if options.json:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            write_record(record, options.json)
-    return report.as_page_record(record)
-
-
-def _with_body(session: Session, more: dict[str, Any]) -> ResultRecord:
-    record = session.record({"shape": more["shape"]["name"], "cases": [case.name for case in session.cases]})
-    return record.model_copy(update={"body": {**record.body, **more}})
-
-
-def read_records(paths: list[Path]) -> list[report.Record]:
-    """Earlier records, those of one shape as one.
-
-    Raises:
-        UsageError: records of one shape are of other machines or versions, or of another way to compute experts.
-    """
-    found: dict[str, tuple[Path, report.Record]] = {}
-    for path in paths:
-        record = _read(path)
-        first_path, first = found.setdefault(record["shape"]["name"], (path, record))
-        if first is record:
-            continue
-        differing = [key for key in ("shape", "machine") if _lasting(record[key]) != _lasting(first[key])]
-        differing += ["experts_implementation"] if _peer(record) != _peer(first) else []
-        if differing:
-            raise UsageError(f"{path} differs from {first_path} in its {' and '.join(differing)}; report it by itself")
-        first["cases"] += record["cases"]
-        first["measurements"] += record["measurements"]
-    return [record for _, record in found.values()]
-
-
-def _read(path: Path) -> report.Record:
-    data: report.Record = json.loads(path.read_text(encoding="utf-8"))
-    return report.as_page_record(ResultRecord.model_validate(data)) if "kind" in data else data
-
-
-def _peer(record: report.Record) -> str | None:
-    # Records of models without experts may be older than the field.
-    return record.get("experts_implementation")
-
-
-def _lasting(facts: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in facts.items() if key != "load_average"}
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """Run or read a record, report it, and judge it where that was asked for."""
+    """Run, report, and judge where that was asked for."""
     options = parse_arguments(arguments)
     try:
-        records = read_records(options.records) if options.records else [measure(options)]
+        with exit_on_sigterm():
+            found = measure(options)
     except (OSError, NpuZooError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(report.text(records))
-    _write(options.markdown, report.markdown(records))
-    missed = [row for record in records for row in report.rows_of(record) if row.missed]
-    for row in missed:
-        print(f"below target: {row.name} has {row.ratio:.2f}, not {row.target}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted; the same command with --resume goes on", file=sys.stderr)
+        return INTERRUPTED
+    missed = [verdict for verdict in found if not verdict.held]
+    for verdict in missed:
+        print(f"below target: {verdict.sentence}", file=sys.stderr)
     return 1 if missed and options.check else 0
 
 

@@ -73,15 +73,30 @@ def test_a_complete_checkpoint_is_kept_and_a_partial_one_is_not(checkpoint: Path
 
 
 @pytest.mark.long
-def test_the_whole_script_on_a_tiny_model(tmp_path: Path) -> None:
-    record_file = tmp_path / "record.json"
-    options = ["--shape", "tiny", "--rounds", "1", "--threads", "1", "--cases", "decode-8,shared-prefix"]
-    command = [sys.executable, str(BENCHMARKS / "engine.py"), *options]
-    command += ["--workdir", str(tmp_path / "work"), "--json", str(record_file)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "default"})
+def test_the_whole_script_on_a_tiny_model_and_on_its_record(tmp_path: Path) -> None:
+    file = tmp_path / "records" / "tiny-moe.json"
+    command = [sys.executable, str(BENCHMARKS / "engine.py"), "--shape", "tiny-moe", "--engines", "transformers"]
+    command += ["--rounds", "2", "--threads", "1", "--workdir", str(tmp_path / "work"), "--records", str(file.parent)]
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONWARNINGS": "default"}
+        return subprocess.run([*command, *more], capture_output=True, text=True, env=environment)
+
+    done = run("--cases", "decode-8,shared-prefix")
     assert done.returncode == 0, done.stderr
-    record = json.loads(record_file.read_text())
-    assert record["kind"] == "bench compare"
-    assert [case["name"] for case in record["body"]["cases"]] == ["decode-8", "shared-prefix"]
-    assert record["body"]["correctness"]["equal"] == record["body"]["correctness"]["requests"]
     assert "decode, batch 8" in done.stdout
+    assert "w8a16 is left out" in done.stderr
+    record = json.loads(file.read_text())
+    assert record["arguments"]["group"] == "plain"
+    assert str(tmp_path) not in file.read_text()
+    assert [len(case["rounds"][1]) for case in record["body"]["cases"]] == [2, 1]
+    again = run("--cases", "decode-8,shared-prefix")
+    assert again.returncode == 1
+    assert "give --resume" in again.stderr
+    record["body"]["cases"].pop()
+    file.write_text(json.dumps(record))
+    resumed = run("--cases", "decode-8,shared-prefix", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    cases = json.loads(file.read_text())["body"]["cases"]
+    assert [case["name"] for case in cases] == ["decode-8", "shared-prefix"]
+    assert cases[0]["rounds"] == record["body"]["cases"][0]["rounds"]

@@ -187,7 +187,9 @@ class Comparison:
         requests = case.requests(self.conditions.num_tokens, number)
         options = self.options[name]
         if case.metric == "memory":
-            options = dataclasses.replace(options, kv_cache_memory=self._room(requests))
+            # As long as the work alone, or an engine would want room for one sequence of full length.
+            longest = min(options.max_model_len, case.longest)
+            options = dataclasses.replace(options, kv_cache_memory=self._room(requests), max_model_len=longest)
         with self._start(name) as process:
             process.load(options)
             if case.metric == "cache":

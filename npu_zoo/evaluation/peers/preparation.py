@@ -177,10 +177,10 @@ def _least_work(case: Case, config: EngineConfig) -> tuple[Work, int]:
     if case.metric == "cache":
         return Work(model.cache_per_token, 0), 0
     if case.metric == "start":
-        return Work(_weight_bytes(config), 0), 0
+        return Work(weight_bytes(config), 0), 0
     if case.metric == "memory":
         held = sum(len(request.prompt) + request.max_tokens - 1 for request in requests)
-        return Work(_weight_bytes(config) + held * model.cache_per_token, 0), 0
+        return Work(weight_bytes(config) + held * model.cache_per_token, 0), 0
     return work_of(case, model, requests)
 
 
@@ -194,7 +194,8 @@ def best_figure(metric: Metric, work: Work, tokens: int, machine: Machine) -> tu
     return (seconds if metric == "start" else tokens / seconds), limit
 
 
-def _weight_bytes(config: EngineConfig) -> int:
+def weight_bytes(config: EngineConfig) -> int:
+    """Of a model's weights in the dtype or the scheme that they are stored in."""
     quantized = config.quantization_config
     plan = plan_rank(
         config.model_config,

@@ -32,8 +32,11 @@ _NOTE_LETTERS, _NOTE_LINE = 105, 0.17
 _INK, _PAPER = "#1a1f24", "#ffffff"
 
 
-def png(charts: Sequence[Chart]) -> bytes:
+def png(charts: Sequence[Chart], description: str = "") -> bytes:
     """All charts in one picture, below each other.
+
+    Args:
+        description: kept in the file beside the program's name.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -44,8 +47,9 @@ def png(charts: Sequence[Chart]) -> bytes:
         parts = figure.subfigures(len(charts), 1, height_ratios=heights, squeeze=False)
         for part, chart in zip(parts[:, 0], charts, strict=True):
             _draw(chart, part)
+        metadata = {"Software": SOFTWARE, **({"Description": description} if description else {})}
         stream = io.BytesIO()
-        figure.savefig(stream, format="png", dpi=_DPI, facecolor=_PAPER, metadata={"Software": SOFTWARE})
+        figure.savefig(stream, format="png", dpi=_DPI, facecolor=_PAPER, metadata=metadata)
     return stream.getvalue()
 
 

@@ -161,6 +161,10 @@ def test_the_memory_case_caches_no_more_than_its_work_needs(compare: Compare) ->
     compare(CATALOGUE["memory"], rounds=1, engines=("npu-zoo",))
     (_, requests), (_, options) = compare.of("run")[0], compare.of("load")[0]
     assert options.kv_cache_memory == 10 * cache_tokens(requests)
+    assert options.max_model_len == 256
+    shorter = CATALOGUE["memory-1"]
+    compare(shorter, rounds=1, engines=("npu-zoo",))
+    assert compare.of("load")[-1][1].max_model_len == shorter.longest == 128 + 64
     assert cache_tokens(requests) > sum(len(request.prompt) + request.max_tokens for request in requests)
 
 

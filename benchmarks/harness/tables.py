@@ -1,0 +1,102 @@
+"""The page's tables, as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from statistics import median
+
+from harness.bounds import bound_of
+from harness.records import Compared, Contexts
+from harness.targets import Verdict, verdicts
+from npu_zoo.evaluation.offline.results import CaseResult as ContextCase
+from npu_zoo.evaluation.peers.engines import SUBJECT
+from npu_zoo.evaluation.peers.result import CaseResult
+from npu_zoo.evaluation.peers.table import figure_text, ratio_text, share_text
+
+CASE_HEADS = ("case", "engine", "median", "of floor", "ratio (spread)", "pairs", "target", "bound by")
+DAY_HEADS = ("", "case", "to", "first", "second", "within the other's spread")
+CONTEXT_HEADS = ("tokens in the cache", "ms a step", "rounds", "floor, ms", "of floor", "grows by, us a 1,024 tokens")
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Aligned, so that it can be read as text too."""
+    listed = [tuple(heads), *(tuple(row) for row in rows)]
+    widths = [max(len(row[column]) for row in listed) for column in range(len(heads))]
+    listed.insert(1, tuple("-" * width for width in widths))
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in listed
+    )
+
+
+def case_table(compared: Compared) -> str:
+    """Every case, each engine, and the best that the machine allows."""
+    judged = {(verdict.case.name, verdict.peer): verdict for verdict in verdicts(compared.record)}
+    return table(CASE_HEADS, (row for case in compared.body.cases for row in _case_rows(compared, case, judged)))
+
+
+def _case_rows(
+    compared: Compared, case: CaseResult, judged: dict[tuple[str, str | None], Verdict]
+) -> Iterator[tuple[str, ...]]:
+    titles, bound = iter((case.title,)), bound_of(case, compared.machine)
+    for engine in compared.body.engines:
+        own, peer = engine.name == SUBJECT, None if engine.name == SUBJECT else engine.name
+        found, ratios = case.median_of(engine.name), case.ratios(engine.name, SUBJECT)
+        yield (
+            next(titles, ""),
+            engine.name,
+            f"{figure_text(found)} {case.unit}" if found is not None else "failed",
+            share_text(case.share(engine.name)),
+            "" if own else ratio_text(ratios),
+            str(sum(engine.name in sample for sample in case.rounds)) if own else str(len(ratios)),
+            _target_text(judged.get((case.name, peer)), case, peer),
+            bound.text if own and bound else "",
+        )
+    if case.floor is not None:
+        yield "", "floor", f"{figure_text(case.floor)} {case.unit}", "", "", "", "", case.limit
+
+
+def _target_text(verdict: Verdict | None, case: CaseResult, peer: str | None) -> str:
+    if verdict is None:
+        return ""
+    limit = f"<= {figure_text(verdict.target)} {case.unit}" if peer is None else f">= {verdict.target:g}"
+    return f"{limit}: {'met' if verdict.held else '**missed**'}"
+
+
+def day_rows(first: Compared, second: Compared) -> Iterator[tuple[str, ...]]:
+    """Ratios of two records of one name on one machine, and whether each one's median is in the other's spread."""
+    later = {case.name: case for case in second.body.cases}
+    for case in first.body.cases:
+        for engine in first.body.engines[1:]:
+            one = case.ratios(engine.name, SUBJECT)
+            other = later[case.name].ratios(engine.name, SUBJECT) if case.name in later else []
+            if one and other:
+                within = _within(one, other), _within(other, one)
+                told = "both" if all(within) else "one" if any(within) else "**neither**"
+                yield first.name, case.title, engine.name, ratio_text(one), ratio_text(other), told
+
+
+def _within(values: Sequence[float], others: Sequence[float]) -> bool:
+    return min(others) <= median(values) <= max(others)
+
+
+def context_table(contexts: Contexts) -> str:
+    """A cache's time a step against the tokens in it."""
+    cases = sorted(contexts.body.cases, key=lambda case: case.input)
+    return table(CONTEXT_HEADS, map(_context_row, [None, *cases], cases))
+
+
+def _context_row(before: ContextCase | None, case: ContextCase) -> tuple[str, ...]:
+    seconds, floor = case.non_first_token_s, step_floor(case)
+    if seconds is None or floor is None:
+        return f"{case.input:,}", "", str(len(case.samples)), "", "", ""
+    growth = ""
+    if before is not None and before.non_first_token_s is not None:
+        growth = f"{1e6 * (seconds - before.non_first_token_s) / (case.input - before.input) * 1024:,.0f}"
+    figures = f"{1e3 * seconds:.2f}", str(len(case.samples)), f"{1e3 * floor:.2f}", share_text(floor / seconds)
+    return f"{case.input:,}", *figures, growth
+
+
+def step_floor(case: ContextCase) -> float | None:
+    """The least seconds of one decode step; None where the machine was not measured."""
+    decode = case.decode
+    return decode.seconds / (case.output - 1) if decode is not None and decode.seconds is not None else None

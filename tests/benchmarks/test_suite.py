@@ -1,0 +1,76 @@
+"""What engine.py runs of a shape, and how its command line is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import engine
+import pytest
+from harness.shapes import SHAPES
+from harness.suite import CASES, GROUPS, Setting, _compare, _overrides, parse_fewer
+
+from npu_zoo.core.errors import UsageError
+from npu_zoo.evaluation.peers.engines import InstalledEngine
+from npu_zoo.evaluation.peers.process import PeerError
+
+ENGINES = [InstalledEngine(name) for name in ("npu-zoo", "transformers", "vllm", "llama.cpp")]
+
+
+def test_quantized_weights_are_compared_with_llama_cpp_at_batch_one() -> None:
+    for name, gguf in (("w8a16", "q8_0"), ("w4a16", "q4_0")):
+        group = GROUPS[name]
+        assert group.cases(CASES) == ["decode-1"]
+        assert [found.name for found in group.engines(ENGINES)] == ["npu-zoo", "llama.cpp"]
+        assert group.gguf == gguf
+        assert engine.record_file(Path("folder"), "1.3b", group) == Path(f"folder/1.3b-{name}.json")
+    assert GROUPS["plain"].cases(CASES) == list(CASES)
+    assert GROUPS["plain"].engines(ENGINES) == ENGINES
+
+
+@pytest.mark.parametrize(("shape", "trusted"), [("1.3b", False), ("moe-1b", True), ("mla-1b", False)])
+def test_only_a_checkpoint_with_its_own_config_class_is_trusted(shape: str, trusted: bool, tmp_path: Path) -> None:
+    if trusted:
+        (tmp_path / "reference").mkdir()
+    found = _overrides(SHAPES[shape], tmp_path, ENGINES, "grouped_mm")
+    assert found["vllm"]["settings"] == ({"trust_remote_code": True} if trusted else {})
+    assert found["transformers"]["weights"] == str(tmp_path / "reference" if trusted else tmp_path)
+    settings = {"experts_implementation": "grouped_mm"} if SHAPES[shape].experts else {}
+    assert found["transformers"]["settings"] == settings
+
+
+def test_rounds_of_a_peer_are_read() -> None:
+    assert parse_fewer(["vllm:start=1", "llama.cpp:mixed=2"]) == {("vllm", "start"): 1, ("llama.cpp", "mixed"): 2}
+
+
+@pytest.mark.parametrize("text", ["vllm=1", "vllm:nosuch=1", "vllm:start", "vllm:start=0", "vllm:start=x"])
+def test_a_mistake_in_rounds_is_named(text: str) -> None:
+    with pytest.raises(UsageError, match=r"give ENGINE:CASE=ROUNDS"):
+        parse_fewer([text])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--cases", "decode-1,nosuch"], "no case nosuch; there are decode-1"),
+        (["--groups", "w2"], "no group w2; there are plain"),
+        (["--engines", "nosuch"], "no engine 'nosuch'"),
+        (["--rounds", "0"], "at least 1"),
+    ],
+)
+def test_a_mistake_is_named(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        engine.parse_arguments(arguments)
+    assert told in capsys.readouterr().err
+
+
+def test_the_interpreter_of_llama_cpp_makes_its_files() -> None:
+    setting = Setting(Path("work"), (InstalledEngine("npu-zoo"), InstalledEngine("llama.cpp", "/somewhere/python")))
+    assert setting.llama_python == "/somewhere/python"
+    assert Setting(Path("work"), (InstalledEngine("npu-zoo"),)).llama_python is None
+
+
+def test_an_engine_whose_tokens_are_others_is_refused() -> None:
+    own = [[1, 2], [3, 4], [5, 6], [7, 8]]
+    assert _compare("vllm", [*own[:3], [7, 9]], own).equal == 3
+    with pytest.raises(PeerError, match="greedy tokens of vllm differ in 2 of 4"):
+        _compare("vllm", [[0, 0], [0, 0], *own[2:]], own)
