@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Hashable
 from types import ModuleType, SimpleNamespace
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from npu_zoo.evaluation.peers.worker.driver import LoadOptions, Request, make_driver
+from npu_zoo.evaluation.peers.worker.llama_cpp_driver import SHARED_LEAST
 from npu_zoo.evaluation.peers.worker.vllm_driver import VllmDriver, environment
 
 OPTIONS = LoadOptions("model.gguf", "float32", 64, threads=2, max_num_batched_tokens=4, kv_cache_memory=2**30 + 1)
@@ -77,6 +79,10 @@ class FakeLlama(ModuleType):
     def llama_memory_clear(self, memory: str, data: bool) -> None:
         self.cells = {}
 
+    def llama_memory_seq_cp(self, memory: str, source: int, target: int, start: int, end: int) -> None:
+        assert (start, end) == (-1, -1), "buffers of sequences are copied whole"
+        self.cells[target] = dict(self.cells[source])
+
     def llama_decode(self, context: Any, batch: Any) -> int:
         self.decoded.append(batch.n_tokens)
         self.logits = {}
@@ -117,6 +123,18 @@ def test_llama_cpp_decodes_a_batch_until_each_sequence_is_done(static_batch: int
     assert counts == {0: [1, 2, 3], 1: [1], 2: [1, 2]}
     # Eight prompt tokens in parts of four, then the two and the one that go on; or the same in two batches.
     assert llama.decoded == ([4, 4, 2, 1] if static_batch == 0 else [3, 1, 4, 1, 1, 1])
+
+
+def test_llama_cpp_computes_a_shared_prefix_once(llama: FakeLlama) -> None:
+    prefix = [index % 7 for index in range(SHARED_LEAST)]
+    requests = [Request([*prefix, 1, 2], 2), Request([*prefix, 3], 3), Request([*prefix, 1], 1)]
+    driver = make_driver("llama.cpp")
+    driver.load(dataclasses.replace(OPTIONS, max_num_batched_tokens=80))
+    run = driver.run(requests)
+    assert run.token_ids == [expected(request) for request in requests]
+    assert llama.decoded == [SHARED_LEAST, 4, 2, 1]
+    driver.run([Request(prefix[:9], 1), Request(prefix[:9], 1)])
+    assert llama.decoded[4:] == [18], "a short prefix is not worth a copy"
 
 
 def test_llama_cpp_makes_room_for_its_batches_only(llama: FakeLlama) -> None:

@@ -10,9 +10,12 @@ from typing import Any
 
 from .driver import Driver, Generated, LoadOptions, OnTokens, Request, static_batches
 
+SHARED_LEAST = 64
+"""Tokens of a prefix that is worth a copy of its keys and values."""
+
 
 class LlamaCppDriver(Driver):
-    """Static batches in which each sequence leaves when it is done; prompts share nothing.
+    """Static batches that each sequence leaves when it is done; what all prompts of one begin with is computed once.
 
     ``weights`` is a GGUF file, whose dtype is what computes, and keys and values are float16, as is the library's
     default. Settings are further fields of ``llama_context_params``.
@@ -64,10 +67,12 @@ class LlamaCppDriver(Driver):
     def _run_batch(self, members: list[tuple[int, Request]], token_ids: list[list[int]], on_tokens: OnTokens) -> None:
         """Prompts first, then a token of each sequence a step, until all have theirs."""
         prompts = [self._ids(request.prompt) for _, request in members]
+        shared = self._share_prefix(prompts)
         rows = [
             (token, position, sequence, position == len(prompt) - 1)
             for sequence, prompt in enumerate(prompts)
             for position, token in enumerate(prompt)
+            if position >= shared
         ]
         while rows:
             following: list[tuple[int, int, int, bool]] = []
@@ -79,6 +84,18 @@ class LlamaCppDriver(Driver):
                 if len(got) < request.max_tokens:
                     following.append((token, len(prompts[sequence]) + len(got) - 1, sequence, True))
             rows = following
+
+    def _share_prefix(self, prompts: list[list[int]]) -> int:
+        """Compute what all prompts begin with, once, and give it to each sequence; how many tokens that are."""
+        length = common_prefix(prompts)
+        if len(prompts) < 2 or length < SHARED_LEAST:
+            return 0
+        self._decode([(token, position, 0, False) for position, token in enumerate(prompts[0][:length])])
+        memory = self.api.llama_get_memory(self.context)
+        for sequence in range(1, len(prompts)):
+            # Whole sequences, since each has a buffer of its own.
+            self.api.llama_memory_seq_cp(memory, 0, sequence, -1, -1)
+        return length
 
     def _decode(self, rows: list[tuple[int, int, int, bool]]) -> list[tuple[int, int]]:
         """Compute rows of (token, position, sequence, whether a token follows); tokens and their sequences."""
@@ -116,3 +133,10 @@ class LlamaCppDriver(Driver):
         tokens = (self.api.llama_token * room)()
         count = self.api.llama_tokenize(self.vocab, text, len(text), tokens, room, True, False)
         return list(tokens[:count])
+
+
+def common_prefix(prompts: list[list[int]]) -> int:
+    """How many tokens all prompts begin with; each keeps one of its own, which its first token follows."""
+    least = min(map(len, prompts)) - 1
+    first = prompts[0]
+    return next((i for i in range(least) if any(prompt[i] != first[i] for prompt in prompts)), least)
