@@ -12,6 +12,7 @@ from harness.suite import CASES, GROUPS, Setting, _compare, _overrides, parse_fe
 from npu_zoo.core.errors import UsageError
 from npu_zoo.evaluation.peers.engines import InstalledEngine
 from npu_zoo.evaluation.peers.process import PeerError
+from npu_zoo.evaluation.peers.result import EngineEntry
 
 ENGINES = [InstalledEngine(name) for name in ("npu-zoo", "transformers", "vllm", "llama.cpp")]
 
@@ -67,6 +68,14 @@ def test_the_interpreter_of_llama_cpp_makes_its_files() -> None:
     setting = Setting(Path("work"), (InstalledEngine("npu-zoo"), InstalledEngine("llama.cpp", "/somewhere/python")))
     assert setting.llama_python == "/somewhere/python"
     assert Setting(Path("work"), (InstalledEngine("npu-zoo"),)).llama_python is None
+
+
+def test_a_record_does_not_say_where_things_lie() -> None:
+    options = {"weights": "/work/1.3b.gguf", "settings": {"weights": "/work/1.3b"}, "threads": 2}
+    entry = EngineEntry(name="vllm", python="/somewhere/bin/python", versions={}, options=options)
+    found = engine._without_places(entry, Path("/work"))
+    assert found.python == "python"
+    assert found.options == {"weights": "1.3b.gguf", "settings": {"weights": "1.3b"}, "threads": 2}
 
 
 def test_an_engine_whose_tokens_are_others_is_refused() -> None:

@@ -98,7 +98,7 @@ def _measured(session: Session) -> Iterator[str]:
         threads = f" with --threads {machine.threads}" if machine.threads else ""
         yield (
             f"the machine reads {machine.bandwidth / 1e9:.0f} GB/s and computes {machine.peak / 1e9:,.0f} GFLOP/s in "
-            f"{session.config.dtype}{threads}, measured before the first case"
+            f"{session.config.dtype}{threads}, as measured before the first case and after the last"
         )
 
 
