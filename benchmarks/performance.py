@@ -49,7 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         records = read_records(options.records or sorted(RECORDS.rglob("*.json")))
         notes = read_notes(options.notes)
-        require_matching(notes, [found for one in records.newest for found in verdicts(one.record)])
+        judged = [found for one in records.newest for found in verdicts(one.record)]
+        require_matching(notes, judged)
         if options.check:
             changed = stale(records, notes, options.docs)
             for name in changed:
@@ -57,6 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
             return 1 if changed else 0
         write_whole(options.docs / PAGE, page(records, notes, options.docs))
         write_pictures(pictures(records), options.docs)
+        for verdict in judged:
+            if not verdict.held and verdict.key not in notes:
+                print(f"{options.notes.name} has nothing on {verdict.key}: {verdict.sentence}", file=sys.stderr)
     except (OSError, NpuZooError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

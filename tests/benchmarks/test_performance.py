@@ -198,6 +198,10 @@ def test_the_command_writes_a_page_whose_charts_tell_when_they_are_stale(
     notes.write_text(json.dumps({"1.3b/decode-1/vllm": "Because."}))
     assert performance.main(command) == 1
     assert "miss no target" in capsys.readouterr().err
+    notes.write_text("{}")
+    write_record(make_record({"decode-1": {"npu-zoo": [1.0], "vllm": [1.0]}}), record)
+    assert performance.main(command) == 0
+    assert "nothing on 1.3b/decode-1/vllm: 1.3b, decode, batch 1: 1.00 of vllm" in capsys.readouterr().err
 
 
 def test_charts_digests_are_of_what_they_show(make_record: Make, tmp_path: Path) -> None:
