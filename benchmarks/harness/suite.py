@@ -167,7 +167,7 @@ def _quantized(plain: Path, group: Group, group_size: int | None) -> Path:
 
 def _gguf(plain: Path, scheme: str, python: str) -> Path:
     """The checkpoint as llama.cpp takes it, made by its own interpreter."""
-    whole = plain.with_suffix(".gguf")
+    whole = plain.with_name(f"{plain.name}.gguf")
     if not whole.is_file():
         _call([python, str(GGUF_SCRIPT), str(plain), str(whole)])
     if not scheme:

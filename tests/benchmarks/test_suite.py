@@ -6,6 +6,7 @@ from pathlib import Path
 
 import engine
 import pytest
+from harness import suite
 from harness.shapes import SHAPES
 from harness.suite import CASES, GROUPS, Setting, _compare, _overrides, parse_fewer
 
@@ -76,6 +77,16 @@ def test_a_record_does_not_say_where_things_lie() -> None:
     found = engine._without_places(entry, Path("/work"))
     assert found.python == "python"
     assert found.options == {"weights": "1.3b.gguf", "settings": {"weights": "1.3b"}, "threads": 2}
+
+
+def test_each_form_of_each_checkpoint_has_a_file_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    called: list[list[str]] = []
+    monkeypatch.setattr(suite, "_call", called.append)
+    names = ("1.3b-bfloat16-v2", "1.5b-bfloat16-v2")
+    found = [suite._gguf(tmp_path / name, scheme, "python") for name in names for scheme in ("", "q8_0", "q4_0")]
+    assert len(set(found)) == len(found)
+    assert found[0].name == "1.3b-bfloat16-v2.gguf"
+    assert called[2][2:] == [str(found[0]), str(found[1]), "--quantize", "q8_0"]
 
 
 def test_an_engine_whose_tokens_are_others_is_refused() -> None:
