@@ -18,7 +18,8 @@ from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.dispatch import resolve
 from npu_zoo.registry import get_registry
 from npu_zoo.request import Request, read_request
-from npu_zoo.testing.launches import REASONS, StepLaunches, decode_launches
+from npu_zoo.speculation import asked_drafts
+from npu_zoo.testing.launches import REASONS, StepLaunches, decode_launches, drafted_launches
 from npu_zoo.testing.shapes import rank_shape, write_random_model
 
 _SIMULATE = "NPU_ZOO_SIMULATE"
@@ -32,11 +33,15 @@ class LaunchReport:
     Attributes:
         shape: what ran in the request's place.
         eager, graph: every operator by itself, and from a captured graph.
+        drafts: of each sequence, as asked for.
+        drafted: from a graph, with so many drafts; None where none were asked for.
     """
 
     shape: str
     eager: StepLaunches
     graph: StepLaunches
+    drafts: int = 0
+    drafted: StepLaunches | None = None
 
 
 def simulate_launches(args: EngineArgs) -> LaunchReport:
@@ -54,7 +59,9 @@ def simulate_launches(args: EngineArgs) -> LaunchReport:
         config, shape = _stand_in(args, request, Path(folder))
         eager = decode_launches(config, _PROMPTS, measure, enforce_eager=True)
         graph = decode_launches(config, _PROMPTS, measure, enforce_eager=False)
-    return LaunchReport(shape, eager, graph)
+        drafts = asked_drafts(args)
+        drafted = drafted_launches(config, _PROMPTS, measure, enforce_eager=False, drafts=drafts) if drafts else None
+    return LaunchReport(shape, eager, graph, drafts, drafted)
 
 
 def _activate(product: str) -> Any:
@@ -105,14 +112,19 @@ def print_launches(report: LaunchReport) -> None:
     """Write the report for people."""
     graph = report.graph
     print()
-    print_fields(
-        {
-            "simulated": report.shape,
-            "a decode step": f"of {len(_PROMPTS)} sequences, from a captured graph: {graph.total} launches, "
-            f"{graph.copies_back} copy to the host, {graph.synchronisations} wait for the device",
-            "without graphs": f"{report.eager.total} launches",
-        }
-    )
+    fields = {
+        "simulated": report.shape,
+        "a decode step": f"of {len(_PROMPTS)} sequences, from a captured graph: {graph.total} launches, "
+        f"{graph.copies_back} copy to the host, {graph.synchronisations} wait for the device",
+        "without graphs": f"{report.eager.total} launches",
+    }
+    if report.drafted:
+        least, most = (report.drafted.total / len(_PROMPTS) / tokens for tokens in (1 + report.drafts, 1))
+        fields["with drafts"] = (
+            f"{report.drafts} of each sequence: {report.drafted.total} launches, {least:.3g} to {most:.3g} a token, as "
+            f"all or none are right; without {graph.total / len(_PROMPTS):.3g}"
+        )
+    print_fields(fields)
     print()
     rows = [[str(count), name, REASONS.get(name, "")] for name, count in report.eager.launches.items()]
     print_table(["launches", "kernel", "for"], rows)
