@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from host_page import host_page
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from serving_pages import reliability_page
@@ -539,6 +540,7 @@ def pages() -> dict[str, str]:
         "simulator-operators.md": simulator_page(),
         "quantization.md": quantization_page(),
         "parallel-measured.md": parallel_page(),
+        "host-overhead.md": GENERATED + host_page(),
         "speculative-measured.md": GENERATED + speculative_page(),
         "reliability.md": GENERATED + reliability_page(),
         "serving-metrics.md": GENERATED + metrics_page(),

@@ -37,7 +37,14 @@ class Shard:
 
 
 class WeightLoader(ABC):
-    """Reads one checkpoint directory of one format, tensor by tensor."""
+    """Reads one checkpoint directory of one format, tensor by tensor.
+
+    Attributes:
+        tensors_last: whether a tensor may be read for as long as somebody holds it, rather than until the next one is
+            asked for.
+    """
+
+    tensors_last: bool = False
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -58,7 +65,8 @@ class WeightLoader(ABC):
 
         Those in ``without`` are left out, and not read.
 
-        A tensor is valid until the next one is asked for: it may be a view of a mapped file. Consumers copy.
+        A tensor is valid until the next one is asked for, or for good where :attr:`tensors_last` says so. It may be a
+        view of a mapped file: consumers copy before they write.
         """
 
     @abstractmethod

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from npu_zoo.core.errors import EngineError
 from npu_zoo.engine.sequence import Sequence
@@ -28,6 +29,26 @@ class KVManager(ABC):
         Returns:
             The number of tokens that need not be computed.
         """
+
+    def admit(self, sequence: Sequence, most: int) -> int | None:
+        """Give a sequence that waits room for all of it, with whatever cached blocks it begins with.
+
+        Args:
+            most: tokens that may be left to compute.
+
+        Returns:
+            The number of tokens that need not be computed; None, with nothing changed, where there is no room, or more
+            would be left. To ask again costs little until something has changed.
+        """
+        cached = self.attach_prefix(sequence)
+        if sequence.num_tokens - cached <= most and self.reserve(sequence, sequence.num_tokens):
+            return cached
+        self.release(sequence)
+        return None
+
+    def refuses(self, sequence: Sequence, most: int) -> bool:
+        """Whether :meth:`admit` would answer None, as far as that is known without looking."""
+        return False
 
     @abstractmethod
     def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
@@ -82,6 +103,24 @@ class KVManager(ABC):
         return 1.0 - self.num_free / self.num_total
 
 
+@dataclass(frozen=True)
+class _Refusal:
+    """Why a sequence was not admitted, which holds until a block is freed or the awaited one is known.
+
+    Attributes:
+        number, num_tokens: of the sequence.
+        missing: tokens that would have been left to compute, for which there may have been room.
+        no_room: whether there was none.
+        awaited: the digest of its first block that is not cached; None where all that may be shared are.
+    """
+
+    number: int
+    num_tokens: int
+    missing: int
+    no_room: bool
+    awaited: bytes | None
+
+
 class BlockManager(KVManager):
     """Blocks of ``block_size`` tokens behind a block table.
 
@@ -107,6 +146,7 @@ class BlockManager(KVManager):
         self._block_of: dict[bytes, int] = {}
         self._unsettled: list[int] = []
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._refusal: _Refusal | None = None
 
     @property
     def num_free(self) -> int:
@@ -129,6 +169,28 @@ class BlockManager(KVManager):
             self._acquire(block)
             sequence.slots.append(block)
         return len(sequence.slots) * self.block_size
+
+    def refuses(self, sequence: Sequence, most: int) -> bool:
+        """Whether :meth:`admit` has found the same sequence without room, and nothing has changed since."""
+        refusal = self._refusal
+        if refusal is None or (refusal.number, refusal.num_tokens) != (sequence.number, sequence.num_tokens):
+            return False
+        return refusal.no_room or refusal.missing > most
+
+    def admit(self, sequence: Sequence, most: int) -> int | None:
+        """See :class:`KVManager`; a refusal is remembered, so that nobody waits at the cost of every step."""
+        if self.refuses(sequence, most):
+            return None
+        cached = self.attach_prefix(sequence)
+        missing = sequence.num_tokens - cached
+        fits = missing <= most
+        if fits and self.reserve(sequence, sequence.num_tokens):
+            return cached
+        index = cached // self.block_size
+        awaited = sequence.digests[index] if index < len(sequence.digests) else None
+        self.release(sequence)
+        self._refusal = _Refusal(sequence.number, sequence.num_tokens, missing, fits, awaited)
+        return None
 
     def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
         """See :class:`KVManager`."""
@@ -187,6 +249,7 @@ class BlockManager(KVManager):
         block = sequence.slots.pop()
         self._references[block] -= 1
         if self._references[block] == 0:
+            self._refusal = None
             self._free[block] = None
             if self._digest_of[block] is None:
                 self._free.move_to_end(block, last=False)
@@ -197,6 +260,8 @@ class BlockManager(KVManager):
             return False
         self._digest_of[block] = digest
         self._block_of[digest] = block
+        if self._refusal is not None and self._refusal.awaited == digest:
+            self._refusal = None
         return True
 
     def _acquire(self, block: int) -> None:

@@ -158,7 +158,8 @@ class LLM:
 
     def _advance(self, mine: Collection[str]) -> list[RequestOutput]:
         """One step; what belongs to other callers, such as an open stream, is kept for them."""
-        ready = [self._mail.pop(request_id) for request_id in mine if request_id in self._mail]
+        # Over the mail, which is hardly ever any, and not over all requests, of which most may wait.
+        ready = [self._mail.pop(request_id) for request_id in list(self._mail) if request_id in mine]
         if ready:
             return ready
         if not self.engine.has_unfinished_requests():

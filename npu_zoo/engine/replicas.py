@@ -19,15 +19,21 @@ class ReplicatedKV(KVManager):
         self.managers = tuple(managers)
 
     def attach_prefix(self, sequence: Sequence) -> int:
-        """See :class:`KVManager`; the room for all of the sequence is taken at once where some replica has it."""
+        """See :class:`KVManager`; of the replica that has most of it."""
         offers = [(-self._cached(number, sequence), -m.num_free, number) for number, m in enumerate(self.managers)]
+        sequence.replica = min(offers)[-1]
+        return self._of(sequence).attach_prefix(sequence)
+
+    def admit(self, sequence: Sequence, most: int) -> int | None:
+        """See :class:`KVManager`."""
+        willing = [number for number, manager in enumerate(self.managers) if not manager.refuses(sequence, most)]
+        offers = [(-self._cached(number, sequence), -self.managers[number].num_free, number) for number in willing]
         for *_, number in sorted(offers):
             sequence.replica = number
-            cached = self.managers[number].attach_prefix(sequence)
-            if self.managers[number].reserve(sequence, sequence.num_tokens):
+            cached = self.managers[number].admit(sequence, most)
+            if cached is not None:
                 return cached
-            self.managers[number].release(sequence)
-        return 0
+        return None
 
     def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
         """See :class:`KVManager`."""

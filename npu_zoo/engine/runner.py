@@ -6,6 +6,7 @@ import functools
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
@@ -35,7 +36,7 @@ from npu_zoo.registry import get_registry, load_code
 from npu_zoo.weights.load import compare_shapes, load_weights
 
 _WEIGHTS_PER_THREAD = 16 * 2**20
-_SPANS_KEPT = 63
+_SPANS_KEPT = 64
 _PRIMITIVES_KEPT = 128
 _TORCH_THREADS = torch.get_num_threads()  # its own choice, which a model that runs here may lower for itself
 
@@ -70,7 +71,7 @@ class ModelRunner:
         ranks: its place, and the groups that it talks in.
 
     Attributes:
-        spans: when each micro-batch of the last step was computed here, from and to, by ``time.monotonic``.
+        spans: when each of the last micro-batches was computed here, from and to, by ``time.monotonic``.
     """
 
     def __init__(self, config: EngineConfig, progress: Progress | None = None, ranks: Ranks = ALONE) -> None:
@@ -88,7 +89,7 @@ class ModelRunner:
         self.cache = plan_cache(config, per_token, ranks.minimum(free // self._sharing))
         self.attention = self._create_attention(self.cache.num_slots, self.cache.slot_size)
         self.graphs = self._create_graphs()
-        self.spans: list[tuple[float, float]] = []
+        self.spans: deque[tuple[float, float]] = deque(maxlen=_SPANS_KEPT)
 
     def execute(self, rows: Sequence[StepRow]) -> tuple[Tensor, list[Tensor]]:
         """Compute a step; every rank is given all of its rows.
@@ -146,6 +147,8 @@ class ModelRunner:
         """Logits and prompts' hidden states of this replica's rows."""
         if not rows:
             return NO_OUTPUTS
+        if all(row.decodes for row in rows):
+            return self.model.compute_logits(hidden), []
         ends = list(accumulate(row.num_tokens for row in rows))
         last = [end - row.num_logits + n for end, row in zip(ends, rows, strict=True) for n in range(row.num_logits)]
         logits = self.model.compute_logits(hidden[torch.tensor(last, device=self.device)]) if last else None
@@ -160,7 +163,7 @@ class ModelRunner:
         begin = time.monotonic()
         hidden = self._forward(rows, batch.replica_tokens, x)
         self._pass_on(hidden)
-        self.spans = [*self.spans[-_SPANS_KEPT:], (begin, time.monotonic())]
+        self.spans.append((begin, time.monotonic()))
         return hidden
 
     def _stage_input(self, count: int) -> Tensor | None:
@@ -250,6 +253,7 @@ class ModelRunner:
             ignored=ignored,
             shards=shards,
             elsewhere=elsewhere,
+            adopt=model.adopt,
             storage=model.storage_of,
             on_loaded=model.tensor_loaded,
             progress=functools.partial(progress, "loading weights") if progress else None,

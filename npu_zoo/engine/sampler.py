@@ -17,6 +17,8 @@ from torch import Tensor
 
 from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.engine.guidance import Guide
+from npu_zoo.engine.host_rows import argmax, draw, largest, rank, row_parts
+from npu_zoo.engine.penalties import SeenTokens, has_penalties
 from npu_zoo.nn.kernels import reference
 from npu_zoo.nn.kernels.table import TopKTopP
 
@@ -40,13 +42,8 @@ class SamplingState(Protocol):
     def num_output_tokens(self) -> int:
         """Output tokens so far."""
 
-    @property
-    def token_ids(self) -> list[int]:
-        """Prompt and output."""
-
-    @property
-    def output_token_ids(self) -> list[int]:
-        """Output."""
+    def seen_tokens(self, vocab_size: int, device: torch.device) -> SeenTokens:
+        """What penalties are made of, for logits of a size and on a device."""
 
     @property
     def guided(self) -> bool:
@@ -98,14 +95,23 @@ class Sampler:
             stop_ids: per sequence, the ids held back until ``min_tokens`` is reached.
         """
         shaped = self._shape(logits, sequences, stop_ids)
-        chosen = shaped.argmax(-1)
-        drawn = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
-        if drawn:
-            rows = torch.tensor(drawn, device=logits.device)
-            picked = _draw(shaped.index_select(0, rows).float(), [sequences[row] for row in drawn], self._top_k_top_p)
-            chosen = chosen.index_copy(0, rows, picked)
-        token_ids = chosen.tolist()
+        token_ids = self._choose(shaped, sequences)
         return SampledTokens(token_ids, _logprobs(logits, token_ids, sequences))
+
+    def _choose(self, logits: Tensor, sequences: Rows[SamplingState]) -> list[int]:
+        drawn = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
+        if not drawn:
+            return _best(logits)
+        rows = torch.tensor(drawn, device=logits.device)
+        chosen = [0] * len(sequences) if len(drawn) == len(sequences) else _best(logits)
+        # On a CPU a few rows at a time: what they are sorted and summed in stays in the cache.
+        parts = row_parts(len(drawn), logits.shape[1]) if logits.device.type == "cpu" else [slice(0, len(drawn))]
+        for part in parts:
+            own = [sequences[row] for row in drawn[part]]
+            picked = _draw(logits.index_select(0, rows[part]).float(), own, self._top_k_top_p)
+            for row, token_id in zip(drawn[part], picked, strict=True):
+                chosen[row] = token_id
+        return chosen
 
     def _shape(self, logits: Tensor, sequences: Rows[SamplingState], stop_ids: Rows[tuple[int, ...]]) -> Tensor:
         """Logits after penalties and biases, what must not be drawn at minus infinity; copied where they change."""
@@ -113,14 +119,14 @@ class Sampler:
         changes = [
             (row, sequence, held)
             for row, (sequence, held) in enumerate(zip(sequences, due, strict=True))
-            if held or sequence.guided or _has_penalties(sequence.params) or sequence.params.logit_bias
+            if held or sequence.guided or has_penalties(sequence.params) or sequence.params.logit_bias
         ]
         if not changes:
             return logits
-        shaped = logits.float().clone()
+        shaped = logits.to(torch.float32, copy=True)
         for row, sequence, held in changes:
-            if _has_penalties(sequence.params):
-                _penalise(shaped[row], sequence)
+            if has_penalties(sequence.params):
+                sequence.seen_tokens(shaped.shape[1], shaped.device).penalise(shaped[row], sequence.params)
             if sequence.params.logit_bias:
                 _add_bias(shaped[row], sequence.params.logit_bias)
             held_back = [i for i in held if i < shaped.shape[1]]
@@ -131,23 +137,8 @@ class Sampler:
         return shaped
 
 
-def _has_penalties(params: SamplingParams) -> bool:
-    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
-
-
-def _penalise(row: Tensor, sequence: SamplingState) -> None:
-    """Apply a sequence's penalties to its [vocab_size] logits, in place."""
-    params, size = sequence.params, row.shape[0]
-    output = torch.tensor(sequence.output_token_ids, dtype=torch.long, device=row.device)
-    output = output[output < size]
-    if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(sequence.token_ids)), dtype=torch.long, device=row.device)
-        seen = seen[seen < size]
-        values = row[seen]
-        row[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-    if output.numel() and (params.presence_penalty or params.frequency_penalty):
-        counts = torch.bincount(output, minlength=size)
-        row -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
+def _best(logits: Tensor) -> list[int]:
+    return argmax(logits) if logits.device.type == "cpu" else logits.argmax(-1).tolist()
 
 
 def _add_bias(row: Tensor, bias: Mapping[int, float]) -> None:
@@ -170,17 +161,20 @@ def _keep_form(row: Tensor, guide: Guide, held_back: list[int]) -> None:
     row.masked_fill_(~chosen.to(row.device), float("-inf"))
 
 
-def _draw(logits: Tensor, sequences: list[SamplingState], top_k_top_p: TopKTopP) -> Tensor:
+def _draw(logits: Tensor, sequences: list[SamplingState], top_k_top_p: TopKTopP) -> list[int]:
     """One id per row of [N, vocab_size] float32 logits, by inverting the cumulative distribution."""
     params = [sequence.params for sequence in sequences]
     temperatures = torch.tensor([p.temperature for p in params], device=logits.device)
     logits = _truncate(logits / temperatures.unsqueeze(1).clamp_min(1e-5), params, top_k_top_p)
+    shares = [_uniform(sequence) for sequence in sequences]
+    if logits.device.type == "cpu":
+        return [draw(row, share) for row, share in zip(logits.numpy(), shares, strict=True)]
     cumulative = torch.softmax(logits, -1, dtype=torch.float64).cumsum(-1)
-    draws = torch.tensor([_uniform(s) for s in sequences], dtype=torch.float64, device=logits.device)
+    draws = torch.tensor(shares, dtype=torch.float64, device=logits.device)
     # Scaling by the last sum keeps a draw near 1 inside the range whatever was rounded.
     targets = draws.unsqueeze(1) * cumulative[:, -1:]
     picked = torch.searchsorted(cumulative, targets, right=True).squeeze(1)
-    return picked.clamp_max(logits.shape[1] - 1)
+    return picked.clamp_max(logits.shape[1] - 1).tolist()
 
 
 def _truncate(logits: Tensor, params: list[SamplingParams], top_k_top_p: TopKTopP) -> Tensor:
@@ -222,6 +216,8 @@ def top_logprobs(logits: Tensor, chosen: list[int], wanted: list[int]) -> list[T
         chosen: N ids.
         wanted: how many of the most likely to give, per row.
     """
+    if logits.device.type == "cpu":
+        return [_row_logprobs(row, token, count) for row, token, count in zip(logits, chosen, wanted, strict=True)]
     logprobs = torch.log_softmax(logits.float(), -1)
     ids = torch.tensor(chosen, device=logits.device).unsqueeze(1)
     own = logprobs.gather(1, ids)
@@ -234,3 +230,10 @@ def top_logprobs(logits: Tensor, chosen: list[int], wanted: list[int]) -> list[T
         TokenLogprobs((token, logprob, rank), list(zip(top_ids, top_values, strict=True))[:count])
         for token, logprob, rank, top_ids, top_values, count in columns
     ]
+
+
+def _row_logprobs(logits: Tensor, token: int, count: int) -> TokenLogprobs:
+    """As :func:`top_logprobs`, of one row in a CPU's memory."""
+    row = torch.log_softmax(logits.float(), -1).numpy()
+    top = largest(row, min(count, len(row)))
+    return TokenLogprobs((token, float(row[token]), rank(row, token)), [(place, float(row[place])) for place in top])

@@ -151,14 +151,11 @@ class Scheduler:
         budget = self._max_num_batched_tokens - sum(row.num_tokens for row in rows)
         while self._waiting and len(self.running) < self._max_num_seqs and budget > 0:
             sequence = self._waiting.first()
-            cached = self._kv.attach_prefix(sequence)
-            missing = sequence.num_tokens - cached
-            num_tokens = min(missing, budget)
-            too_large = num_tokens < missing and not self._chunked
             # Room for all of it, or a later chunk would have to throw the earlier ones away.
-            if too_large or not self._kv.reserve(sequence, sequence.num_tokens):
-                self._kv.release(sequence)
+            cached = self._kv.admit(sequence, sequence.num_tokens if self._chunked else budget)
+            if cached is None:
                 return
+            num_tokens = min(sequence.num_tokens - cached, budget)
             self._waiting.discard(sequence)
             bisect.insort(self.running, sequence, key=attrgetter("rank"))
             sequence.num_computed_tokens = cached

@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING
 
 from npu_zoo.core.engine import CompletionOutput, FinishReason, RequestMetrics
 from npu_zoo.core.sampling import SamplingParams
+from npu_zoo.engine.block_table import BlockTable
+from npu_zoo.engine.penalties import SeenTokens
 
 if TYPE_CHECKING:
+    import torch
+
     from npu_zoo.engine.detokenizer import IncrementalDetokenizer
     from npu_zoo.engine.guidance import Guide
     from npu_zoo.engine.prompt_scores import PromptScores
@@ -33,6 +37,7 @@ class Sequence:
         guide: leads it along the form that its output has to have.
         form_start: tokens before that form, which are prompt and reasoning; None while the reasoning goes on.
         prompt_scores: what was asked about the prompt; None where nothing was.
+        seen: what penalties are made of; None until they are asked for.
     """
 
     index: int
@@ -50,10 +55,11 @@ class Sequence:
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     preemptions: int = 0
-    slots: list[int] = field(default_factory=list)
+    slots: BlockTable = field(default_factory=BlockTable)
     replica: int = 0
     digests: list[bytes] = field(default_factory=list)
     prompt_scores: PromptScores | None = None
+    seen: SeenTokens | None = None
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -90,6 +96,13 @@ class Sequence:
         """Tokens whose keys and values may come from the prefix cache: the others' hidden states are needed."""
         scores = self.prompt_scores
         return self.num_tokens - 1 if scores is None or scores.complete else scores.next - 1
+
+    def seen_tokens(self, vocab_size: int, device: torch.device) -> SeenTokens:
+        """What penalties are made of, for logits of a size and on a device."""
+        if self.seen is None:
+            self.seen = SeenTokens(vocab_size, device)
+        self.seen.update(self)
+        return self.seen
 
     def finish(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """End it."""

@@ -15,7 +15,7 @@ class StepRow:
 
     Attributes:
         token_ids: the tokens that are computed, from position ``start`` on.
-        slots: where the sequence's keys and values lie.
+        slots: where the sequence's keys and values lie; the sequence's own table, which stays as it is during the step.
         num_logits: how many of the last of them give logits that a next token is drawn from: none where the row ends
             inside the prompt, one after the sequence's last token, and one more after each draft.
         wants_prompt: whether the hidden states of all of them are asked for.
@@ -24,7 +24,7 @@ class StepRow:
 
     token_ids: tuple[int, ...]
     start: int
-    slots: tuple[int, ...]
+    slots: Sequence[int]
     num_logits: int
     wants_prompt: bool
     replica: int = 0
@@ -71,7 +71,7 @@ def _step_row(row: ScheduledRow) -> StepRow:
     return StepRow(
         token_ids=(*sequence.token_ids[row.start : row.start + row.num_known], *row.drafts),
         start=row.start,
-        slots=tuple(sequence.slots),
+        slots=sequence.slots,
         num_logits=row.num_sampled,
         wants_prompt=scores is not None and scores.wants(row.start, row.num_tokens),
         replica=sequence.replica,
@@ -100,6 +100,8 @@ def micro_batches(rows: Sequence[StepRow], replicas: int, stages: int) -> list[M
     There are as many as stages, or fewer where they would have less than :data:`MICRO_BATCH_TOKENS` tokens. Rows stay
     in their order; one may be cut in two, since the first part's keys and values are there before the second's turn.
     """
+    if replicas == stages == 1:
+        return [MicroBatch((tuple(rows),))]
     by_replica = [[row for row in rows if row.replica == number] for number in range(replicas)]
     largest = max(sum(row.num_tokens for row in own) for own in by_replica)
     parts = max(1, min(stages, largest // MICRO_BATCH_TOKENS))

@@ -14,6 +14,7 @@ from npu_zoo.core.errors import EngineError, WeightsError
 from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.nn.context import BuildContext, ForwardContext
 from npu_zoo.nn.embedding import Embedding, LMHead
+from npu_zoo.nn.layer import Layer
 from npu_zoo.nn.linear import Linear
 from npu_zoo.nn.mlp import MLP
 from npu_zoo.nn.model import CausalLM
@@ -22,7 +23,7 @@ from npu_zoo.nn.norm import RMSNorm
 from npu_zoo.nn.rotary import RotaryEmbedding
 
 
-class LlamaAttention(nn.Module):
+class LlamaAttention(Layer):
     """Grouped-query attention (arXiv:2305.13245) with rotary positions."""
 
     def __init__(self, config: ModelConfig, layer: int, context: BuildContext) -> None:
@@ -39,7 +40,7 @@ class LlamaAttention(nn.Module):
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], context: ForwardContext) -> Tensor:
         """[T, hidden_size] to [T, hidden_size]; ``rotation`` holds the rows' cosines and sines."""
-        query, key, value = (part.view(len(x), -1, self._head_dim) for part in self.qkv_proj.by_parts(x))
+        query, key, value = [part.view(x.shape[0], -1, self._head_dim) for part in self.qkv_proj.by_parts(x)]
         query, key = self._kernels.rotary_embedding(*self.prepare_heads(query, key), *rotation)
         return self._project(context.attend(self._layer, query, key, value))
 
@@ -52,7 +53,7 @@ class LlamaAttention(nn.Module):
         return projected
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Layer):
     """Attention and feed-forward, each behind a norm of the residual stream.
 
     Args:
@@ -77,7 +78,7 @@ class DecoderLayer(nn.Module):
         return self.mlp(x, context), residual
 
 
-class DecoderModel(nn.Module):
+class DecoderModel(Layer):
     """Embedding, the stack of layers, and the last norm; of a pipeline, one stage's share of them."""
 
     def __init__(self, config: ModelConfig, layers: Mapping[int, DecoderLayer], context: BuildContext) -> None:

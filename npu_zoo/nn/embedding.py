@@ -10,6 +10,7 @@ from npu_zoo.core.errors import WeightsError
 from npu_zoo.core.model_config import padded_vocab_size
 from npu_zoo.core.weights import Shard
 from npu_zoo.nn.context import BuildContext
+from npu_zoo.nn.layer import Layer
 from npu_zoo.nn.linear import Linear
 
 
@@ -27,7 +28,7 @@ def vocabulary_shard(vocab_size: int, context: BuildContext) -> Shard:
     return Shard(0, first, last, vocab_size)
 
 
-class Embedding(nn.Module):
+class Embedding(Layer):
     """Rows of a [vocab_size, hidden_size] table by token id; rows of padding follow, which no id reaches."""
 
     def __init__(self, vocab_size: int, hidden_size: int, context: BuildContext) -> None:

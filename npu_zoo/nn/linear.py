@@ -12,12 +12,13 @@ from npu_zoo.core.errors import HardwareError, WeightsError
 from npu_zoo.core.quantization import QuantizationConfig
 from npu_zoo.core.weights import Shard
 from npu_zoo.nn.context import BuildContext
-from npu_zoo.nn.kernels.table import Product, Stored, apply_parts
+from npu_zoo.nn.kernels.table import Product, Stored, apply_parts, pack_parts
+from npu_zoo.nn.layer import Layer
 from npu_zoo.nn.quantization import Quantization, require_shapes, split_parts, stacked_shape
 from npu_zoo.nn.staging import Staging
 
 
-class Linear(nn.Module):
+class Linear(Layer):
     """``x @ weight.T`` without bias.
 
     Several matrices that take the same input are stacked into one weight, so that one product serves them all.
@@ -26,6 +27,7 @@ class Linear(nn.Module):
     Attributes:
         quantizable: whether a quantized checkpoint has this layer quantized.
         quantization: how it is quantized; None where its weight is plain.
+        adopts: whether a weight may be packed from where the checkpoint's loader has it; see :meth:`adopt`.
 
     Args:
         parts: the checkpoint's name of each stacked matrix (``q_proj``) and its number of rows.
@@ -42,6 +44,7 @@ class Linear(nn.Module):
     """
 
     quantizable = True
+    adopts = True
 
     def __init__(
         self,
@@ -73,6 +76,7 @@ class Linear(nn.Module):
         self.weight = _parameter(torch.empty(rows, in_features, dtype=context.dtype))
         self._packed: Stored | None = None
         self._staging: Staging | None = None
+        self._adopted: dict[str, Tensor] = {}
 
     def quantize(self, quantization: Quantization) -> None:
         """Hold a quantized weight from now on; called before anything is allocated.
@@ -170,6 +174,23 @@ class Linear(nn.Module):
         """The weight as the kernel takes it: packed, once :meth:`pack` was called."""
         return self.weight if self._packed is None else self._packed
 
+    def adopt(self, view: str, tensor: Tensor) -> bool:
+        """Have a part's weight packed from where it is, without a copy between; False where that cannot be.
+
+        Args:
+            view: its name in :meth:`checkpoint_views`.
+            tensor: what was loaded, which stays as it is until :meth:`pack`.
+        """
+        alone = len(self.parts) == 1 and not self._padding
+        if not self.adopts or self._halves or self.quantization is not None or not self.weight.is_meta:
+            return False
+        if not self.packs or not (alone or hasattr(self._kernel, "pack_parts")):
+            return False
+        if tensor.dtype != self.weight.dtype or not tensor.is_contiguous():
+            return False
+        self._adopted[view] = tensor
+        return True
+
     def stage(self, staging: Staging) -> None:
         """Give tensors without storage buffers to be loaded into; :meth:`pack` gives them back."""
         for name in self._tensors:
@@ -177,6 +198,10 @@ class Linear(nn.Module):
             if tensor.is_meta:
                 setattr(self, name, _parameter(staging.take(tensor.shape, tensor.dtype)))
                 self._staging = staging
+        views = self.checkpoint_views() if self._adopted else {}
+        for name, tensor in self._adopted.items():  # another part has to be copied, so all are
+            views[name].data.copy_(tensor)
+        self._adopted.clear()
 
     def tie(self, weight: nn.Parameter) -> None:
         """Take another layer's [rows, in_features] weight; one that was loaded for this layer does not count."""
@@ -185,6 +210,9 @@ class Linear(nn.Module):
     def pack(self) -> None:
         """Bring the loaded weight into the kernel's layout, once; a layout that copies replaces the weight."""
         if self._packed is not None:
+            return
+        if self._adopted:
+            self._pack_adopted()
             return
         for name, view in self.checkpoint_views().items():
             part, _, tensor = name.partition(".")
@@ -199,6 +227,14 @@ class Linear(nn.Module):
         self._packed = self._kernel.pack(weight)
         if self._packed is not weight:
             self._release()
+
+    def _pack_adopted(self) -> None:
+        parts = [self._adopted[f"{part}.weight"] for part in self.parts]
+        if self._padding:
+            parts.append(torch.zeros(self._padding, self._in_features, dtype=self._dtype))
+        self._packed = pack_parts(self._kernel, parts)
+        self._adopted.clear()
+        self._release()
 
     def _pack_quantized(self, quantization: Quantization) -> Stored:
         tensors = {name: getattr(self, name).data for name in self._tensors}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from npu_zoo.core.attention import LatentKeys, LatentProjection
 from npu_zoo.core.errors import WeightsError
 from npu_zoo.core.model_config import MLAConfig, ModelConfig
 from npu_zoo.nn.context import BuildContext, ForwardContext
+from npu_zoo.nn.layer import Layer
 from npu_zoo.nn.linear import Linear
 from npu_zoo.nn.norm import RMSNorm
 
@@ -25,7 +26,7 @@ class UpProjection(Linear, LatentProjection):
         values: [num_heads, kv_lora_rank, v_head_dim], transposed, so that both forms of the attention read it in rows.
     """
 
-    quantizable = False
+    quantizable = adopts = False
 
     def __init__(self, num_heads: int, mla: MLAConfig, context: BuildContext) -> None:
         rows = num_heads * (mla.qk_nope_head_dim + mla.v_head_dim)
@@ -74,7 +75,7 @@ class UpProjection(Linear, LatentProjection):
         return self.keys, self.values
 
 
-class MultiHeadLatentAttention(nn.Module):
+class MultiHeadLatentAttention(Layer):
     """Attention whose cache holds one latent and one rotated key per token, whatever the number of heads.
 
     The checkpoint's rotated parts are interleaved: values 2i and 2i + 1 turn together.

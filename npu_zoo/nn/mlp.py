@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from npu_zoo.core.errors import WeightsError
 from npu_zoo.nn.context import BuildContext, ForwardContext
+from npu_zoo.nn.layer import Layer
 from npu_zoo.nn.linear import Linear
 
 
-class MLP(nn.Module):
+class MLP(Layer):
     """SwiGLU feed-forward (arXiv:2002.05202).
 
     Args:

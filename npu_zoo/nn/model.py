@@ -106,6 +106,16 @@ class CausalLM(nn.Module, ABC):
                 storage = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
                 setattr(module, name, nn.Parameter(storage, requires_grad=False))
 
+    def adopt(self, name: str, tensor: Tensor) -> bool:
+        """Have a linear layer's part packed from where its loader has it, which is in this host's memory, until then.
+
+        False where it must be copied to :meth:`storage_of`; see :meth:`Linear.adopt`.
+        """
+        awaited = self._awaited.get(name)
+        if awaited is None or self._staging is None or self._staging.device.type != "cpu":
+            return False
+        return awaited.linear.adopt(awaited.view, tensor)
+
     def storage_of(self, name: str) -> Tensor:
         """Where a linear layer's part is loaded that has no storage yet; gone once :meth:`tensor_loaded` packs it.
 

@@ -13,6 +13,7 @@ from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.nn.context import BuildContext, ForwardContext
 from npu_zoo.nn.expert_dispatch import AllGather, AllToAll, Dispatch
 from npu_zoo.nn.kernels.table import ExpertsKernel, Product, Stored
+from npu_zoo.nn.layer import Layer
 from npu_zoo.nn.linear import Linear
 from npu_zoo.nn.mlp import MLP
 from npu_zoo.nn.routing import Routing
@@ -35,7 +36,7 @@ class Router(nn.Module):
         return F.linear(x.float(), self.weight)
 
 
-class MoE(nn.Module):
+class MoE(Layer):
     """Routed experts, of which each token takes a few, and the shared ones, which every token takes.
 
     Parameters have the checkpoint's names: ``gate``, ``experts.N`` and ``shared_experts``.

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from npu_zoo.nn.context import BuildContext
+from npu_zoo.nn.layer import Layer
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Layer):
     """Root-mean-square norm, with the addition to the residual stream where one is given."""
 
     def __init__(self, hidden_size: int, eps: float, context: BuildContext) -> None:

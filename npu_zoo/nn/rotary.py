@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from npu_zoo.core.errors import WeightsError
 from npu_zoo.core.model_config import ModelConfig, RopeScaling, YarnParameters
 from npu_zoo.nn.context import BuildContext
 from npu_zoo.nn.kernels.table import rotary_tables
+from npu_zoo.nn.layer import Layer
 
 
-class RotaryEmbedding(nn.Module):
+class RotaryEmbedding(Layer):
     """Tables of cosines and sines for every position of the run.
 
     Angles are computed in float32 and stored in the model's dtype, as transformers does.

@@ -11,10 +11,13 @@ class Staging:
 
     They are used again and again, for the first touch of fresh memory costs more than the copy. Those that wait take no
     more than twice the largest: a file may hold all codes before the first scale, and then all are taken at once.
+
+    Attributes:
+        device: of the buffers.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._free: list[Tensor] = []
         self._taken: dict[int, Tensor] = {}
         self._largest = 0
@@ -24,7 +27,7 @@ class Staging:
         size = shape.numel() * dtype.itemsize
         fitting = [number for number, buffer in enumerate(self._free) if len(buffer) >= size]
         best = min(fitting, key=lambda number: len(self._free[number]), default=None)
-        buffer = torch.empty(size, dtype=torch.uint8, device=self._device) if best is None else self._free.pop(best)
+        buffer = torch.empty(size, dtype=torch.uint8, device=self.device) if best is None else self._free.pop(best)
         self._taken[buffer.data_ptr()] = buffer
         self._largest = max(self._largest, len(buffer))
         return buffer[:size].view(dtype).view(shape)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import os
 import signal
 import socket
@@ -71,6 +72,9 @@ def run(setup: EngineSetup, control: Channel) -> None:
         faulthandler.enable()
     with exit_on_sigterm():
         engine = create_engine(setup.config, lambda *stage: _tell(control, Loading(*stage)))
+    # What is there now stays: without this the collector would go through all of torch's modules in the midst of steps.
+    gc.collect()
+    gc.freeze()
     server = EngineServer(engine, socket.socket(fileno=setup.listener))
     signal.signal(signal.SIGTERM, lambda number, frame: server.stop())
     _tell(control, Started(server.info))

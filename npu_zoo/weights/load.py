@@ -150,6 +150,7 @@ def load_weights(
     ignored: Sequence[str] = (),
     shards: Mapping[str, Shard] | None = None,
     elsewhere: Collection[str] = (),
+    adopt: Callable[[str, Tensor], bool] | None = None,
     storage: Callable[[str], Tensor] | None = None,
     on_loaded: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -160,6 +161,8 @@ def load_weights(
         destinations: the checkpoint's tensor names and the views they are copied into; a fused parameter gives its
             parts as views of its rows. Entries are removed as they are filled, so that their storage can be given up.
         optional, ignored, shards, elsewhere: as for :func:`compare_shapes`.
+        adopt: offered a tensor whose destination is on the meta device, where the loader's tensors last; True where it
+            was taken as it is, and need not be copied.
         storage: asked, just before it is filled, for the storage of a destination that is on the meta device.
         on_loaded: called with each tensor's name once it is filled.
         progress: called after each tensor with the bytes done and the bytes in all.
@@ -183,9 +186,11 @@ def load_weights(
         for name, tensor in loader.tensors(shards, others):
             if name in destinations:
                 destination = destinations.pop(name)
-                if destination.is_meta and storage is not None:
-                    destination = storage(name)
-                _copy(name, destination, tensor, loader.directory)
+                offered = adopt is not None and destination.is_meta and loader.tensors_last
+                if not (offered and adopt is not None and adopt(name, tensor)):
+                    if destination.is_meta and storage is not None:
+                        destination = storage(name)
+                    _copy(name, destination, tensor, loader.directory)
                 del destination
                 count += 1
                 if on_loaded is not None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 class SourceLoader(WeightLoader):
     """Whole tensors of a checkpoint, whatever its files hold of each."""
 
+    tensors_last = True
+
     @abstractmethod
     def open(self, directory: Path) -> Source:
         """The checkpoint as a source."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_DROPPED_AT_ONCE = 32 << 20
 _NAMES = ShardNames(single=SINGLE_FILE, index=INDEX_FILE, pattern="*.safetensors")
 
 
@@ -28,6 +29,8 @@ class SafetensorsLoader(WeightLoader):
     ``model.safetensors`` is taken where it exists, else the shards that ``model.safetensors.index.json`` names, else
     every ``*.safetensors`` file.
     """
+
+    tensors_last = True
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor's name and shape, read from headers alone.
@@ -46,8 +49,9 @@ class SafetensorsLoader(WeightLoader):
     ) -> Iterator[tuple[str, Tensor]]:
         """Every tensor in file order, in the stored dtype, as a read-only view of the mapped file.
 
-        A tensor is valid until the next one is asked for; its pages are dropped from memory then. Writing into it
-        ends the process: consumers copy. Of a part only the pages that it lies in are read.
+        Pages of a tensor are dropped from memory some time after the next one was asked for, and are read anew where
+        somebody looks at them later. Writing into it ends the process. Of a part only the pages that it lies in are
+        read.
         """
         for path, entries in self._files.items():
             for name, tensor in _map_tensors(path, entries):
@@ -71,10 +75,11 @@ def _map_tensors(path: Path, entries: tuple[TensorEntry, ...]) -> Iterator[tuple
     buffer = map_file(path)
     if len(buffer) != size:
         raise WeightsError(f"{path}: the file changed from {size} to {len(buffer)} bytes while it was being loaded")
-    dropped = 0
+    dropped = before = 0
     for entry in entries:
         yield entry.name, view_tensor(buffer, entry)
         consumed = entry.stop // mmap.PAGESIZE * mmap.PAGESIZE
-        if consumed > dropped and hasattr(mmap, "MADV_DONTNEED"):
-            buffer.madvise(mmap.MADV_DONTNEED, dropped, consumed - dropped)
-        dropped = consumed
+        if consumed - dropped >= _DROPPED_AT_ONCE and hasattr(mmap, "MADV_DONTNEED"):
+            # From before the last stretch on: a layer may have looked once more at what was dropped before it had all.
+            buffer.madvise(mmap.MADV_DONTNEED, before, consumed - before)
+            before, dropped = dropped, consumed

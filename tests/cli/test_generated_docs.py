@@ -50,10 +50,11 @@ def test_contributing_leaves_the_line_of_imports_to_the_design() -> None:
 def test_a_changed_page_fails_with_the_difference(tmp_path: Path) -> None:
     (tmp_path / "scripts").mkdir()
     (tmp_path / "docs").mkdir()
-    for script in (SCRIPT, SCRIPT.with_name("serving_pages.py"), SCRIPT.with_name("speculative_page.py")):
-        (tmp_path / "scripts" / script.name).write_bytes(script.read_bytes())
+    for name in ("generate_docs.py", "serving_pages.py", "speculative_page.py", "host_page.py"):
+        (tmp_path / "scripts" / name).write_bytes(SCRIPT.with_name(name).read_bytes())
     (tmp_path / "benchmarks").mkdir()
-    for record in ("quantization.json", "convert.json", "parallel.json", "speculative.json", "soak.json", "serve.json"):
+    records = ("quantization", "convert", "parallel", "speculative", "soak", "serve", "host")
+    for record in (f"{name}.json" for name in records):
         (tmp_path / "benchmarks" / record).write_bytes((ROOT / "benchmarks" / record).read_bytes())
     for name in ("matrix.md", "cli.md", "simulator-operators.md"):
         (tmp_path / "docs" / name).write_text((ROOT / "docs" / name).read_text().replace("atlas_800t_a2", "atlas"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,62 @@ def test_a_layer_is_packed_once_all_its_parts_are_in(tmp_path: Path) -> None:
     model.storage_of("model.layers.1.self_attn.q_proj.weight")
     assert second.weight.data_ptr() == buffer
     assert first(torch.eye(64))[0].tolist() == values
+
+
+class TransposedParts(Transposed):
+    """One that takes the parts of a weight from where they are; remembers where."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def pack_parts(self, parts: Sequence[Tensor]) -> Tensor:
+        self.seen += [part.data_ptr() for part in parts]
+        return torch.cat(list(parts)).t().contiguous()
+
+
+def test_parts_are_packed_from_where_they_are(tmp_path: Path) -> None:
+    kernel = TransposedParts()
+    kernels = dataclasses.replace(reference_kernels(), linear=kernel)
+    model = build(write_checkpoint(tmp_path / "weights", tokenizer=False), kernels)
+    model.allocate(torch.device("cpu"))
+    parts = {part: torch.full((64 if part == "q" else 32, 64), float(ord(part))) for part in "kvq"}
+    for part, tensor in parts.items():
+        name = f"model.layers.0.self_attn.{part}_proj.weight"
+        assert model.adopt(name, tensor)
+        model.tensor_loaded(name)
+    layer = model.model.layers["0"].self_attn.qkv_proj
+    assert kernel.seen == [parts[part].data_ptr() for part in "qkv"]
+    assert layer(torch.eye(64))[0].tolist() == [ord("q")] * 64 + [ord("k")] * 32 + [ord("v")] * 32
+    assert layer.weight.numel() == 0
+
+
+@pytest.mark.parametrize(
+    "other", [torch.ones(32, 64, dtype=torch.float64), torch.ones(64, 32).t()], ids=["dtype", "order"]
+)
+def test_parts_of_a_layer_are_all_copied_where_one_must_be(tmp_path: Path, other: Tensor) -> None:
+    kernel = TransposedParts()
+    kernels = dataclasses.replace(reference_kernels(), linear=kernel)
+    model = build(write_checkpoint(tmp_path / "weights", tokenizer=False), kernels)
+    model.allocate(torch.device("cpu"))
+    layer = model.model.layers["0"].self_attn.qkv_proj
+    names = {part: f"model.layers.0.self_attn.{part}_proj.weight" for part in "qkv"}
+    assert model.adopt(names["q"], torch.full((64, 64), 2.0))
+    model.tensor_loaded(names["q"])
+    for part in "kv":
+        assert not model.adopt(names[part], other)
+        model.storage_of(names[part]).copy_(other)
+        model.tensor_loaded(names[part])
+    assert not kernel.seen
+    assert layer(torch.eye(64))[0].tolist() == [2.0] * 64 + [1.0] * 64
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_kernel_that_keeps_the_weight_as_it_is_gets_a_copy(tmp_path: Path, device: str) -> None:
+    """It would hold a mapped file otherwise; and what is not in this host's memory must be brought there."""
+    kernels = dataclasses.replace(reference_kernels(), **({"linear": TransposedParts()} if device == "meta" else {}))
+    model = build(write_checkpoint(tmp_path / "weights", tokenizer=False), kernels)
+    model.allocate(torch.device(device))
+    assert not model.adopt("model.layers.0.self_attn.o_proj.weight", torch.ones(64, 64))
 
 
 def test_storage_is_only_for_what_waits_for_it(tmp_path: Path) -> None:

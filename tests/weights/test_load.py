@@ -136,3 +136,28 @@ def test_a_part_of_another_whole_is_misshapen(tmp_path: Path) -> None:
     checkpoint = loader(tmp_path, {"w": torch.ones(4, 6)})
     comparison = compare_shapes({"w": torch.zeros(2, 6)}, checkpoint.shapes(), shards={"w": Shard(0, 0, 2, 8)})
     assert comparison.misshapen == (("w", (4, 6), (8, 6)),)
+
+
+def test_what_is_adopted_is_not_copied(tmp_path: Path) -> None:
+    source = {"a": torch.randn(3), "b": torch.randn(2)}
+    taken: dict[str, Tensor] = {}
+    storage = {"b": torch.zeros(2)}
+
+    def adopt(name: str, tensor: Tensor) -> bool:
+        return name == "a" and taken.setdefault(name, tensor) is tensor
+
+    destinations = {name: tensor.to("meta") for name, tensor in source.items()}
+    report = load_weights(destinations, loader(tmp_path, source), adopt=adopt, storage=storage.__getitem__)
+    assert report.tensors == 2
+    assert torch.equal(taken["a"], source["a"])
+    assert torch.equal(storage["b"], source["b"])
+
+
+def test_what_does_not_last_is_not_offered(tmp_path: Path) -> None:
+    checkpoint = loader(tmp_path, {"a": torch.ones(3)})
+    checkpoint.tensors_last = False
+    storage = torch.zeros(3)
+    load_weights(
+        {"a": torch.ones(3, device="meta")}, checkpoint, adopt=lambda name, tensor: True, storage=lambda name: storage
+    )
+    assert storage.tolist() == [1, 1, 1]

@@ -10,10 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from npu_zoo.core.sampling import SamplingParams
+from npu_zoo.engine.penalties import SeenTokens
 from npu_zoo.engine.scheduler import ScheduledRow
 from npu_zoo.engine.sequence import Sequence
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -46,15 +51,9 @@ class DraftPosition:
         """With the drafts."""
         return self.sequence.num_output_tokens + len(self.drafts)
 
-    @property
-    def token_ids(self) -> list[int]:
+    def seen_tokens(self, vocab_size: int, device: torch.device) -> SeenTokens:
         """With the drafts."""
-        return [*self.sequence.token_ids, *self.drafts]
-
-    @property
-    def output_token_ids(self) -> list[int]:
-        """With the drafts."""
-        return [*self.sequence.output_token_ids, *self.drafts]
+        return self.sequence.seen_tokens(vocab_size, device).followed_by(self.drafts)
 
 
 def positions(row: ScheduledRow) -> list[Sequence | DraftPosition]:

@@ -59,4 +59,4 @@ def tiled(row: SequenceSlice, slot_size: int, tiles: int) -> SequenceSlice:
             f"a sequence takes one slot of {slot_size} tokens"
         )
     first = row.slots[0] * tiles
-    return replace(row, slots=tuple(range(first, first + tiles)))
+    return replace(row, slots=range(first, first + tiles))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from npu_zoo.core.attention import SequenceSlice
+from npu_zoo.nn.attention.tables import first_blocks
 
 # A shared prefix costs a gather and a merge; below this many saved token reads they are not worth it.
 _MIN_SAVED_TOKENS = 1024
@@ -39,7 +40,7 @@ def find_shared_prefixes(rows: Sequence[SequenceSlice], block_size: int, cost: i
 
 def _shared_blocks(rows: list[SequenceSlice], block_size: int) -> int:
     limit = min(row.start for row in rows) // block_size
-    tables = np.array([row.slots[:limit] for row in rows])
+    tables = np.stack([first_blocks(row.slots, limit) for row in rows])
     same = (tables == tables[0]).all(axis=0)
     return limit if same.all() else int(same.argmin())
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import chain
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +28,17 @@ def check_tables(rows: list[SequenceSlice], counts: NDArray[np.int64]) -> None:
 
 def block_tables(rows: list[SequenceSlice], counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """The blocks of all rows, one row after the other, exactly as many as each needs."""
-    used = (row.slots[:count] for row, count in zip(rows, counts.tolist(), strict=True))
-    return np.fromiter(chain.from_iterable(used), dtype=np.int64, count=int(counts.sum()))
+    if not rows:
+        return np.empty(0, dtype=np.int64)
+    used = [first_blocks(row.slots, count) for row, count in zip(rows, counts.tolist(), strict=True)]
+    return np.concatenate(used, dtype=np.int64)
+
+
+def first_blocks(slots: Sequence[int], count: int) -> NDArray[np.integer[Any]]:
+    """The first blocks of a table, without going through them where it is an array's."""
+    if isinstance(slots, range):
+        return np.arange(slots.start, slots.start + count)
+    return np.asarray(slots)[:count]
 
 
 def split_tables(tables: NDArray[np.int64], counts: NDArray[np.int64]) -> list[NDArray[np.int64]]:
@@ -46,5 +56,5 @@ def token_places(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The block of every new token, and its place within it."""
     positions = np.arange(lengths.sum()) + np.repeat(starts - first_tokens, lengths)
-    first_blocks = np.repeat(np.cumsum(counts) - counts, lengths)
-    return tables[first_blocks + positions // block_size], positions % block_size
+    row_starts = np.repeat(np.cumsum(counts) - counts, lengths)
+    return tables[row_starts + positions // block_size], positions % block_size

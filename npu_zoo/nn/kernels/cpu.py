@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -112,3 +113,30 @@ def experts(
             output = linear.apply(silu_and_mul(linear.apply(x.index_select(0, rows), gate_up[expert])), down[expert])
             total.index_add_(0, rows, output * scale)
     return total.to(x.dtype)
+
+
+def top_k_top_p(logits: Tensor, top_k: Sequence[int], top_p: Sequence[float]) -> Tensor:
+    """As the reference, a row at a time, with numpy's sort, which compares vectors of values at once."""
+    cut = torch.empty_like(logits)
+    for row, kept, k, p in zip(logits, cut, top_k, top_p, strict=True):
+        # What is above the next smaller number is not below the least; a mask of booleans takes ten times as long.
+        beyond = np.nextafter(_least(row, k, p), np.float32(-np.inf))
+        torch.threshold(row, float(beyond), -torch.inf, out=kept)
+    return cut
+
+
+def _least(row: Tensor, top_k: int, top_p: float) -> np.float32:
+    """The least logit of a row that is kept."""
+    size, values = len(row), row.numpy()
+    kept = min(top_k or size, size)
+    least: np.float32
+    if top_p >= 1.0:
+        least = np.float32(-np.inf) if kept == size else np.partition(values, size - kept)[size - kept]
+        return least
+    ordered = torch.from_numpy(np.sort(values)[size - kept :]).flip(0)
+    weights = torch.exp(ordered - ordered[0])
+    sums = weights.cumsum(0, dtype=torch.float64)
+    before = (sums - weights).numpy()
+    within = int(np.searchsorted(before, top_p * float(sums[-1])))  # tokens before whose turn less was kept
+    least = ordered.numpy()[max(within, 1) - 1]
+    return least

@@ -31,6 +31,17 @@ class LinearKernel(Protocol):
         """[..., in] to [..., out]."""
 
 
+def pack_parts(kernel: LinearKernel, parts: Sequence[Tensor]) -> Stored:
+    """The stored form of a weight whose rows lie in several tensors, one after the other.
+
+    A kernel that need not have them in one place has ``pack_parts(parts)``.
+    """
+    own: Callable[[Sequence[Tensor]], Stored] | None = getattr(kernel, "pack_parts", None)
+    if own is not None:
+        return own(parts)
+    return kernel.pack(parts[0] if len(parts) == 1 else torch.cat(list(parts)))
+
+
 class Product(Protocol):
     """What multiplies with a stored weight: a kernel of plain or of quantized weights."""
 

@@ -101,7 +101,7 @@ def register_kernels() -> list[KernelSpec]:
         _cpu("silu_and_mul", "cpu:silu_and_mul", "torch's own operators, written in place"),
         _cpu("route_tokens", "reference:route_tokens", "torch's own operators, in float32"),
         _cpu("experts", "cpu:experts", "tokens sorted by expert, a product per expert that was hit"),
-        _cpu("top_k_top_p", "reference:top_k_top_p", "torch's own operators"),
+        _cpu("top_k_top_p", "cpu:top_k_top_p", "numpy's sort, a row at a time"),
         _cpu("linear", "cpu:PackedLinear", "oneDNN, with the weight in its own layout", ("float32", "bfloat16")),
         KernelSpec(
             name="cpu_plain_linear",

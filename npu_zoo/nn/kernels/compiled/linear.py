@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from npu_zoo.nn.kernels.compiled.binding import ADDRESS, COUNT, SIZE, Function, allocate
 
+CHANNELS_OF_A_PANEL = 16
 INPUTS_OF_A_BLOCK = 32
 """Panels hold so many inputs together, and are filled up with zeros."""
 
@@ -44,10 +46,20 @@ class PanelLinear:
     @staticmethod
     def pack(weight: Tensor) -> Panels:
         """The panels of a [out, in] weight."""
-        channels, inputs = weight.shape
+        return PanelLinear.pack_parts([weight])
+
+    @staticmethod
+    def pack_parts(parts: Sequence[Tensor]) -> Panels:
+        """The panels of a weight whose rows lie in several tensors; only the last may end within a panel."""
+        if any(len(part) % CHANNELS_OF_A_PANEL for part in parts[:-1]):
+            parts = [torch.cat(list(parts))]
+        channels, inputs = sum(map(len, parts)), parts[0].shape[1]
         values = allocate(_packed_bytes(channels, inputs))
-        rows = weight if weight.stride(1) == 1 else weight.contiguous()
-        _pack(rows.data_ptr(), rows.stride(0), channels, inputs, values.data_ptr(), torch.get_num_threads())
+        address = values.data_ptr()
+        for part in parts:
+            rows = part if part.stride(1) == 1 else part.contiguous()
+            _pack(rows.data_ptr(), rows.stride(0), len(rows), inputs, address, torch.get_num_threads())
+            address += _packed_bytes(len(rows), inputs)
         return Panels(values, values.data_ptr(), channels, inputs)
 
     @staticmethod
