@@ -70,6 +70,9 @@ class MoE(Layer):
         self._gate_up = [expert.gate_up_proj for expert in experts]
         self._down = [expert.down_proj for expert in experts]
         self._stacked: tuple[Stored, Stored] | None = None
+        # Elsewhere the routed experts get other tokens than the shared ones do.
+        self._same_tokens = context.ranks.dp.size == 1 and self._dispatch is self._all_gather
+        self._shared_along = False
 
     def check_quantization(self) -> None:
         """Called once the linear layers know how they are quantized.
@@ -88,11 +91,18 @@ class MoE(Layer):
             layer.require(self._experts_kernel)
 
     def finish_loading(self) -> None:
-        """Stack the experts' weights where the kernel takes them so, once; the experts then hold none."""
+        """Stack the experts' weights where the kernel takes them so, once; the routed experts then hold none."""
         stack = getattr(self._experts_kernel, "stack", None)
         if stack is None or self._stacked is not None:
             return
         self._stacked = self._stack(stack, self._gate_up), self._stack(stack, self._down)
+        with_shared = getattr(self._experts_kernel, "with_shared", None)
+        if with_shared is None or self.shared_experts is None or not self._same_tokens:
+            return
+        shared = self.shared_experts.gate_up_proj.stored, self.shared_experts.down_proj.stored
+        both = with_shared(self._stacked, shared)
+        if both is not None:
+            self._stacked, self._shared_along = both, True
 
     @property
     def _experts_kernel(self) -> ExpertsKernel:
@@ -120,7 +130,8 @@ class MoE(Layer):
         routed = dispatch(x, context.replica_tokens if context else ())
         if not len(x):
             return x
-        return self._tp.all_reduce(routed if self.shared_experts is None else routed + self.shared_experts(x))
+        shared = None if self._shared_along else self.shared_experts
+        return self._tp.all_reduce(routed if shared is None else routed + shared(x))
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self._kernels.route_tokens(self.gate(x), self.gate.e_score_correction_bias, self.routing)

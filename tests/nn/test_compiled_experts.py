@@ -10,11 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from npu_zoo.compiled.library import obstacle
+from npu_zoo.core.model_config import ModelConfig, MoEConfig
+from npu_zoo.nn.context import BuildContext
 from npu_zoo.nn.kernels import reference
 from npu_zoo.nn.kernels.compiled.experts import StackedPanels, experts, route_tokens
 from npu_zoo.nn.kernels.compiled.heads import head_linear
 from npu_zoo.nn.kernels.compiled.linear import PanelLinear
+from npu_zoo.nn.kernels.table import bind_kernels
+from npu_zoo.nn.linear import Linear
+from npu_zoo.nn.mlp import MLP
+from npu_zoo.nn.moe import MoE
 from npu_zoo.nn.routing import Routing
+from npu_zoo.registry import get_registry
+from npu_zoo.selection import select_kernels
 
 pytestmark = pytest.mark.skipif(bool(obstacle()), reason=f"the compiled kernels cannot serve: {obstacle()}")
 
@@ -114,6 +122,57 @@ def test_a_token_that_is_not_a_number_leaves_others_alone(tokens: int) -> None:
     found = model(x, ids, weights)
     assert found[0].isnan().all()
     assert torch.equal(found[1:], due[1:])
+
+
+def moe_layer(shared: int, width: int) -> MoE:
+    """A layer of the kernels that a run takes, with random weights."""
+    moe = MoEConfig(n_routed_experts=5, moe_intermediate_size=width, num_experts_per_tok=2, n_shared_experts=shared)
+    config = ModelConfig(
+        moe=moe,
+        hidden_size=40,
+        intermediate_size=40,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=20,
+        vocab_size=64,
+        max_position_embeddings=64,
+    )
+    kernels = bind_kernels(select_kernels(get_registry().kernels, "cpu", "bfloat16"))
+    layer = MoE(config, BuildContext(kernels, torch.bfloat16, 64))
+    for number, parameter in enumerate(layer.parameters()):
+        parameter.copy_(noise(*parameter.shape, seed=number) / parameter.shape[-1] ** 0.5)
+    return layer
+
+
+def finish(layer: MoE) -> MoE:
+    for module in layer.modules():
+        if isinstance(module, Linear):
+            module.pack()
+    layer.finish_loading()
+    return layer
+
+
+@pytest.mark.parametrize(("shared", "width"), [(1, 32), (2, 48), (3, 16), (1, 24)])
+def test_the_shared_experts_are_computed_along(shared: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or by themselves, where panels are not whole; with the same result."""
+    due_layer, layer = moe_layer(shared, width).float(), finish(moe_layer(shared, width))
+    called: list[int] = []
+    plain = MLP.forward
+    monkeypatch.setattr(MLP, "forward", lambda self, x, *more: (called.append(len(x)), plain(self, x, *more))[1])
+    for tokens in (1, 2, 16, 50):
+        x = noise(tokens, 40, seed=tokens).bfloat16()
+        found = layer(x)
+        weights, ids = reference.route_tokens(due_layer.gate(x), None, due_layer.routing)
+        parts = [[e.gate_up_proj.weight, e.down_proj.weight] for e in due_layer.experts.values()]
+        gate_up, down = zip(*parts, strict=True)
+        arguments = ids, weights, gate_up, down, reference.Linear, reference.silu_and_mul
+        due = reference.experts(x.float(), *arguments)
+        assert due_layer.shared_experts is not None
+        both = [due_layer.shared_experts.gate_up_proj.weight, due_layer.shared_experts.down_proj.weight]
+        due += F.linear(reference.silu_and_mul(F.linear(x.float(), both[0])), both[1])
+        assert_close(found, due)
+    assert called == ([] if width % 16 == 0 else [1, 2, 16, 50])
 
 
 def with_threads(call: Callable[[], Tensor]) -> list[Tensor]:

@@ -1,5 +1,6 @@
 // Routed experts, SwiGLU feed-forwards in bfloat16, added up by their weights in float32 and rounded once.
 //
+// The shared experts, one feed-forward of their own width, are one more that every token goes to with weight one.
 // Slots, a token's place with one of its experts, are sorted by expert. Threads share every expert's panels, so that they
 // have as much to do whatever number of tokens goes where, and each reads its panels one after the other.
 #include <vector>
@@ -18,25 +19,36 @@ constexpr bool kTiles = true;
 constexpr bool kTiles = false;
 #endif
 
-// An expert that tokens go to.
-struct Share {
-  int64_t expert;
-  int64_t rows;
-  int64_t slot;   // its first
-  int64_t group;  // its first 16 rows in the workspace
+struct FeedForward {
+  const bf16 *gate_up, *down;
+  int64_t width;
 
-  bool tiled() const { return kTiles && rows > 1; }
+  int64_t panels() const { return width / kPanel; }
+  int64_t blocks() const { return ceil_div(width, kBlock); }
 };
 
-struct Weights {
-  const bf16* const* gate_up;
-  const bf16* const* down;
+// An expert that tokens go to.
+struct Share {
+  FeedForward weights;
+  int64_t rows;
+  int64_t slot;         // its first
+  int64_t group;        // its first 16 rows among the inputs
+  int64_t activations;  // where its own begin
+
+  bool tiled() const { return kTiles && rows > 1; }
+  int64_t groups() const { return ceil_div(rows, kPanel); }
+  int64_t end() const { return activations + groups() * weights.blocks() * kBlockValues; }
+};
+
+struct Experts {
+  const bf16 *const *gate_up, *const *down;
+  int64_t width, count;
+  FeedForward shared;  // without weights where there are none
 };
 
 struct Step {
   const bf16* x;
-  int64_t x_stride, tokens, hidden, width;
-  Weights weights;
+  int64_t x_stride, tokens, hidden;
   const std::vector<Share>* shares;
   const int64_t* slot_tokens;
   const float* slot_scales;
@@ -45,32 +57,42 @@ struct Step {
   float* sums;        // [tokens][hidden], filled up to whole panels
 
   int64_t x_blocks() const { return ceil_div(hidden, kBlock); }
-  int64_t blocks() const { return ceil_div(width, kBlock); }
-  int64_t panels() const { return width / kPanel; }
-  bf16* activations_of(const Share& share) const { return activations + share.group * kPanel * blocks() * kBlock; }
+  bf16* activations_of(const Share& share) const { return activations + share.activations; }
 };
+
+void add_share(std::vector<Share>& shares, const FeedForward& weights, int64_t rows) {
+  if (!rows) return;
+  if (shares.empty()) return shares.push_back({weights, rows, 0, 0, 0});
+  const Share& last = shares.back();
+  shares.push_back({weights, rows, last.slot + last.rows, last.group + last.groups(), last.end()});
+}
 
 // Sorts slots by expert, tokens in order; experts of other ranks, whose ids are too large, are left out.
 void sort_slots(
-    const int64_t* ids, const float* scales, int64_t tokens, int64_t top_k, int64_t experts, std::vector<Share>& shares,
-    std::vector<int64_t>& next, int64_t* slot_tokens, float* slot_scales) {
-  next.assign(experts, 0);
+    const int64_t* ids, const float* scales, int64_t tokens, int64_t top_k, const Experts& experts,
+    std::vector<Share>& shares, std::vector<int64_t>& next, int64_t* slot_tokens, float* slot_scales) {
+  next.assign(experts.count, 0);
   for (int64_t at = 0; at < tokens * top_k; ++at)
-    if (ids[at] < experts) ++next[ids[at]];
+    if (ids[at] < experts.count) ++next[ids[at]];
   shares.clear();
-  int64_t slot = 0, group = 0;
-  for (int64_t expert = 0; expert < experts; ++expert) {
+  int64_t slot = 0;
+  for (int64_t expert = 0; expert < experts.count; ++expert) {
     const int64_t rows = next[expert];
     next[expert] = slot;
-    if (rows) shares.push_back({expert, rows, slot, group});
     slot += rows;
-    group += ceil_div(rows, kPanel);
+    add_share(shares, {experts.gate_up[expert], experts.down[expert], experts.width}, rows);
   }
   for (int64_t at = 0; at < tokens * top_k; ++at) {
-    if (ids[at] >= experts) continue;
+    if (ids[at] >= experts.count) continue;
     const int64_t to = next[ids[at]]++;
     slot_tokens[to] = at / top_k;
     slot_scales[to] = scales[at];
+  }
+  if (!experts.shared.gate_up) return;
+  add_share(shares, experts.shared, tokens);
+  for (int64_t token = 0; token < tokens; ++token) {
+    slot_tokens[slot + token] = token;
+    slot_scales[slot + token] = 1.0f;
   }
 }
 
@@ -80,18 +102,20 @@ inline void put_activations(bf16* to, Floats gate, Floats up, bool last) {
   if (last) store_bf16(to + kPanel, Floats{});
 }
 
-inline bool is_half_block(const Step& step, int64_t panel) { return panel + 1 == step.panels() && panel % 2 == 0; }
+inline bool is_half_block(const Share& share, int64_t panel) {
+  return panel + 1 == share.weights.panels() && panel % 2 == 0;
+}
 
 template <int kRows>
 void activate_rows(const Step& step, const Share& share, int64_t row, int64_t panel) {
   const bf16* x[kRows];
   for (int r = 0; r < kRows; ++r) x[r] = step.x + step.slot_tokens[share.slot + row + r] * step.x_stride;
-  const int64_t stride = panel_values(step.hidden), to_stride = step.blocks() * kBlock;
+  const int64_t stride = panel_values(step.hidden), to_stride = share.weights.blocks() * kBlock;
   Floats sums[kRows][2];
-  const bf16* gate = step.weights.gate_up[share.expert] + panel * stride;
-  multiply_rows<kRows, 2>(x, gate, step.panels() * stride, step.x_blocks(), sums);
+  const bf16* gate = share.weights.gate_up + panel * stride;
+  multiply_rows<kRows, 2>(x, gate, share.weights.panels() * stride, step.x_blocks(), sums);
   bf16* to = step.activations_of(share) + row * to_stride + panel * kPanel;
-  for (int r = 0; r < kRows; ++r) put_activations(to + r * to_stride, sums[r][0], sums[r][1], is_half_block(step, panel));
+  for (int r = 0; r < kRows; ++r) put_activations(to + r * to_stride, sums[r][0], sums[r][1], is_half_block(share, panel));
 }
 
 // Panels [first, last) of an expert's gate, and as many of what it is multiplied with.
@@ -122,18 +146,18 @@ void gather(const Step& step, int part, int parts) {
 
 void put_group(const Step& step, const Share& share, int64_t row, int rows, int64_t panel, const float* gate,
                const float* up) {
-  const int64_t group = step.blocks() * kBlockValues;
+  const int64_t group = share.weights.blocks() * kBlockValues;
   bf16* to = step.activations_of(share) + row / kPanel * group + panel / 2 * kBlockValues + panel % 2 * kPanel;
   for (int r = 0; r < rows; ++r)
     put_activations(to + r * kBlock, load<Floats>(gate + r * kLanes), load<Floats>(up + r * kLanes),
-                    is_half_block(step, panel));
+                    is_half_block(share, panel));
 }
 
 // As `activate`, for a share whose rows were gathered.
 void activate_tiled(const Step& step, const Share& share, int64_t first, int64_t last) {
   const int64_t blocks = step.x_blocks(), stride = panel_values(step.hidden), group = blocks * kBlockValues;
   const Rows x{step.inputs + share.group * group, kBlockValues, kBlock, group};
-  const bf16* packed = step.weights.gate_up[share.expert];
+  const bf16* packed = share.weights.gate_up;
   constexpr int64_t kStep = 2 * kPanel;
   const int64_t chunk = std::max<int64_t>(1, kCachedValues / (kStep * blocks * kBlock)) * kStep;
   alignas(64) float gate[kPanel * kLanes], up[kPanel * kLanes];
@@ -145,7 +169,7 @@ void activate_tiled(const Step& step, const Share& share, int64_t first, int64_t
         const int upper = std::min<int64_t>(end - row, kPanel), lower = std::min<int64_t>(end - row - upper, kPanel);
         if (shaped != upper + lower) shape_tiles(upper, std::max(lower, 1)), shaped = upper + lower;
         auto sum = lower ? multiply_blocks<true, true> : multiply_blocks<false, true>;
-        sum(x, row, 0, blocks, packed + panel * stride, step.panels() * stride);
+        sum(x, row, 0, blocks, packed + panel * stride, share.weights.panels() * stride);
         _tile_stored(0, gate, 64);
         _tile_stored(1, up, 64);
         put_group(step, share, row, upper, panel, gate, up);
@@ -174,11 +198,12 @@ struct WeightedSums {
 
 // Output channels of panels [first, last) for all tokens.
 void project(const Step& step, int64_t first, int64_t last, const Output& out) {
-  const int64_t stride = ceil_div(step.hidden, kPanel) * kPanel, blocks = step.blocks();
+  const int64_t stride = ceil_div(step.hidden, kPanel) * kPanel;
   for (int64_t token = 0; token < step.tokens; ++token)
     std::fill(step.sums + token * stride + first * kPanel, step.sums + token * stride + last * kPanel, 0.0f);
   for (const Share& share : *step.shares) {
-    const bf16* packed = step.weights.down[share.expert];
+    const int64_t blocks = share.weights.blocks();
+    const bf16* packed = share.weights.down;
     const bf16* rows = step.activations_of(share);
     const WeightedSums sums{step, share};
 #if defined(ZOO_TILES)
@@ -203,21 +228,25 @@ thread_local std::vector<int64_t> next_slot;
 
 extern "C" {
 
-// x: [tokens, hidden], rows `x_stride` values apart, filled up to a multiple of 32; width: a multiple of 16; ids and
-// scales: [tokens, top_k]; gate_up, down: each expert's panels, of 2 * width and of hidden channels; out: [tokens, hidden].
+// x: [tokens, hidden], rows `x_stride` values apart, filled up to a multiple of 32; widths: multiples of 16; ids and
+// scales: [tokens, top_k]; gate_up, down: each expert's panels, of 2 * width and of hidden channels; shared_gate_up,
+// shared_down: those of the shared experts, or null; out: [tokens, hidden].
 void zoo_experts(const bf16* x, int64_t x_stride, int64_t tokens, int64_t hidden, int64_t width, const int64_t* ids,
                  const float* scales, int64_t top_k, const bf16* const* gate_up, const bf16* const* down,
-                 int64_t experts, bf16* out, int threads) {
-  const int64_t slots = tokens * top_k;
+                 int64_t count, const bf16* shared_gate_up, const bf16* shared_down, int64_t shared_width, bf16* out,
+                 int threads) {
+  const int64_t slots = tokens * (top_k + 1), panels = ceil_div(hidden, kPanel);
+  const Experts experts{gate_up, down, width, count, {shared_gate_up, shared_down, shared_width}};
   sort_slots(ids, scales, tokens, top_k, experts, shares, next_slot, slot_tokens.take<int64_t>(slots),
              slot_scales.take<float>(slots));
-  const int64_t groups = shares.empty() ? 0 : shares.back().group + ceil_div(shares.back().rows, kPanel);
   const bool tiled = std::any_of(shares.begin(), shares.end(), [](const Share& share) { return share.tiled(); });
-  const int64_t panels = ceil_div(hidden, kPanel);
-  Step step{x, x_stride, tokens, hidden, width, {gate_up, down}, &shares, slot_tokens.take<int64_t>(slots),
-            slot_scales.take<float>(slots), nullptr, nullptr, sums.take<float>(tokens * panels * kPanel)};
-  step.activations = activations.take<bf16>(groups * step.blocks() * kBlockValues);
-  if (tiled) step.inputs = inputs.take<bf16>(groups * step.x_blocks() * kBlockValues);
+  Step step{x, x_stride, tokens, hidden, &shares, slot_tokens.take<int64_t>(slots), slot_scales.take<float>(slots), nullptr, nullptr,
+            sums.take<float>(tokens * panels * kPanel)};
+  if (!shares.empty()) {
+    const Share& last = shares.back();
+    step.activations = activations.take<bf16>(last.end());
+    if (tiled) step.inputs = inputs.take<bf16>((last.group + last.groups()) * step.x_blocks() * kBlockValues);
+  }
 #pragma omp parallel num_threads(threads)
   {
 #if defined(ZOO_TILES)
@@ -229,8 +258,9 @@ void zoo_experts(const bf16* x, int64_t x_stride, int64_t tokens, int64_t hidden
 #pragma omp for schedule(static, 1)
     for (int part = 0; part < threads; ++part) {
       for (const Share& share : *step.shares) {
-        const int64_t turn = (part + share.expert) % threads;  // so that nobody always has the larger part
-        const int64_t first = step.panels() * turn / threads, last = step.panels() * (turn + 1) / threads;
+        const int64_t turn = (part + share.slot) % threads;  // so that nobody always has the larger part
+        const int64_t channels = share.weights.panels();
+        const int64_t first = channels * turn / threads, last = channels * (turn + 1) / threads;
 #if defined(ZOO_TILES)
         if (share.tiled()) {
           activate_tiled(step, share, first, last);

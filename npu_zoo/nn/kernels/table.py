@@ -76,7 +76,9 @@ class ExpertsKernel(Protocol):
 
         Where ``elsewhere`` is set, the id after the last expert stands for experts of other ranks: they add nothing.
 
-        A kernel that takes the experts' weights as one has ``stack(weights)``, and is given what it made. With
+        A kernel that takes the experts' weights as one has ``stack(weights)``, and is given what it made. One that can
+        compute the shared experts along has ``with_shared(stacked, shared)`` too, which makes of both stacks and of the
+        shared experts' two weights the stacks that it is to be given, or None where it cannot. With
         quantized weights ``linear`` is their kernel, and the operation is ``experts_w8a16`` for w8a16 and so on.
         """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ _route_tokens = Function(
 )
 _experts = Function(
     "zoo_experts",
-    *(ADDRESS, SIZE, SIZE, SIZE, SIZE, ADDRESS, ADDRESS, SIZE, ADDRESS, ADDRESS, SIZE, ADDRESS, COUNT),
+    *(ADDRESS, SIZE, SIZE, SIZE, SIZE, ADDRESS, ADDRESS, SIZE, ADDRESS, ADDRESS, SIZE),
+    *(ADDRESS, ADDRESS, SIZE, ADDRESS, COUNT),
 )
 
 
@@ -59,11 +60,13 @@ class StackedPanels:
         weights: of each expert.
         addresses: int64 [experts], where the panels of each lie.
         address: of those.
+        shared: the weight of the shared experts, which are computed along; None where they are not.
     """
 
     weights: Sequence[Panels]
     addresses: Tensor
     address: int
+    shared: Panels | None = None
 
 
 class PanelExperts:
@@ -82,6 +85,20 @@ class PanelExperts:
             return weights
         addresses = torch.tensor([weight.address for weight in weights])
         return StackedPanels(weights, addresses, addresses.data_ptr())
+
+    @staticmethod
+    def with_shared(
+        stacked: tuple[Stored, Stored], shared: tuple[Stored, Stored]
+    ) -> tuple[StackedPanels, StackedPanels] | None:
+        """The stacked weights with those of the shared experts; None where the kernel cannot compute these along."""
+        (first, second), (gate_up, down) = stacked, shared
+        if not isinstance(first, StackedPanels) or not isinstance(second, StackedPanels):
+            return None
+        if not isinstance(gate_up, Panels) or not isinstance(down, Panels):
+            return None
+        if any(weight.inputs % _CHANNELS_OF_A_PANEL for weight in (second.weights[0], down)):
+            return None
+        return replace(first, shared=gate_up), replace(second, shared=down)
 
     def __call__(
         self,
@@ -123,6 +140,9 @@ def _multiply(x: Tensor, ids: Tensor, weights: Tensor, gate_up: StackedPanels, d
         gate_up.address,
         down.address,
         len(down.weights),
+        gate_up.shared.address if gate_up.shared else None,
+        down.shared.address if down.shared else None,
+        down.shared.inputs if down.shared else 0,
         out.data_ptr(),
         torch.get_num_threads(),
     )
