@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -104,7 +105,7 @@ class MoE(Layer):
         if both is not None:
             self._stacked, self._shared_along = both, True
 
-    @property
+    @functools.cached_property
     def _experts_kernel(self) -> ExpertsKernel:
         quantization = self._down[0].quantization
         if quantization is None:
@@ -112,7 +113,7 @@ class MoE(Layer):
         assert quantization.experts is not None  # bind_quantization has one for a model with experts
         return quantization.experts
 
-    @property
+    @functools.cached_property
     def _linear_kernel(self) -> Product:
         quantization = self._down[0].quantization
         return self._kernels.linear if quantization is None else quantization.linear

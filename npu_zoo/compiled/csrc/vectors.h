@@ -44,8 +44,17 @@ inline float widen(bf16 value) {
   return load<float>(&bits);
 }
 
+// Of vectors this wide GCC makes several narrower ones where it converts them by itself.
+inline Words widen_halves(const bf16* from) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_maskz_cvtepu16_epi32(0xffff, load<__m256i>(from));
+#else
+  return __builtin_convertvector(load<Halves>(from), Words);
+#endif
+}
+
 inline Floats load_bf16(const bf16* from) {
-  Words bits = __builtin_convertvector(load<Halves>(from), Words) << 16;
+  Words bits = widen_halves(from) << 16;
   return load<Floats>(&bits);
 }
 

@@ -112,12 +112,16 @@ class PanelExperts:
         elsewhere: bool = False,
     ) -> Tensor:
         """See :func:`npu_zoo.nn.kernels.reference.experts`."""
-        first, second = (w if isinstance(w, StackedPanels) else self.stack(w) for w in (gate_up, down))
+        first, second = _stacked(gate_up), _stacked(down)
         if not isinstance(first, StackedPanels) or not isinstance(second, StackedPanels):
             return cpu.experts(x, ids, weights, _apart(first), _apart(second), linear, silu_and_mul, elsewhere)
         if second.weights[0].inputs % _CHANNELS_OF_A_PANEL:
             return cpu.experts(x, ids, weights, first.weights, second.weights, PanelLinear, silu_and_mul, elsewhere)
         return _multiply(x, ids.contiguous(), weights.contiguous(), first, second)
+
+
+def _stacked(weights: StackedPanels | Sequence[Stored]) -> StackedPanels | Sequence[Stored]:
+    return weights if isinstance(weights, StackedPanels) else PanelExperts.stack(weights)
 
 
 def _apart(weights: StackedPanels | Sequence[Stored]) -> Sequence[Stored]:
