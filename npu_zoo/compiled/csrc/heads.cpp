@@ -19,7 +19,7 @@ struct Matrix {
 
 // 16 channels of two inputs, as pairs.
 inline void pack_pair(const bf16* even, const bf16* odd, bf16* to) {
-  store(to, widen_halves(even) | widen_halves(odd) << 16);
+  store(to, widen(load<Halves>(even)) | widen(load<Halves>(odd)) << 16);
 }
 
 // Adds what one block of inputs makes of kPanels times 16 columns.

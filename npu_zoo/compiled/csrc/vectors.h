@@ -44,17 +44,18 @@ inline float widen(bf16 value) {
   return load<float>(&bits);
 }
 
-// Of vectors this wide GCC makes several narrower ones where it converts them by itself.
-inline Words widen_halves(const bf16* from) {
+// 16 halves in words of their own; GCC makes two of the conversion where the processor has one.
+inline Words widen(Halves halves) {
 #if defined(__AVX512F__)
-  return (Words)_mm512_maskz_cvtepu16_epi32(0xffff, load<__m256i>(from));
+  __m512i words = _mm512_cvtepu16_epi32(load<__m256i>(&halves));
+  return load<Words>(&words);
 #else
-  return __builtin_convertvector(load<Halves>(from), Words);
+  return __builtin_convertvector(halves, Words);
 #endif
 }
 
 inline Floats load_bf16(const bf16* from) {
-  Words bits = widen_halves(from) << 16;
+  Words bits = widen(load<Halves>(from)) << 16;
   return load<Floats>(&bits);
 }
 
