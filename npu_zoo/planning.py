@@ -225,7 +225,7 @@ def _token_bytes(config: ModelConfig, tp: int, itemsize: int, kv_cache_dtype: st
 
 
 def _int8_bytes(head_dim: int, device: str) -> int:
-    """Codes of a key and a value and their scales; on a CPU, where rows are summed, each row's shift too."""
+    """Codes of a key and a value and their scales; on a CPU each row's shift too, which plain torch sums rows with."""
     scales = 2 * _FLOAT32
     if device != "cpu":
         return 2 * head_dim + scales

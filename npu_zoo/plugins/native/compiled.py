@@ -86,6 +86,13 @@ COMPILED_BACKENDS = (
         "the zoo's own C++, over blocks of strips laid out for the processor's products",
     ),
     _backend(
+        "paged_latent",
+        "paged",
+        "compiled_latent:CompiledLatentAttention",
+        "the zoo's own C++, over latents in blocks: absorbed for few queries, expanded for prompts",
+        cache="latent",
+    ),
+    _backend(
         "flash",
         "flash",
         "compiled:CompiledContiguousAttention",

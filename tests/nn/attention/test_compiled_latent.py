@@ -41,10 +41,10 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> boo
     return value
 
 
-@pytest.fixture(params=[1, 3], ids=lambda count: f"{count} threads", autouse=True)
-def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
@@ -70,6 +70,16 @@ def test_longer_texts_of_many_heads(heads: int, dtype: torch.dtype) -> None:
     driver.step(("a", SequenceSlice(0, 33, [1])), ("b", SequenceSlice(0, 300, [9, 3, 4, 11, 6])))
     driver.step(("b", SequenceSlice(300, 4, [9, 3, 4, 11, 6])), ("a", SequenceSlice(33, 1, [1])))
     driver.step(("b", SequenceSlice(304, 1, [9, 3, 4, 11, 6])), ("a", SequenceSlice(34, 70, [1, 13])))
+
+
+@pytest.mark.parametrize("absorbed", [True, False])
+def test_threads_share_the_work(absorbed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "prefers_absorbed", lambda *_: absorbed)
+    torch.set_num_threads(2)
+    driver = driver_of(SMALL, torch.bfloat16, block_size=64, num_blocks=14, heads=3)
+    driver.step(("a", SequenceSlice(0, 300, [9, 3, 4, 11, 6])))
+    driver.step(("a", SequenceSlice(300, 1, [9, 3, 4, 11, 6])))
+    driver.step(("a", SequenceSlice(301, 4, [9, 3, 4, 11, 6])), ("b", SequenceSlice(0, 1, [1])))
 
 
 @pytest.mark.usefixtures("form")
@@ -129,7 +139,7 @@ def test_a_prefix_that_many_share_is_attended_to_once(dtype: torch.dtype) -> Non
 
 
 @pytest.mark.usefixtures("form")
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(shapes(), STEPS)
 def test_any_sizes_and_any_mix_of_rows(shape: tuple[MLAConfig, int], steps: list[dict[str, int]]) -> None:
     random = Random(len(steps))
