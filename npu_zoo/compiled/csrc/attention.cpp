@@ -230,8 +230,8 @@ void attend_latents(const Job<X>& job, int threads) {
 }
 
 inline void put_features(const bf16* first, const bf16* second, int64_t left, bf16* to) {
-  const Words high = second ? __builtin_convertvector(load_halves(second, left), Words) : Words{};
-  store(to, __builtin_convertvector(load_halves(first, left), Words) | high << 16);
+  const Words high = second ? widen(load_halves(second, left)) : Words{};
+  store(to, widen(load_halves(first, left)) | high << 16);
 }
 
 // Strips of bfloat16 of a stretch of tokens, from features [width] that lie token after token, and values by token.

@@ -1,7 +1,9 @@
 // What a step reads and writes: its rows, the blocks of their keys and values, and views of the step's tensors.
 #pragma once
 
-#include "strips.h"
+#include <type_traits>
+
+#include "pack.h"
 
 namespace zoo {
 
@@ -49,13 +51,6 @@ struct Strips {
   }
 };
 
-inline Halves load_halves(const bf16* from, int64_t left) {
-  if (left >= kLanes) return load<Halves>(from);
-  bf16 lanes[kLanes] = {};
-  std::copy_n(from, std::max<int64_t>(left, 0), lanes);
-  return load<Halves>(lanes);
-}
-
 inline void write_key(Pairs, const bf16* key, int64_t width, char* strip, Widths w, int token) {
   bf16* column = reinterpret_cast<bf16*>(strip) + token / kPanel * w.key * kPanel + token % kPanel * 2;
   for (int64_t pair = 0; pair < w.key / 2; ++pair) {
@@ -68,7 +63,7 @@ inline void write_key(Pairs, const bf16* key, int64_t width, char* strip, Widths
 inline void write_value(Pairs, const bf16* value, int64_t width, char* strip, Widths w, int token) {
   for (int64_t tile = 0; tile < w.value / kLanes; ++tile) {
     bf16* pair = reinterpret_cast<bf16*>(strip) + tile * kBlockValues + token / 2 * 2 * kPanel;
-    Words words = __builtin_convertvector(load_halves(value + tile * kLanes, width - tile * kLanes), Words);
+    Words words = widen(load_halves(value + tile * kLanes, width - tile * kLanes));
     if (token % 2) words = words << 16 | (load<Words>(pair) & 0xffff);
     store(pair, words);
   }
@@ -123,6 +118,19 @@ inline void write_value(Plain<T>, const X* value, int64_t width, char* strip, Wi
   for (int64_t i = 0; i < w.value; ++i) to[i] = static_cast<T>(values[i]);
 }
 
+// A whole strip at once, of heads whose keys are whole blocks.
+inline void write_strip(View<const bf16> key, View<const bf16> value, int64_t first, int64_t head, const Shape& shape,
+                        char* key_strip, char* value_strip, Widths w) {
+  const bf16* rows[kStrip];
+  for (int i = 0; i < kStrip; ++i) rows[i] = key.at(first + i, head);
+  for (int half = 0; half < kStrip; half += kPanel)
+    for (int64_t d = 0; d < w.key; d += kBlock)
+      pack_pairs(rows + half, d, reinterpret_cast<bf16*>(key_strip) + half * w.key + d * kPanel);
+  for (int i = 0; i < kStrip; i += 2)
+    pack_value_pair(value.at(first + i, head), value.at(first + i + 1, head), shape.value, w,
+                    reinterpret_cast<bf16*>(value_strip) + i * kPanel);
+}
+
 // Writes an item's new tokens, in their order: the first of a strip clears what an earlier sequence left behind it.
 template <class Kind, typename X>
 void write_item(const Item& item, const Shape& shape, const Strips<Kind>& strips, View<const X> key, View<const X> value) {
@@ -130,6 +138,13 @@ void write_item(const Item& item, const Shape& shape, const Strips<Kind>& strips
   for (int64_t i = 0; i < item.tokens; ++i) {
     const int64_t at = start + i;
     char* values = strips.value_at(at);
+    if constexpr (std::is_same_v<Kind, Pairs>) {
+      if (at % kStrip == 0 && i + kStrip <= item.tokens && shape.key == strips.widths.key) {
+        write_strip(key, value, item.first + i, strips.head, shape, strips.key_at(at), values, strips.widths);
+        i += kStrip - 1;
+        continue;
+      }
+    }
     if (at % kStrip == 0) std::memset(values, 0, Kind::value_bytes(strips.widths));
     write_key(Kind{}, key.at(item.first + i, strips.head), shape.key, strips.key_at(at), strips.widths, at % kStrip);
     write_value(Kind{}, value.at(item.first + i, strips.head), shape.value, values, strips.widths, at % kStrip);

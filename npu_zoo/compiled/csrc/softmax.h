@@ -38,7 +38,7 @@ void weigh(const float* scores, int64_t count, int64_t visible, float scale, Row
   state.largest = largest_now;
   Floats total{};
   for (i = 0; i < visible; i += kLanes) {
-    Floats weight = exponential(load<Floats>(scores + i) * scale - largest_now);
+    Floats weight = exponential_of_negative(load<Floats>(scores + i) * scale - largest_now);
     Floats stored = weight * weight_scales(i);
     if (i + kLanes > visible) {
       const auto seen = lanes_from(i) < splat(visible);

@@ -2,26 +2,8 @@
 #pragma once
 
 #include "cache.h"
-#include "transpose.h"
 
 namespace zoo {
-
-// 32 inputs of 16 rows to pairs [16][16 rows][2].
-inline void pack_pairs(const bf16* const* rows, int64_t first, bf16* block) {
-  Words words[kLanes];
-  for (int row = 0; row < kLanes; ++row) words[row] = load<Words>(rows[row] + first);
-  transpose(words);
-  for (int pair = 0; pair < kLanes; ++pair) store(block + pair * 2 * kLanes, words[pair]);
-}
-
-// Two rows' values to [value / 16][16][2] at a pair's place in a strip.
-inline void pack_value_pair(const bf16* first, const bf16* second, int64_t width, Widths w, bf16* pair) {
-  for (int64_t i = 0; i < w.value; i += kLanes, pair += kBlockValues) {
-    const Words low = __builtin_convertvector(load_halves(first + i, width - i), Words);
-    const Words high = __builtin_convertvector(load_halves(second + i, width - i), Words);
-    store(pair, low | high << 16);
-  }
-}
 
 template <class Kind>
 struct InPlace {
@@ -124,7 +106,7 @@ struct Restored {
   }
 
   static Words interleaved(const bf16* even, const bf16* odd) {
-    return __builtin_convertvector(load<Halves>(even), Words) | __builtin_convertvector(load<Halves>(odd), Words) << 16;
+    return widen(load<Halves>(even)) | widen(load<Halves>(odd)) << 16;
   }
 };
 

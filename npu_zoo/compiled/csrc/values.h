@@ -10,8 +10,13 @@ namespace zoo {
 inline Floats load_floats(const float* from) { return load<Floats>(from); }
 inline Floats load_floats(const bf16* from) { return load_bf16(from); }
 inline Floats load_floats(const int8_t* from) {
+#if defined(__AVX512F__)
+  __m512 values = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(from)));
+  return load<Floats>(&values);
+#else
   using Bytes = int8_t __attribute__((vector_size(16)));
-  return __builtin_convertvector(load<Bytes>(from), Floats);
+  return __builtin_convertvector(__builtin_convertvector(load<Bytes>(from), Ints), Floats);
+#endif
 }
 inline void store_floats(float* to, Floats value) { store(to, value); }
 inline void store_floats(bf16* to, Floats value) { store_bf16(to, value); }

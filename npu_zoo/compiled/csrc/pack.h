@@ -1,0 +1,33 @@
+// Brings rows of bfloat16 into strips of pairs.
+#pragma once
+
+#include "strips.h"
+#include "transpose.h"
+
+namespace zoo {
+
+inline Halves load_halves(const bf16* from, int64_t left) {
+  if (left >= kLanes) return load<Halves>(from);
+  bf16 lanes[kLanes] = {};
+  std::copy_n(from, std::max<int64_t>(left, 0), lanes);
+  return load<Halves>(lanes);
+}
+
+// 32 inputs of 16 rows to pairs [16][16 rows][2].
+inline void pack_pairs(const bf16* const* rows, int64_t first, bf16* block) {
+  Words words[kLanes];
+  for (int row = 0; row < kLanes; ++row) words[row] = load<Words>(rows[row] + first);
+  transpose(words);
+  for (int pair = 0; pair < kLanes; ++pair) store(block + pair * 2 * kLanes, words[pair]);
+}
+
+// Two rows' values to [value / 16][16][2] at a pair's place in a strip.
+inline void pack_value_pair(const bf16* first, const bf16* second, int64_t width, Widths w, bf16* pair) {
+  for (int64_t i = 0; i < w.value; i += kLanes, pair += kBlockValues) {
+    const Words low = widen(load_halves(first + i, width - i));
+    const Words high = widen(load_halves(second + i, width - i));
+    store(pair, low | high << 16);
+  }
+}
+
+}  // namespace zoo
