@@ -7,7 +7,10 @@
 
 namespace zoo {
 
-// Sizes of a cache; `kind` as the ABI numbers it.
+// What a cache holds, for activations of which dtype.
+enum Kinds { kBf16 = 0, kFloat32 = 1, kInt8OfBf16 = 2, kInt8OfFloat32 = 3, kLatentBf16 = 4, kLatentFloat32 = 5 };
+
+// Sizes of a cache.
 struct Shape {
   int64_t kind, heads, kv_heads, key, rope, value, block_size;
 
