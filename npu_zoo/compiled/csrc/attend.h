@@ -1,6 +1,8 @@
 // One task of attention: some rows of queries of one key-value head over a stretch of its tokens.
 #pragma once
 
+#include <type_traits>
+
 #include "softmax.h"
 #include "sources.h"
 #include "strip_tiles.h"
@@ -22,7 +24,7 @@ struct Task {
 template <class Kind>
 struct Buffers {
   using Operand = typename Kind::Operand;
-  Operand *queries, *weights;
+  Operand *queries, *panels, *weights;
   float *scores, *sums;
   char* packed;
   RowState state[kTaskRows];
@@ -36,15 +38,17 @@ struct Buffers {
         kTileRows * kScoreStride * 4,
         kTaskRows * w.value * 4,
         packs ? strips * (Kind::key_bytes(w) + Kind::value_bytes(w)) : 0,
+        std::is_same_v<Kind, RowPairs> ? kTaskRows * w.key * static_cast<int64_t>(sizeof(Operand)) : 0,
     };
-    int64_t offsets[6] = {};
-    for (int i = 0; i < 5; ++i) offsets[i + 1] = offsets[i] + round_up(sizes[i], 64);
-    char* memory = workspace.take<char>(offsets[5]);
+    int64_t offsets[7] = {};
+    for (int i = 0; i < 6; ++i) offsets[i + 1] = offsets[i] + round_up(sizes[i], 64);
+    char* memory = workspace.take<char>(offsets[6]);
     queries = reinterpret_cast<Operand*>(memory);
     weights = reinterpret_cast<Operand*>(memory + offsets[1]);
     scores = reinterpret_cast<float*>(memory + offsets[2]);
     sums = reinterpret_cast<float*>(memory + offsets[3]);
     packed = memory + offsets[4];
+    panels = reinterpret_cast<Operand*>(memory + offsets[5]);
   }
 };
 
@@ -86,18 +90,33 @@ constexpr bool kByTiles = false;
 #if defined(ZOO_TILES)
 template <>
 constexpr bool kByTiles<Pairs> = true;
+template <>
+constexpr bool kByTiles<RowPairs> = true;
 #endif
+template <class Kind>
+constexpr bool kByRows = std::is_same_v<Kind, RowPairs>;
+
+template <class Kind>
+bool goes_by_tiles(int rows) {
+  return kByTiles<Kind> && (rows >= kFewRows || kByRows<Kind>);
+}
 
 template <class Kind>
 void multiply_tile(Buffers<Kind>& b, const Chunk& chunk, int first, int rows, bool values, int strips, Widths w) {
   float* sums = b.sums + first * w.value;
 #if defined(ZOO_TILES)
   if constexpr (kByTiles<Kind>) {
-    if (rows >= kFewRows) {
+    if (goes_by_tiles<Kind>(rows)) {
       const bool two = rows > kPanel;
       if (values) {
         auto add = two ? add_by_tiles<true> : add_by_tiles<false>;
         return add(b.weights, kScoreStride, chunk.values, strips, w, sums);
+      }
+      if constexpr (kByRows<Kind>) {
+        auto score = two ? score_rows_by_tiles<true> : score_rows_by_tiles<false>;
+        for (int strip = 0; strip < strips; ++strip)
+          score(b.panels + first * w.key, chunk.keys[strip], w, b.scores + strip * kStrip, kScoreStride);
+        return;
       }
       auto score = two ? score_by_tiles<true> : score_by_tiles<false>;
       for (int strip = 0; strip < strips; ++strip)
@@ -123,7 +142,7 @@ void attend_tile(Buffers<Kind>& b, const Chunk& chunk, int first, int rows, floa
           b.sums + (first + row) * w.value, w.value, b.weights + row * kScoreStride,
           [&](int64_t i) { return Kind::value_scales(chunk.values[i / kStrip], w, i % kStrip / kLanes); });
   }
-  const int64_t whole = kByTiles<Kind> && rows >= kFewRows ? round_up(rows, kPanel) : rows;
+  const int64_t whole = goes_by_tiles<Kind>(rows) ? round_up(rows, kPanel) : rows;
   for (int64_t row = rows; row < whole; ++row)
     std::memset(b.weights + row * kScoreStride, 0, strips * kStrip * sizeof(typename Kind::Operand));
   multiply_tile(b, chunk, first, rows, true, strips, w);
@@ -138,8 +157,11 @@ Chunk take_chunk(const Source& source, Buffers<Kind>& b, int64_t begin, int64_t 
     const int64_t token = begin + strip * kStrip;
     if (Source::kPacks) {
       char *keys = b.packed + strip * key_bytes, *values = b.packed + chunk.strips * key_bytes + strip * value_bytes;
-      source.pack(token, std::min<int64_t>(kStrip, end - token), keys, values);
+      const int64_t count = std::min<int64_t>(kStrip, end - token);
       chunk.keys[strip] = keys, chunk.values[strip] = values;
+      if constexpr (kByRows<Kind>)
+        chunk.keys[strip] = source.pack_rows(token, count, reinterpret_cast<bf16*>(keys), reinterpret_cast<bf16*>(values));
+      else source.pack(token, count, keys, values);
     } else {
       chunk.keys[strip] = source.keys(token), chunk.values[strip] = source.values(token);
     }
@@ -147,6 +169,15 @@ Chunk take_chunk(const Source& source, Buffers<Kind>& b, int64_t begin, int64_t 
   chunk.keys[chunk.strips] = chunk.values[0];
   chunk.values[chunk.strips] = !Source::kPacks && end < last ? source.keys(end) : chunk.values[0];
   return chunk;
+}
+
+template <class Kind>
+void pack_queries(Buffers<Kind>& b, int rows, Widths w) {
+  for (int64_t first = 0; first < rows; first += kPanel) {
+    const bf16* group[kPanel];
+    for (int row = 0; row < kPanel; ++row) group[row] = b.queries + (first + row) * w.key;
+    for (int64_t d = 0; d < w.key; d += kBlock) pack_pairs(group, d, b.panels + first * w.key + d * kPanel);
+  }
 }
 
 // Attends from a task's rows, whose queries and limits are in the buffers, to tokens [begin, end).
@@ -158,6 +189,7 @@ void attend(const Source& source, Buffers<Kind>& b, int rows, int64_t begin, int
 #if defined(ZOO_TILES)
   if (kByTiles<Kind>) shape_full_tiles();
 #endif
+  if constexpr (kByRows<Kind>) pack_queries(b, rows, w);
   for (int64_t at = begin; at < end; at += kChunk) {
     const Chunk chunk = take_chunk(source, b, at, std::min<int64_t>(end, at + kChunk), end, w);
     for (int first = 0; first < rows; first += kTileRows)

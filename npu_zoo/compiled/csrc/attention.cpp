@@ -223,7 +223,11 @@ void attend_latents(const Job<X>& job, int threads) {
     }
   };
   run<X, Kind>(job, w, threads, write, [&](const Plan& plan, const Task& task, float* parts) {
-    run_task<X, Kind>(job, plan, task, parts, w, latents(job.items[task.item]));
+    const Latents<X> source = latents(job.items[task.item]);
+    if constexpr (kByTiles<Kind>) {
+      if (task.rows >= kFewRows) return run_task<X, RowPairs>(job, plan, task, parts, w, source);
+    }
+    run_task<X, Kind>(job, plan, task, parts, w, source);
   });
 }
 

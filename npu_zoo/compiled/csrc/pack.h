@@ -23,11 +23,11 @@ inline void pack_pairs(const bf16* const* rows, int64_t first, bf16* block) {
 
 // Two rows' values to [value / 16][16][2] at a pair's place in a strip.
 inline void pack_value_pair(const bf16* first, const bf16* second, int64_t width, Widths w, bf16* pair) {
-  for (int64_t i = 0; i < w.value; i += kLanes, pair += kBlockValues) {
-    const Words low = widen(load_halves(first + i, width - i));
-    const Words high = widen(load_halves(second + i, width - i));
-    store(pair, low | high << 16);
-  }
+  int64_t i = 0;
+  for (; i + kLanes <= width; i += kLanes, pair += kBlockValues)
+    store(pair, widen(load<Halves>(first + i)) | widen(load<Halves>(second + i)) << 16);
+  for (; i < w.value; i += kLanes, pair += kBlockValues)
+    store(pair, widen(load_halves(first + i, width - i)) | widen(load_halves(second + i, width - i)) << 16);
 }
 
 }  // namespace zoo

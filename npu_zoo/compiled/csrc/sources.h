@@ -34,13 +34,9 @@ struct Latents {
   void pack(int64_t token, int64_t count, char* keys, char* values) const { pack(token, count, (T*)keys, (T*)values); }
 
   void pack(int64_t token, int64_t count, bf16* keys, bf16* values) const {
-    constexpr int64_t kRoom = 2048;
-    static const bf16 zeros[kRoom] = {};
     bf16 ends[kStrip][kBlock];
     const bf16* rows[kStrip];
-    const bool together = token % block_size + kStrip <= block_size;
-    const bf16* first_row = at(token);
-    for (int i = 0; i < kStrip; ++i) rows[i] = i >= count ? zeros : together ? first_row + i * width : at(token + i);
+    find_rows(token, count, rows);
     const int64_t whole = width / kBlock * kBlock;
     if (whole < width) {
       std::memset(ends, 0, sizeof ends);
@@ -55,8 +51,38 @@ struct Latents {
       for (int i = 0; i < kPanel; ++i) last[i] = ends[half * kPanel + i];
       pack_pairs(last, 0, panel + whole * kPanel);
     }
-    for (int i = 0; i < kStrip; i += 2) pack_value_pair(rows[i], rows[i + 1], value, widths, values + i * kPanel);
+    pack_values(rows, values);
   }
+
+  // Features in the outer loop, for stores a tile apart would fall into few sets of the cache.
+  void pack_values(const bf16* const* rows, bf16* values) const {
+    for (int64_t d = 0; d < widths.value; d += kLanes, values += kBlockValues)
+      for (int i = 0; i < kStrip; i += 2)
+        pack_value_pair(rows[i] + d, rows[i + 1] + d, std::min<int64_t>(kLanes, value - d), {0, kLanes},
+                        values + i * kPanel);
+  }
+
+  // As `pack`, with keys as rows: those of the pool, or copies where a strip's are not together or no whole blocks.
+  const char* pack_rows(int64_t token, int64_t count, bf16* copies, bf16* values) const {
+    const bf16* rows[kStrip];
+    const bool together = find_rows(token, count, rows);
+    pack_values(rows, values);
+    if (together && width == widths.key) return reinterpret_cast<const char*>(rows[0]);
+    for (int i = 0; i < kStrip; ++i, copies += widths.key)
+      std::fill(std::copy_n(rows[i], width, copies), copies + widths.key, bf16{});
+    return reinterpret_cast<const char*>(copies - kStrip * widths.key);
+  }
+
+  // A strip's rows, of which those behind `count` are zeros; whether they lie one after the other, however many there are.
+  bool find_rows(int64_t token, int64_t count, const bf16** rows) const {
+    constexpr int64_t kRoom = 2048;
+    static const bf16 zeros[kRoom] = {};
+    const bool together = token % block_size + kStrip <= block_size;
+    const bf16* first = at(token);
+    for (int i = 0; i < kStrip; ++i) rows[i] = i >= count ? zeros : together ? first + i * width : at(token + i);
+    return together;
+  }
+
 
   void pack(int64_t token, int64_t count, float* keys, float* values) const {
     for (int i = 0; i < kStrip; ++i) {

@@ -1,9 +1,13 @@
 // Products of 16 or 32 rows with strips of pairs, in a matrix unit.
 #pragma once
 
-#include "strips.h"
+#include "pack.h"
 
 namespace zoo {
+
+// Pairs whose keys are rows, [32 tokens][w.key], as a matrix unit takes them for its first operand: what is stored by
+// token need not be brought into panels. Queries are, once a task: [rows / 16][w.key / 32][16][16 rows][2].
+struct RowPairs : Pairs {};
 
 #if defined(ZOO_TILES)
 inline void shape_full_tiles() { shape_tiles(16, 16); }
@@ -35,6 +39,42 @@ inline void score_by_tiles(const bf16* q, const char* strip, const char* ahead, 
   if (kTwoGroups) {
     _tile_stored(2, out + kPanel * stride, stride * sizeof(float));
     _tile_stored(3, out + kPanel * stride + kPanel, stride * sizeof(float));
+  }
+}
+
+// Scores of a strip of rows by tokens, which are turned to rows by query: q as panels, to out [rows][stride].
+template <bool kTwoGroups>
+inline void score_rows_by_tiles(const bf16* q, const char* strip, Widths w, float* out, int64_t stride) {
+  const bf16 *first = reinterpret_cast<const bf16*>(strip), *second = first + w.key * kPanel;
+  const int bytes = w.key * sizeof(bf16);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t block = 0; block < w.key / kBlock; ++block) {
+    _tile_loadd(4, first + block * kBlock, bytes);
+    _tile_loadd(5, second + block * kBlock, bytes);
+    _tile_loadd(6, q + block * kBlockValues, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 5, 6);
+    if (kTwoGroups) {
+      _tile_loadd(7, q + kPanel * w.key + block * kBlockValues, 64);
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  alignas(64) float scores[4][kPanel * kLanes];
+  _tile_stored(0, scores[0], 64);
+  _tile_stored(1, scores[1], 64);
+  if (kTwoGroups) {
+    _tile_stored(2, scores[2], 64);
+    _tile_stored(3, scores[3], 64);
+  }
+  for (int tile = 0; tile < (kTwoGroups ? 4 : 2); ++tile) {
+    Words rows[kLanes];
+    for (int token = 0; token < kLanes; ++token) rows[token] = load<Words>(scores[tile] + token * kLanes);
+    transpose(rows);
+    for (int row = 0; row < kLanes; ++row) store(out + (tile / 2 * kPanel + row) * stride + tile % 2 * kPanel, rows[row]);
   }
 }
 
