@@ -160,7 +160,8 @@ Chunk take_chunk(const Source& source, Buffers<Kind>& b, int64_t begin, int64_t 
       const int64_t count = std::min<int64_t>(kStrip, end - token);
       chunk.keys[strip] = keys, chunk.values[strip] = values;
       if constexpr (kByRows<Kind>)
-        chunk.keys[strip] = source.pack_rows(token, count, reinterpret_cast<bf16*>(keys), reinterpret_cast<bf16*>(values));
+        chunk.keys[strip] = source.pack_rows(token, count, token + kStrip >= last, reinterpret_cast<bf16*>(keys),
+                                             reinterpret_cast<bf16*>(values));
       else source.pack(token, count, keys, values);
     } else {
       chunk.keys[strip] = source.keys(token), chunk.values[strip] = source.values(token);

@@ -248,8 +248,8 @@ int64_t zoo_strip_bytes(int64_t kind, int64_t width, int values) {
 
 // Writes a step's keys and values where `key` is given, then attends where `query` is.
 //
-// query, key, value: addresses, strides of tokens and of heads; of latents, the second query is rotated and the value is
-// the rotated key. out: [tokens][heads][value]; lse: [tokens][heads] or nothing.
+// query, key, value: addresses, strides of tokens and of heads; of latents, the second query is rotated and the value
+// is the rotated key. out: [tokens][heads][value]; lse: [tokens][heads] or nothing.
 void zoo_attend(const Shape* shape, const Item* items, int64_t num_items, const int64_t* tables, const int64_t* members,
                 char* keys, char* values, const void* query, int64_t query_token, int64_t query_head, const void* rope,
                 int64_t rope_token, int64_t rope_head, const void* key, int64_t key_token, int64_t key_head,

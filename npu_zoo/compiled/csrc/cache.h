@@ -18,7 +18,7 @@ struct Shape {
   int64_t key_width() const { return key + rope; }
 };
 
-// Queries over a run of blocks: a row of the step, whose queries are the run's last tokens, or many rows' shared prefix.
+// Queries over a run of blocks: a row of the step, whose queries are its last tokens, or many rows' shared prefix.
 struct Item {
   int64_t first;       // of the step's tokens, or with `shared` of the list of members
   int64_t tokens;      // queries
@@ -136,7 +136,8 @@ inline void write_strip(View<const bf16> key, View<const bf16> value, int64_t fi
 
 // Writes an item's new tokens, in their order: the first of a strip clears what an earlier sequence left behind it.
 template <class Kind, typename X>
-void write_item(const Item& item, const Shape& shape, const Strips<Kind>& strips, View<const X> key, View<const X> value) {
+void write_item(
+    const Item& item, const Shape& shape, const Strips<Kind>& strips, View<const X> key, View<const X> value) {
   const int64_t start = item.keys - item.tokens;
   for (int64_t i = 0; i < item.tokens; ++i) {
     const int64_t at = start + i;

@@ -13,8 +13,8 @@ inline void put_features(const bf16* first, const bf16* second, int64_t left, bf
 }
 
 // Strips of bfloat16 of a stretch of tokens, from features [width] that lie token after token, and values by token.
-void pack_strip(Pairs, const bf16* const* features, int64_t width, const bf16* values, int64_t value_width, int64_t token,
-                int64_t count, Widths w, char* key_strip, char* value_strip) {
+void pack_strip(Pairs, const bf16* const* features, int64_t width, const bf16* values, int64_t value_width,
+                int64_t token, int64_t count, Widths w, char* key_strip, char* value_strip) {
   bf16 *keys = reinterpret_cast<bf16*>(key_strip), *to = reinterpret_cast<bf16*>(value_strip);
   for (int64_t half = 0; half < kStrip; half += kPanel)
     for (int64_t d = 0; d < w.key; d += 2, keys += 2 * kPanel) {
@@ -72,8 +72,9 @@ void pack_expanded(const Shape& shape, const Stretch* stretches, int64_t count, 
 
 extern "C" {
 
-// Packs expanded keys into blocks of one strip. keys: [heads][key][tokens]; rope: [rope][tokens], which all heads share;
-// values: [heads][tokens][value].
+// Packs expanded keys into blocks of one strip.
+//
+// keys: [heads][key][tokens]; rope: [rope][tokens], which all heads share; values: [heads][tokens][value].
 void zoo_pack_expanded(const Shape* shape, const Stretch* stretches, int64_t count, int64_t tokens, const void* keys,
                        const void* rope, const void* values, char* key_strips, char* value_strips, int threads) {
   auto pack = [&](auto kind, auto zero) {

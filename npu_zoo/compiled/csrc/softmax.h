@@ -22,8 +22,9 @@ inline Floats lanes_from(int64_t first) {
 //   sums: [width], what the row has summed so far, rescaled where a larger score appears.
 //   weight_scales: the factor of a half strip's weights, which is no part of their total.
 template <typename Operand, typename Scales>
-void weigh(const float* scores, int64_t count, int64_t visible, float scale, RowState& state, float* sums, int64_t width,
-           Operand* weights, Scales weight_scales) {
+void weigh(
+    const float* scores, int64_t count, int64_t visible, float scale, RowState& state, float* sums, int64_t width,
+    Operand* weights, Scales weight_scales) {
   const Floats none = splat(-__builtin_inff());
   Floats most = none;
   int64_t i = 0;

@@ -51,29 +51,34 @@ struct Latents {
       for (int i = 0; i < kPanel; ++i) last[i] = ends[half * kPanel + i];
       pack_pairs(last, 0, panel + whole * kPanel);
     }
-    pack_values(rows, values);
+    pack_values(rows, values, nullptr);
   }
 
   // Features in the outer loop, for stores a tile apart would fall into few sets of the cache.
-  void pack_values(const bf16* const* rows, bf16* values) const {
-    for (int64_t d = 0; d < widths.value; d += kLanes, values += kBlockValues)
+  void pack_values(const bf16* const* rows, bf16* values, const bf16* next) const {
+    const char* ahead = reinterpret_cast<const char*>(next);
+    const int64_t step = round_up(ceil_div(kStrip * width * sizeof(bf16), widths.value / kLanes), 64);
+    for (int64_t d = 0; d < widths.value; d += kLanes, values += kBlockValues) {
+      for (int64_t line = 0; next && line < step; line += 64) prefetch(ahead + line);
+      ahead += step;
       for (int i = 0; i < kStrip; i += 2)
         pack_value_pair(rows[i] + d, rows[i + 1] + d, std::min<int64_t>(kLanes, value - d), {0, kLanes},
                         values + i * kPanel);
+    }
   }
 
   // As `pack`, with keys as rows: those of the pool, or copies where a strip's are not together or no whole blocks.
-  const char* pack_rows(int64_t token, int64_t count, bf16* copies, bf16* values) const {
+  const char* pack_rows(int64_t token, int64_t count, bool last, bf16* copies, bf16* values) const {
     const bf16* rows[kStrip];
     const bool together = find_rows(token, count, rows);
-    pack_values(rows, values);
+    pack_values(rows, values, last ? nullptr : at(token + kStrip));
     if (together && width == widths.key) return reinterpret_cast<const char*>(rows[0]);
     for (int i = 0; i < kStrip; ++i, copies += widths.key)
       std::fill(std::copy_n(rows[i], width, copies), copies + widths.key, bf16{});
     return reinterpret_cast<const char*>(copies - kStrip * widths.key);
   }
 
-  // A strip's rows, of which those behind `count` are zeros; whether they lie one after the other, however many there are.
+  // A strip's rows, of which those behind `count` are zeros; whether all 32 lie one after the other.
   bool find_rows(int64_t token, int64_t count, const bf16** rows) const {
     constexpr int64_t kRoom = 2048;
     static const bf16 zeros[kRoom] = {};

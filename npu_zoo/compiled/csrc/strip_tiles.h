@@ -74,7 +74,8 @@ inline void score_rows_by_tiles(const bf16* q, const char* strip, Widths w, floa
     Words rows[kLanes];
     for (int token = 0; token < kLanes; ++token) rows[token] = load<Words>(scores[tile] + token * kLanes);
     transpose(rows);
-    for (int row = 0; row < kLanes; ++row) store(out + (tile / 2 * kPanel + row) * stride + tile % 2 * kPanel, rows[row]);
+    float* to = out + tile / 2 * kPanel * stride + tile % 2 * kPanel;
+    for (int row = 0; row < kLanes; ++row) store(to + row * stride, rows[row]);
   }
 }
 

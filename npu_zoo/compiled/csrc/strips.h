@@ -66,7 +66,8 @@ struct Pairs {
   static void add(const bf16* const* p, const char* strip, const char* next, Widths w, float* const* out) {
     constexpr int kTogether = kRows >= 4 ? 4 : 8;
     int64_t tile = 0;
-    for (; tile + kTogether <= w.value / kLanes; tile += kTogether) add_some<kRows, kTogether>(p, strip, next, tile, out);
+    for (; tile + kTogether <= w.value / kLanes; tile += kTogether)
+      add_some<kRows, kTogether>(p, strip, next, tile, out);
     for (; tile < w.value / kLanes; ++tile) add_some<kRows, 1>(p, strip, next, tile, out);
   }
 
