@@ -18,6 +18,7 @@ COMMAND = "npu-zoo kernels build"
 CONDITION = f"{__name__}:obstacle"
 """What specs of compiled kernels have as their ``condition``."""
 _ABOUT_THE_PROCESSOR = ("flags", "Features", "model name", "CPU part")
+_WIDE_VECTORS = ("avx512f", "avx512bw", "avx512vl")
 _PROCESSOR_INFO = Path("/proc/cpuinfo")
 
 
@@ -29,6 +30,8 @@ def obstacle() -> str:
     """Why the compiled kernels cannot serve here; empty where they can."""
     if platform.system() != "Linux":
         return f"it is built on Linux alone, and this is {platform.system()}"
+    if not _has_wide_vectors():
+        return "it pays on processors with AVX-512 alone, and this one has none"
     folder = library_folder()
     if (folder / NAME).is_file():
         return ""
@@ -43,7 +46,7 @@ def can_be_built() -> bool:
     """Whether all that is missing is a build that was not tried yet."""
     folder = library_folder()
     missing = not (folder / NAME).is_file() and not (folder / FAILURE).is_file()
-    return missing and platform.system() == "Linux" and find_compiler() is not None
+    return missing and platform.system() == "Linux" and _has_wide_vectors() and find_compiler() is not None
 
 
 def library_path() -> Path:
@@ -78,6 +81,13 @@ def _digest() -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
 
 
+def _has_wide_vectors() -> bool:
+    """Whether the processor has vectors of 64 bytes; without, compilers make slow code of the products of many rows."""
+    told = _processor().split()
+    return all(flag in told for flag in _WIDE_VECTORS)
+
+
+@functools.cache
 def _processor() -> str:
     """What tells processors with different instructions apart, of the first core."""
     try:

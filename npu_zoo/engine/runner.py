@@ -24,6 +24,7 @@ from npu_zoo.core.errors import HardwareError, WeightsError
 from npu_zoo.core.parallel import ALONE, Ranks
 from npu_zoo.engine.activations import Activations, largest_step, measure_activations, slots_of
 from npu_zoo.engine.graph import DecodeGraphs
+from npu_zoo.engine.host_memory import keep_freed_memory
 from npu_zoo.engine.outputs import NO_OUTPUTS, Outputs, ResultShape, collect_outputs
 from npu_zoo.engine.step import MicroBatch, StepRow, micro_batches
 from npu_zoo.nn.context import BuildContext, ForwardContext
@@ -259,6 +260,8 @@ class ModelRunner:
             progress=functools.partial(progress, "loading weights") if progress else None,
         )
         model.finish_loading()
+        if self.device.type == "cpu":
+            keep_freed_memory()
         return model.eval()
 
     def _quantization(self) -> Quantization | None:

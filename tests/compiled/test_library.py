@@ -14,7 +14,10 @@ from npu_zoo.core.config import EngineArgs
 from npu_zoo.core.errors import HardwareError
 from npu_zoo.dispatch import create_engine, resolve
 
-needs_compiler = pytest.mark.skipif(library.find_compiler() is None, reason="there is no C++ compiler")
+needs_compiler = pytest.mark.skipif(
+    library.find_compiler() is None or not library._has_wide_vectors(),
+    reason="there is no C++ compiler, or no AVX-512",
+)
 
 
 @pytest.fixture
@@ -36,12 +39,25 @@ def passed_over() -> str:
 
 def test_without_a_build_other_kernels_serve_and_the_reason_names_the_command(empty_cache: Path) -> None:
     assert linear_kernel() == "cpu_linear"
+    assert library.obstacle() in passed_over()
+
+
+@needs_compiler
+def test_the_reason_names_the_command_that_builds(empty_cache: Path) -> None:
     assert "not built" in passed_over()
-    if library.find_compiler():
-        assert library.COMMAND in passed_over()
+    assert library.COMMAND in passed_over()
+
+
+def test_a_processor_with_narrow_vectors_keeps_other_kernels(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "_processor", lambda: "x86_64\nflags\t\t: fpu sse2 avx avx2 fma")
+    assert "AVX-512" in passed_over()
+    assert not library.can_be_built()
 
 
 def test_without_a_compiler_the_reason_says_so(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "_processor", lambda: "x86_64\nflags : avx512f avx512bw avx512vl")
     monkeypatch.setenv("PATH", str(empty_cache))
     monkeypatch.delenv("CXX", raising=False)
     assert "no C++ compiler" in library.obstacle()
