@@ -96,6 +96,7 @@ def plan_rank(
     group_size: int | None = None,
     kv_cache_dtype: str = "auto",
     device: str = "npu",
+    mtp: bool = False,
 ) -> RankPlan:
     """The plan of the rank that takes most memory.
 
@@ -104,12 +105,13 @@ def plan_rank(
         device: ``cpu``, ``cuda`` or ``npu``; what an int8 cache keeps beside its codes differs.
         weight_bits: of a code of a quantized weight; None where weights are plain.
         group_size: inputs that share a quantized weight's scale; None where there is one per output channel.
+        mtp: whether the last stage has one layer more, which predicts further tokens.
     """
     itemsize = ITEMSIZE[dtype]
     stages = stage_layers(config.num_hidden_layers, split.pp)
     weights = max(
         sum(matrix.stored(itemsize, weight_bits, group_size) for matrix in matrices)
-        for matrices in (_stage_matrices(config, stages, number, split) for number in range(split.pp))
+        for matrices in (_stage_matrices(config, stages, number, split, mtp=mtp) for number in range(split.pp))
     )
     per_token = _token_bytes(config, split.tp, itemsize, kv_cache_dtype, device)
     reads_back = kv_cache_dtype == "int8" and device == "npu"
@@ -117,11 +119,13 @@ def plan_rank(
     return RankPlan(
         weights=weights,
         activations=_activations(config, itemsize, split, workload, restored),
-        cache_per_token=max(map(len, stages)) * per_token,
+        cache_per_token=max(*map(len, stages), len(stages[-1]) + mtp) * per_token,
     )
 
 
-def _stage_matrices(config: ModelConfig, stages: list[range], number: int, split: Split) -> Iterator[Matrix]:
+def _stage_matrices(
+    config: ModelConfig, stages: list[range], number: int, split: Split, *, mtp: bool
+) -> Iterator[Matrix]:
     hidden, share = config.hidden_size, _vocab_share(config, split.tp)
     last = number == len(stages) - 1
     if number == 0 or (last and config.tie_word_embeddings):
@@ -131,13 +135,21 @@ def _stage_matrices(config: ModelConfig, stages: list[range], number: int, split
         if not config.tie_word_embeddings:
             yield Matrix(share, hidden, "plain")
     for layer in stages[number]:
-        yield Matrix(2, hidden, "plain")  # its norms
-        yield from attention_matrices(config, split.tp)
-        moe = config.moe
-        if moe is not None and moe.has_experts(layer):
-            yield from moe_matrices(hidden, moe, split)
-        else:
-            yield from mlp_matrices(hidden, _ceil(config.intermediate_size, split.tp))
+        yield from _layer_matrices(config, layer, split)
+    if last and mtp:
+        yield Matrix(3, hidden, "plain")  # the norms of its two inputs and of its output
+        yield Matrix(hidden, 2 * hidden, "plain")
+        yield from _layer_matrices(config, config.num_hidden_layers, split)
+
+
+def _layer_matrices(config: ModelConfig, layer: int, split: Split) -> Iterator[Matrix]:
+    hidden, moe = config.hidden_size, config.moe
+    yield Matrix(2, hidden, "plain")  # its norms
+    yield from attention_matrices(config, split.tp)
+    if moe is not None and moe.has_experts(layer):
+        yield from moe_matrices(hidden, moe, split)
+    else:
+        yield from mlp_matrices(hidden, _ceil(config.intermediate_size, split.tp))
 
 
 def attention_matrices(config: ModelConfig, tp: int) -> Iterator[Matrix]:

@@ -293,6 +293,18 @@ class ModelConfig(BaseModel):
         return max(1, int(self.max_position_embeddings / (scaling.factor if scaling.kind == "linear" else 1.0)))
 
     @property
+    def num_mtp_layers(self) -> int:
+        """Layers behind the model's own that predict further tokens (``num_nextn_predict_layers``).
+
+        Raises:
+            WeightsError: config.json holds something else than a whole number there.
+        """
+        stated = self.extra.get("num_nextn_predict_layers") or 0
+        if not isinstance(stated, int):
+            raise WeightsError(f"config.json holds num_nextn_predict_layers {stated!r}; a whole number is due")
+        return stated
+
+    @property
     def num_parameters(self) -> int:
         """Weights of all layers, embedding and head, without layers that predict further tokens."""
         layers = range(self.num_hidden_layers)

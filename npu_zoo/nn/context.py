@@ -32,6 +32,7 @@ class BuildContext:
         quantization: of the linear layers, which :func:`npu_zoo.nn.model.build_on_meta` gives them.
         ranks: this rank's place and the groups that it talks in.
         expert_dispatch: how tokens reach experts of other ranks in steps that are not captured.
+        mtp: whether the layer that predicts further tokens is built.
     """
 
     kernels: Kernels
@@ -40,6 +41,7 @@ class BuildContext:
     quantization: Quantization | None = None
     ranks: Ranks = ALONE
     expert_dispatch: ExpertDispatch = "all_gather"
+    mtp: bool = False
 
     @property
     def tp(self) -> Communicator:

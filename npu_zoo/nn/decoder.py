@@ -88,6 +88,7 @@ class DecoderModel(Layer):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, context) if stage == 0 else None
         self.rotary = RotaryEmbedding(config, context)
         self.layers = nn.ModuleDict({str(number): layer for number, layer in layers.items()})
+        self._stack = list(layers.values())
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, context) if stage == last else None
         mine = {"embed_tokens": self.embed_tokens, "norm": self.norm}
         others = [f"layers.{number}" for number in range(config.num_hidden_layers) if number not in layers]
@@ -101,7 +102,7 @@ class DecoderModel(Layer):
             x = self.embed_tokens(x)
         rotation = self.rotary(positions)
         residual = None
-        for layer in self.layers.values():
+        for layer in self._stack:
             x, residual = layer(x, residual, rotation, context)
         if self.norm is None:
             return x if residual is None else x + residual
@@ -110,10 +111,14 @@ class DecoderModel(Layer):
 
     def _assist(self, x: Tensor, context: ForwardContext) -> Tensor:
         """Lend this rank's experts to replicas that have tokens, since this one has none."""
-        for layer in self.layers.values():
+        for layer in self._stack:
             if isinstance(layer.mlp, MoE):
                 layer.mlp(x, context)
         return x
+
+    def add_behind(self, number: int, layer: nn.Module) -> None:
+        """Hold a layer that is no part of the stack, under the checkpoint's name of it."""
+        self.layers[str(number)] = layer
 
 
 class LlamaForCausalLM(CausalLM):

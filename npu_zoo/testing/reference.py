@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,6 +119,7 @@ def transformers_logits(model_class: Any, weights: Path) -> Logits:
     finally:
         if shown:
             bars.enable_progress_bar()
+    info["unexpected_keys"] = _without_mtp(info["unexpected_keys"], model.config)
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
             kind = what.partition("_")[0]
@@ -131,6 +132,13 @@ def transformers_logits(model_class: Any, weights: Path) -> Logits:
         return found
 
     return logits
+
+
+def _without_mtp(names: Iterable[str], config: Any) -> set[str]:
+    """Names of tensors without those of layers that predict further tokens, which transformers has none of."""
+    first = config.num_hidden_layers
+    numbers = range(first, first + (getattr(config, "num_nextn_predict_layers", 0) or 0))
+    return {name for name in names if not name.startswith(tuple(f"model.layers.{number}." for number in numbers))}
 
 
 def _logits_of(reference: type | str | Logits, weights: Path, *, given: bool) -> Logits:

@@ -33,7 +33,7 @@ FLOATS = ("float64", "float32", "float16", "bfloat16")
 _QUANTIZED = re.compile(
     r".*\.(q_proj|k_proj|v_proj|o_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|gate_proj|up_proj|down_proj)\.weight"
 )
-_IGNORED = ["lm_head", r"re:.*kv_b_proj$", r"re:.*mlp\.gate$"]
+_IGNORED = ["lm_head", r"re:.*kv_b_proj$", r"re:.*mlp\.gate$", r"re:.*eh_proj$", r"re:.*shared_head\.head$"]
 """Linear layers that are not quantized, in compressed-tensors' spelling."""
 
 _KEPT = re.compile(r".*e_score_correction_bias")

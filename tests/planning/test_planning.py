@@ -42,7 +42,7 @@ def config_of(raw: dict[str, Any]) -> ModelConfig:
     return ModelConfig.from_hf(raw)
 
 
-def built_bytes(config: ModelConfig, dtype: str) -> int:
+def built_bytes(config: ModelConfig, dtype: str, *, mtp: bool = False) -> int:
     """What the model itself allocates, tied tables once."""
     import torch
 
@@ -53,7 +53,7 @@ def built_bytes(config: ModelConfig, dtype: str) -> int:
     registry = get_registry()
     family = next(f for f in registry.families.values() if config.architecture in f.architectures)
     kernels = bind_kernels(select_kernels(registry.kernels, "cpu", dtype, config))  # type: ignore[arg-type]
-    context = BuildContext(kernels, getattr(torch, dtype), 512)
+    context = BuildContext(kernels, getattr(torch, dtype), 512, mtp=mtp)
     model = build_on_meta(load_code(family.model), config, context)
     total = sum(p.numel() * p.element_size() for p in model.parameters())
     if config.tie_word_embeddings:
@@ -67,6 +67,14 @@ def built_bytes(config: ModelConfig, dtype: str) -> int:
 def test_weights_of_one_device_are_what_the_model_allocates(shape: str, dtype: str) -> None:
     config = config_of(SHAPES[shape])
     assert plan_rank(config, dtype, ALONE, WORKLOAD).weights == built_bytes(config, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_layer_that_predicts_further_tokens_takes_its_weights_and_a_layer_of_the_cache(dtype: str) -> None:
+    config = config_of({**V3, "num_nextn_predict_layers": 1})
+    plan, plain = (plan_rank(config, dtype, ALONE, WORKLOAD, mtp=mtp) for mtp in (True, False))
+    assert plan.weights == built_bytes(config, dtype, mtp=True) > plain.weights == built_bytes(config, dtype)
+    assert 3 * plan.cache_per_token == 4 * plain.cache_per_token
 
 
 @pytest.mark.parametrize("tp", [2, 4])
