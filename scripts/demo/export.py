@@ -217,6 +217,33 @@ def _training_facts(card: JSON, recipe: Recipe) -> str:
     return "\n".join(_paragraph(fact, "* ") for fact in facts)
 
 
+def _mtp_section(card: JSON) -> str:
+    """What the card tells of the layer that predicts further tokens; nothing where there is none."""
+    mtp = card.get("mtp")
+    if mtp is None:
+        return ""
+    training = f"""Layer {mtp["layer"]} predicts the token after the next one, for speculative decoding
+        (`--speculative-method mtp`). Its {mtp["parameters"]:,} parameters began as a copy of the last layer and were
+        trained on the frozen model, whose own tensors are the same as before: {mtp["tokens_trained"]:,} tokens in
+        {mtp["steps"]:,} steps, {mtp["minutes"]} minutes on {mtp["threads"]} CPU threads, seed {mtp["seed"]}. The rows
+        are those of the corpus and {mtp["own_tokens"]:,} tokens that the model wrote itself; the target is the model's
+        own distribution, one, two and three tokens ahead. It shares embedding and head with the model, so the file
+        holds no copies of them."""
+    figure = f"""*Greedy tokens foretold.* {mtp["heldout_prompts"]} beginnings of {mtp["prompt_tokens"]} tokens of the
+        held-out files are continued greedily by {mtp["continued_tokens"]} tokens. Of each but the first, the layer's
+        most likely token is compared with the one that the model chose: {mtp["heldout_foretold"]:.1%} of
+        {mtp["heldout_greedy_tokens"]:,} are the same (float32, stored weights upcast)."""
+    return f"""## The layer that predicts further tokens
+
+{_paragraph(training)}
+
+{_paragraph(figure)}
+
+To train it again: `python scripts/train_demo_mtp.py CHECKPOINT_DIR --minutes {mtp["minutes_budget"]:g}`.
+
+"""
+
+
 def readme(card: JSON, recipe: Recipe) -> str:
     """The human card, made from the machine-readable one."""
     names = ", ".join(f"`{name}`" for name in card["heldout_files"])
@@ -253,4 +280,4 @@ similar checkpoint, not the same bytes.
 
 Both definitions are functions of `scripts/demo/evaluation.py`; `card.json` holds the same facts for programs.
 
-{_LICENCE}"""
+{_mtp_section(card)}{_LICENCE}"""

@@ -33,6 +33,8 @@ class Recipe:
     prompts: list[str]
     reference: JSON = field(default_factory=dict)
     """The transformers model that is trained in the architecture's place; see ``layout.py``."""
+    mtp: JSON = field(default_factory=dict)
+    """How the layer that predicts further tokens is trained; see ``mtp.py``. Empty where the family has none."""
     template_adds_bos: bool = True
     template_in_checkpoint: bool = True
     """Whether tokenizer_config.json gets the chat template; else the family's plugin brings it."""
