@@ -384,7 +384,7 @@ def _engine_config(args: EngineArgs, request: Request, chosen: _Chosen) -> Engin
         **_parallel_fields(args, request, chosen),
         **_text_fields(request, chosen.config),
         **_limit_fields(args, request, chosen),
-        speculation=choose_speculation(args, chosen.config),
+        speculation=choose_speculation(args, chosen.config, request.split),
         serving=request.serving,
         row=chosen.row,
         seed=args.seed or 0,

@@ -91,6 +91,7 @@ def plan_request(args: EngineArgs, request: Request, config: ModelConfig, split:
         group_size=request.quantization_config.group_size if request.quantization_config else None,
         kv_cache_dtype=request.kv_cache_dtype,
         device=chip_of(request.hardware).device,
+        mtp=args.speculative_method == "mtp",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from npu_zoo.core.config import (
+    DEFAULT_MTP_TOKENS,
     DEFAULT_NUM_SPECULATIVE_TOKENS,
     DEFAULT_PROMPT_LOOKUP,
     EngineArgs,
@@ -10,16 +11,21 @@ from npu_zoo.core.config import (
 )
 from npu_zoo.core.errors import ConfigError
 from npu_zoo.core.model_config import ModelConfig
+from npu_zoo.core.parallel import Split
 
 MTP_LAYERS = "num_nextn_predict_layers"
 """The key of config.json that counts the layers which predict further tokens."""
 
+MAX_MTP_TOKENS = 3
+"""A layer that learned to predict the token after the next is guessing wildly beyond."""
 
-def choose_speculation(args: EngineArgs, config: ModelConfig) -> SpeculationConfig | None:
+
+def choose_speculation(args: EngineArgs, config: ModelConfig, split: Split) -> SpeculationConfig | None:
     """How a run guesses next tokens; None where it does not.
 
     Args:
         config: the checkpoint's hyperparameters.
+        split: how ranks share the model.
 
     Raises:
         ConfigError: options contradict each other, or the checkpoint has nothing to guess by.
@@ -28,17 +34,39 @@ def choose_speculation(args: EngineArgs, config: ModelConfig) -> SpeculationConf
     _refuse_unread(args, method)
     if method == "none":
         return None
+    adaptive = _is_adaptive(args)
     if method == "mtp":
-        raise ConfigError(_why_no_mtp(config))
+        return SpeculationConfig(method, _mtp_tokens(args, config, split), adaptive=adaptive)
     shortest, longest = _lookup_bounds(args)
-    return SpeculationConfig(method, asked_drafts(args), shortest, longest, _is_adaptive(args))
+    return SpeculationConfig(method, asked_drafts(args), shortest, longest, adaptive)
 
 
 def asked_drafts(args: EngineArgs) -> int:
     """Most drafts of a sequence in one step, as far as options tell; 0 without speculation."""
     if args.speculative_method in (None, "none"):
         return 0
-    return args.num_speculative_tokens or DEFAULT_NUM_SPECULATIVE_TOKENS
+    default = DEFAULT_MTP_TOKENS if args.speculative_method == "mtp" else DEFAULT_NUM_SPECULATIVE_TOKENS
+    return args.num_speculative_tokens or default
+
+
+def _mtp_tokens(args: EngineArgs, config: ModelConfig, split: Split) -> int:
+    """How many drafts the layer that predicts further tokens makes."""
+    other = "--speculative-method prompt_lookup works with every model and layout"
+    what = f"speculative_method=mtp drafts with a layer that predicts further tokens ({MTP_LAYERS} of config.json)"
+    if not config.num_mtp_layers:
+        raise ConfigError(f"{what}, and the checkpoint has none; {other}")
+    if split.pp > 1 or split.dp > 1:
+        raise ConfigError(
+            f"{what}, which needs embedding and head on one rank and every sequence in one cache: pipeline stages and "
+            f"replicas, {split.describe()}, cannot take it; take tensor or expert parallelism, or {other}"
+        )
+    count = asked_drafts(args)
+    if count > MAX_MTP_TOKENS:
+        raise ConfigError(
+            f"num_speculative_tokens={count} is more than speculative_method=mtp guesses from one layer: "
+            f"1 to {MAX_MTP_TOKENS}"
+        )
+    return count
 
 
 def _refuse_unread(args: EngineArgs, method: str) -> None:
@@ -68,12 +96,3 @@ def _lookup_bounds(args: EngineArgs) -> tuple[int, int]:
         raise ConfigError(f"prompt_lookup_min={shortest} is above prompt_lookup_max={longest}; swap them")
     least, most = DEFAULT_PROMPT_LOOKUP
     return shortest or min(least, longest or least), longest or max(most, shortest or most)
-
-
-def _why_no_mtp(config: ModelConfig) -> str:
-    layers = config.extra.get(MTP_LAYERS)
-    has = f"the {layers} of the checkpoint are left out by this version" if layers else "the checkpoint has none"
-    return (
-        f"speculative_method=mtp drafts with layers that predict further tokens ({MTP_LAYERS} of config.json), and "
-        f"{has}; --speculative-method prompt_lookup works with every model"
-    )

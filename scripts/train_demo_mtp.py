@@ -76,7 +76,6 @@ def main() -> int:
     layer, progress = train(model, source, recipe.mtp, options.minutes * 60, options.seed, say)
     added = layer_tensors(model, layer, recipe)
     write_weights(stored | added, folder)
-    write_json(folder / "config.json", config | {"num_nextn_predict_layers": 1})
     limit = int(recipe.evaluation["max_new_tokens"])
     with torch.no_grad():
         for value in layer.parameters():

@@ -15,6 +15,7 @@ from npu_zoo.core.config import (
     DEFAULT_KV_CACHE_FRACTION,
     DEFAULT_MAX_NUM_BATCHED_TOKENS,
     DEFAULT_MAX_NUM_SEQS,
+    DEFAULT_MTP_TOKENS,
     DEFAULT_NUM_SPECULATIVE_TOKENS,
     DEFAULT_PROMPT_LOOKUP,
 )
@@ -47,7 +48,7 @@ DEFAULTS: dict[str, str] = {
     "expert_dispatch": "auto: all_gather, or between replicas what the hardware is best at",
     "collective_timeout": str(DEFAULT_COLLECTIVE_TIMEOUT_S),
     "speculative_method": "none",
-    "num_speculative_tokens": f"{DEFAULT_NUM_SPECULATIVE_TOKENS}; mtp: no more than the checkpoint has layers for",
+    "num_speculative_tokens": f"{DEFAULT_NUM_SPECULATIVE_TOKENS}; mtp: {DEFAULT_MTP_TOKENS}, and up to 3",
     "adaptive_speculation": "true",
     "prompt_lookup_min": str(DEFAULT_PROMPT_LOOKUP[0]),
     "prompt_lookup_max": str(DEFAULT_PROMPT_LOOKUP[1]),

@@ -30,6 +30,7 @@ SpeculativeMethod = Literal["none", "prompt_lookup", "mtp"]
 """Where drafts of next tokens come from: earlier text of the same sequence, or the checkpoint's own further layers."""
 
 DEFAULT_NUM_SPECULATIVE_TOKENS = 3
+DEFAULT_MTP_TOKENS = 1
 DEFAULT_PROMPT_LOOKUP = 2, 4
 """Tokens of the shortest and of the longest n-gram that is looked up."""
 
@@ -244,6 +245,11 @@ class EngineConfig:
         return Split(
             self.tensor_parallel_size, self.pipeline_parallel_size, self.expert_parallel_size, self.data_parallel_size
         )
+
+    @property
+    def mtp(self) -> bool:
+        """Whether the checkpoint's layer that predicts further tokens is loaded, to draft with it."""
+        return self.speculation is not None and self.speculation.method == "mtp"
 
     @property
     def max_sampled_tokens(self) -> int:

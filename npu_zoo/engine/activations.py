@@ -17,6 +17,7 @@ from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.engine.graph import graph_sizes
 from npu_zoo.engine.sampler import Sampler
 from npu_zoo.engine.sequence import Sequence
+from npu_zoo.engine.speculation.layer import require_mtp
 from npu_zoo.nn.context import ForwardContext
 from npu_zoo.nn.kernels.table import TopKTopP
 from npu_zoo.nn.model import CausalLM
@@ -134,6 +135,8 @@ def _run(
         layers = place.layers(config.model_config.num_hidden_layers)
         context = ForwardContext(attention, attention.prepare(rows), layers.start, (total,) * place.split.dp)
         hidden: Tensor = model(given, positions, context)
+        if config.mtp:
+            require_mtp(model).predict_further(hidden, given, positions, context)
         return model.compute_logits(hidden[: len(rows)]) if place.is_last_stage else hidden
 
 

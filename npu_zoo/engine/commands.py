@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from npu_zoo.engine.speculation.layer import DraftRow
 from npu_zoo.engine.step import StepRow
 
 
@@ -39,8 +40,21 @@ class ComputeLogits:
 
 
 @dataclass(frozen=True)
+class Draft:
+    """Let the layer that predicts further tokens see a step, and guess.
+
+    Attributes:
+        step: its number.
+        rows: what became of its rows.
+    """
+
+    step: int
+    rows: tuple[DraftRow, ...]
+
+
+@dataclass(frozen=True)
 class Report:
     """Tell what the rank holds."""
 
 
-Command = Execute | ComputeLogits | Report
+Command = Execute | ComputeLogits | Draft | Report

@@ -60,7 +60,7 @@ class NativeEngine(Engine):
             enable_chunked_prefill=config.enable_chunked_prefill,
         )
         self.sampler = Sampler(self.runner.kernels.top_k_top_p)
-        self.speculator = create_speculator(config, self.runner)
+        self.speculator = create_speculator(config, self.runner, self.kv)
         self.max_model_len = self.prompts.max_model_len = self.runner.cache.max_model_len
         self._stop_ids = self.prompts.stop_token_ids
         self._requests: dict[str, Request] = {}

@@ -21,9 +21,10 @@ from torch import Tensor
 from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.engine import Progress
 from npu_zoo.core.errors import EngineError, WorkerError
-from npu_zoo.engine.commands import Command, ComputeLogits, Execute, Report
+from npu_zoo.engine.commands import Command, ComputeLogits, Draft, Execute, Report
 from npu_zoo.engine.outputs import last_stage_rank
 from npu_zoo.engine.runner import ModelRunner
+from npu_zoo.engine.speculation.layer import DraftRow
 from npu_zoo.engine.starting import Assignment, join_ranks, launch_environment, start_ranks
 from npu_zoo.engine.step import StepRow
 from npu_zoo.parallel.collectives import CollectiveTimeout
@@ -72,6 +73,8 @@ class RankRunner(ModelRunner):
             return super().execute(command.rows)
         if isinstance(command, ComputeLogits):
             return self._logits_for_the_first(command.tensor(self.dtype))
+        if isinstance(command, Draft):
+            return super()._draft(command.step, command.rows)
         return self._joined.control.gather(self.own_report())
 
     def own_report(self) -> dict[str, Any]:
@@ -126,6 +129,10 @@ class LeadingRunner(RankRunner):
         """See :meth:`ModelRunner.execute`."""
         outputs: tuple[Tensor, list[Tensor]] = self._command(Execute(tuple(rows)))
         return outputs
+
+    def _draft(self, step: int, rows: Sequence[DraftRow]) -> Tensor:
+        drafts: Tensor = self._command(Draft(step, tuple(rows)))
+        return drafts
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """See :meth:`ModelRunner.compute_logits`; a step's own logits are part of its command."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from npu_zoo.core.attention import AttentionMetadata, GraphAttention, SequenceSlice
 from npu_zoo.core.config import EngineConfig
+from npu_zoo.core.errors import EngineError
 from npu_zoo.core.parallel import Place
 from npu_zoo.nn.context import ForwardContext
 from npu_zoo.nn.model import CausalLM
@@ -40,6 +41,7 @@ class _DecodeGraph:
     Attributes:
         staged: [2, batch] ids and positions on the host, pinned; ``inputs`` are those on the device.
         hidden: [batch, hidden_size] of the stage before; None at a pipeline's first.
+        last: [batch, hidden_size], what the head takes, where drafts are made of it; a replay writes it.
         graph: None until it is captured.
         output: [batch, vocab_size] logits, or [batch, hidden_size] for the next stage, which a replay writes.
     """
@@ -48,6 +50,7 @@ class _DecodeGraph:
     inputs: Tensor
     metadata: AttentionMetadata
     hidden: Tensor | None = None
+    last: Tensor | None = None
     graph: Any = None
     output: Tensor | None = None
 
@@ -79,6 +82,7 @@ class DecodeGraphs:
         self._graphs: dict[int, _DecodeGraph] = {}
         self._npu: Any = torch.get_device_module(device)
         self._pool: Any = None
+        self._replayed: _DecodeGraph | None = None
 
     def run(self, given: list[int] | Tensor, positions: list[int], rows: list[SequenceSlice], largest: int) -> Tensor:
         """[B, vocab_size] logits of B rows of one token each, or what the next stage takes; the next run overwrites it.
@@ -104,7 +108,18 @@ class DecodeGraphs:
         entry.graph.update(cpu_update_input=[update])
         entry.graph.replay()
         assert entry.output is not None
+        self._replayed = entry
         return entry.output[: len(rows)]
+
+    def hidden(self, count: int) -> Tensor:
+        """[count, hidden_size] of the last replay's first rows, where the run drafts with them; the next overwrites it.
+
+        Raises:
+            EngineError: the graphs keep none.
+        """
+        if self._replayed is None or self._replayed.last is None:
+            raise EngineError("no graph was replayed that keeps hidden states; the run does not draft with them")
+        return self._replayed.last[:count]
 
     def _allocate(self, size: int) -> _DecodeGraph:
         staged = torch.zeros(2, size, dtype=torch.long).pin_memory()
@@ -123,9 +138,12 @@ class DecodeGraphs:
         entry.graph = self._npu.NPUGraph()
         self._pool = self._pool or self._npu.graph_pool_handle()
         with self._npu.graph(entry.graph, pool=self._pool, auto_dispatch_capture=True):
-            entry.output = self._forward(entry, context)
+            hidden, entry.output = self._forward(entry, context)
+        if self._config.mtp:
+            entry.last = hidden
 
-    def _forward(self, entry: _DecodeGraph, context: ForwardContext) -> Tensor:
+    def _forward(self, entry: _DecodeGraph, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        """The model's hidden states, and what a replay gives."""
         given = entry.inputs[0] if entry.hidden is None else entry.hidden
         hidden: Tensor = self._model(given, entry.inputs[1], context)
-        return self._model.compute_logits(hidden) if self._place.is_last_stage else hidden
+        return hidden, self._model.compute_logits(hidden) if self._place.is_last_stage else hidden

@@ -20,12 +20,13 @@ from npu_zoo.checkpoint import detect_format
 from npu_zoo.core.attention import AttentionMetadata, CacheLayout, GraphAttention, LatentLayout, StepAttention
 from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.engine import Progress
-from npu_zoo.core.errors import HardwareError, WeightsError
+from npu_zoo.core.errors import EngineError, HardwareError, WeightsError
 from npu_zoo.core.parallel import ALONE, Ranks
 from npu_zoo.engine.activations import Activations, largest_step, measure_activations, slots_of
 from npu_zoo.engine.graph import DecodeGraphs
 from npu_zoo.engine.host_memory import keep_freed_memory
 from npu_zoo.engine.outputs import NO_OUTPUTS, Outputs, ResultShape, collect_outputs
+from npu_zoo.engine.speculation.layer import DraftRow, MtpDrafter, by_row, require_mtp
 from npu_zoo.engine.step import MicroBatch, StepRow, micro_batches
 from npu_zoo.nn.context import BuildContext, ForwardContext
 from npu_zoo.nn.kernels.table import bind_kernels
@@ -72,6 +73,8 @@ class ModelRunner:
         ranks: its place, and the groups that it talks in.
 
     Attributes:
+        num_steps: that were computed, or begun; all ranks count alike.
+        drafter: guesses next tokens with the model's own layer for it; None where the run does not.
         spans: when each of the last micro-batches was computed here, from and to, by ``time.monotonic``.
     """
 
@@ -90,6 +93,8 @@ class ModelRunner:
         self.cache = plan_cache(config, per_token, ranks.minimum(free // self._sharing))
         self.attention = self._create_attention(self.cache.num_slots, self.cache.slot_size)
         self.graphs = self._create_graphs()
+        self.drafter = MtpDrafter(self.model, self.attention, self.device) if config.mtp else None
+        self.num_steps = 0
         self.spans: deque[tuple[float, float]] = deque(maxlen=_SPANS_KEPT)
 
     def execute(self, rows: Sequence[StepRow]) -> tuple[Tensor, list[Tensor]]:
@@ -100,6 +105,7 @@ class ModelRunner:
             rows; and the hidden states of every row whose prompt is asked for, in that order too. On others
             their own share of it, or nothing.
         """
+        self.num_steps += 1
         with torch.inference_mode():
             mine = [row for row in rows if row.replica == self._place.replica]
             outputs = self._compute(rows, mine)
@@ -109,6 +115,18 @@ class ModelRunner:
         """[N, hidden_size] to [N, vocab_size]; on the last stage."""
         with torch.inference_mode():
             return self.model.compute_logits(hidden.to(self.device))
+
+    def draft(self, step: int, rows: Sequence[DraftRow]) -> list[list[int]]:
+        """Let the layer that predicts further tokens see a step, and guess.
+
+        Args:
+            step: its number, as :attr:`num_steps` was when it had been computed; one of the last two.
+            rows: what became of each of its rows, in their order.
+
+        Returns:
+            For each row as many drafts as it wants, or none where the step was interrupted.
+        """
+        return by_row(rows, self._draft(step, rows).tolist())
 
     @property
     def master_port(self) -> int | None:
@@ -144,10 +162,21 @@ class ModelRunner:
             return NO_OUTPUTS
         return self._finish(parts[0] if len(parts) == 1 else torch.cat(parts), mine)  # a cat of one copies
 
+    def _draft(self, step: int, rows: Sequence[DraftRow]) -> Tensor:
+        if self.drafter is None:
+            raise EngineError("the engine was started without speculative_method=mtp and has no layer to draft with")
+        with torch.inference_mode():
+            return self.drafter.draft(step, rows)
+
+    def _keep(self, rows: Sequence[StepRow], hidden: Tensor) -> None:
+        if self.drafter is not None:
+            self.drafter.keep(self.num_steps, rows, hidden)
+
     def _finish(self, hidden: Tensor, rows: Sequence[StepRow]) -> Outputs:
         """Logits and prompts' hidden states of this replica's rows."""
         if not rows:
             return NO_OUTPUTS
+        self._keep(rows, hidden)
         if all(row.decodes for row in rows):
             return self.model.compute_logits(hidden), []
         ends = list(accumulate(row.num_tokens for row in rows))
@@ -198,7 +227,10 @@ class ModelRunner:
         hidden = self._stage_input(len(token_ids))
         given = token_ids if hidden is None else hidden
         output = graphs.run(given, [row.start for row in slices], slices, largest)
-        self._pass_on(output.clone() if self._place.split.pp > 1 else output)  # a replay overwrites it
+        # A replay overwrites what one before has given.
+        self._pass_on(output.clone() if self._place.split.pp > 1 else output)
+        if self.drafter is not None:
+            self._keep(mine, graphs.hidden(len(token_ids)).clone())
         return output
 
     def _create_graphs(self) -> DecodeGraphs | None:
@@ -222,8 +254,11 @@ class ModelRunner:
     def _load_model(self, progress: Progress | None) -> CausalLM:
         config = self.config
         quantization, dispatch = self._quantization(), config.expert_dispatch
-        context = BuildContext(self.kernels, self.dtype, config.max_model_len, quantization, self._ranks, dispatch)
+        length, mtp = config.max_model_len, config.mtp
+        context = BuildContext(self.kernels, self.dtype, length, quantization, self._ranks, dispatch, mtp)
         model = build_on_meta(load_code(config.model_class), config.model_config, context)
+        if mtp:
+            require_mtp(model)
         directory = Path(config.weights)
         spec = detect_format(directory, get_registry().weight_formats)
         if spec.loader is None:
@@ -284,9 +319,14 @@ class ModelRunner:
         config, itemsize = self.config.model_config, self.dtype.itemsize
         backend = load_code(self.config.attention_choice.implementation)
         if config.mla:
-            return len(self._layers) * int(backend.bytes_per_token(config.mla, itemsize))
+            return self._cached_layers * int(backend.bytes_per_token(config.mla, itemsize))
         _, kv_heads, head_dim = self.config.head_layout
-        return len(self._layers) * int(backend.bytes_per_token(kv_heads, head_dim, itemsize))
+        return self._cached_layers * int(backend.bytes_per_token(kv_heads, head_dim, itemsize))
+
+    @property
+    def _cached_layers(self) -> int:
+        """Layers whose keys and values are cached here: the stage's, and behind the last one that which drafts."""
+        return len(self._layers) + (self.config.mtp and self._place.is_last_stage)
 
     def _measure_activations(self) -> Activations | None:
         """Memory beside weights and cache; None where nobody counts them, or the user has sized the cache."""
@@ -306,7 +346,7 @@ class ModelRunner:
         """The backend with a cache of ``num_slots`` slots of ``slot_size`` tokens."""
         config = self.config.model_config
         heads, kv_heads, head_dim = self.config.head_layout
-        layers = len(self._layers)
+        layers = self._cached_layers
         layout: CacheLayout | LatentLayout = (
             LatentLayout(layers, config.mla, *slots) if config.mla else CacheLayout(layers, kv_heads, head_dim, *slots)
         )

@@ -135,10 +135,21 @@ def plan_conversion(directory: Path, options: ConvertOptions) -> ConversionPlan:
         source=source,
         target=target,
         results=results,
-        placed=target.place(results.values()),
+        placed=_placed(target, results, mtp_kept=options.mtp == "keep" and bool(mtp_layers(source, config))),
         config=_config(config, results, dropped),
         dropped=tuple(dropped),
     )
+
+
+def _placed(
+    target: Target, results: Mapping[str, LogicalTensor], *, mtp_kept: bool
+) -> dict[str, tuple[Placement, ...]]:
+    try:
+        return target.place(results.values())
+    except WeightsError as error:
+        if not mtp_kept:
+            raise
+        raise WeightsError(f"{error}; --mtp drop leaves layers out that predict further tokens") from error
 
 
 def mtp_layers(source: Source, config: Mapping[str, Any]) -> set[int]:

@@ -9,9 +9,11 @@ from collections.abc import Sequence as SequenceOf
 from typing import Any
 
 from npu_zoo.core.config import EngineConfig, SpeculationConfig
+from npu_zoo.engine.block_manager import KVManager
 from npu_zoo.engine.runner import ModelRunner
 from npu_zoo.engine.sequence import Sequence
 from npu_zoo.engine.speculation.control import SpeculationControl, batch_class
+from npu_zoo.engine.speculation.mtp import MtpProposer
 from npu_zoo.engine.speculation.prompt_lookup import PromptLookupProposer
 from npu_zoo.engine.speculation.proposer import DraftRequest, Proposer, StepResult
 from npu_zoo.platforms.detection import is_simulated
@@ -102,15 +104,17 @@ class Speculator:
             )
 
 
-def create_speculator(config: EngineConfig, runner: ModelRunner) -> Speculator | None:
+def create_speculator(config: EngineConfig, runner: ModelRunner, kv: KVManager) -> Speculator | None:
     """What a config asks for; None where nothing is to be guessed.
 
     Args:
-        runner: for methods that draft with the model.
+        runner, kv: for methods that draft with the model.
     """
     speculation = config.speculation
     if speculation is None:
         return None
-    proposer = PromptLookupProposer(speculation.lookup_min, speculation.lookup_max)
+    proposer: Proposer = PromptLookupProposer(speculation.lookup_min, speculation.lookup_max)
+    if speculation.method == "mtp":
+        proposer = MtpProposer(runner, kv)
     adaptive = speculation.adaptive and not is_simulated(config.device)
     return Speculator(proposer, speculation, SpeculationControl(adaptive=adaptive))
