@@ -131,6 +131,37 @@ def step_operations(
     yield from _results(config, place, step.sampled, ITEMSIZE[dtype])
 
 
+def draft_operations(
+    config: ModelConfig,
+    place: Place,
+    applied: Sequence[int],
+    guessed: Sequence[int],
+    dtype: DType,
+    expert_dispatch: ExpertDispatch = "all_gather",
+    arrived: Iterable[int] | None = None,
+) -> Iterator[Operation]:
+    """What a rank does with others where the layer that predicts further tokens sees a step and guesses.
+
+    The drafts themselves are known on every rank, so nothing travels back.
+
+    Args:
+        applied: tokens of each time that the layer is applied: a step's, then those that a further guess is made from.
+        guessed: rows of each guess.
+        dtype: the compute dtype.
+        arrived: see :func:`step_operations`, of each time that the layer is applied.
+    """
+    row, rows = config.hidden_size * ITEMSIZE[dtype], None if arrived is None else iter(arrived)
+    split, layer = place.split, config.num_hidden_layers
+    head = padded_vocab_size(config.vocab_size) // split.tp * ITEMSIZE[dtype]
+    for tokens in applied:
+        if split.tp > 1:
+            yield Operation("tp:all_reduce", tokens * row)  # the embedding's
+        expected = next(rows) if rows is not None else None
+        yield from layer_operations(config, place, layer, (tokens,), dtype, expert_dispatch, expected)
+    if split.tp > 1:
+        yield from (Operation("tp:all_gather", count * head) for count in guessed)
+
+
 def _results(config: ModelConfig, place: Place, sampled: Sequence[int], itemsize: int) -> Iterator[Operation]:
     """The logits' way from the ranks that have a part of the vocabulary to the first rank, which samples."""
     split, own = place.split, sampled[place.replica]

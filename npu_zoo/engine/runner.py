@@ -26,7 +26,7 @@ from npu_zoo.engine.activations import Activations, largest_step, measure_activa
 from npu_zoo.engine.graph import DecodeGraphs
 from npu_zoo.engine.host_memory import keep_freed_memory
 from npu_zoo.engine.outputs import NO_OUTPUTS, Outputs, ResultShape, collect_outputs
-from npu_zoo.engine.speculation.layer import DraftRow, MtpDrafter, by_row, require_mtp
+from npu_zoo.engine.speculation.layer import DraftRow, MtpDrafter, by_row, require_mtp, require_stored
 from npu_zoo.engine.step import MicroBatch, StepRow, micro_batches
 from npu_zoo.nn.context import BuildContext, ForwardContext
 from npu_zoo.nn.kernels.table import bind_kernels
@@ -270,6 +270,8 @@ class ModelRunner:
         comparison = compare_shapes(
             due, loader.shapes(), optional=optional, ignored=ignored, shards=shards, elsewhere=elsewhere
         )
+        if mtp:
+            require_stored(comparison.missing, config.model_config.num_hidden_layers, directory)
         comparison.require(directory)
         self.parameter_bytes = sum(t.nbytes for name, t in due.items() if name not in comparison.absent)
         self._check_memory(self.parameter_bytes)

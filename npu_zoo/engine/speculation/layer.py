@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from npu_zoo.core.attention import SequenceSlice, StepAttention
-from npu_zoo.core.errors import ConfigError
+from npu_zoo.core.errors import ConfigError, WeightsError
 from npu_zoo.engine.step import StepRow
 from npu_zoo.nn.context import ForwardContext
 from npu_zoo.nn.model import CausalLM
@@ -150,6 +151,24 @@ def by_row(rows: Sequence[DraftRow], drafts: Sequence[int]) -> list[list[int]]:
     for n, draft in zip(of_draft, drafts, strict=False):
         found[n].append(draft)
     return found
+
+
+def require_stored(missing: Sequence[str], layer: int, directory: Path) -> None:
+    """Refuse a checkpoint that lacks the whole layer, as conversions often do whose config.json still states it.
+
+    Args:
+        missing: tensors that the model needs and the checkpoint lacks.
+        layer: the number of the layer.
+
+    Raises:
+        WeightsError: all of them are the layer's.
+    """
+    if missing and all(name.startswith(f"model.layers.{layer}.") for name in missing):
+        raise WeightsError(
+            f"speculative_method=mtp drafts with layer {layer}, of which the checkpoint in {directory} lacks "
+            f"{len(missing)} tensors ({missing[0]}, …); take a checkpoint that holds it, or --speculative-method "
+            "prompt_lookup, which needs none"
+        )
 
 
 def require_mtp(model: CausalLM) -> MTPForCausalLM:
