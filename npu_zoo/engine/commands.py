@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from npu_zoo.engine.speculation.layer import DraftRow
+from npu_zoo.engine.speculation.layer import SeenStep
 from npu_zoo.engine.step import StepRow
 
 
@@ -41,15 +41,9 @@ class ComputeLogits:
 
 @dataclass(frozen=True)
 class Draft:
-    """Let the layer that predicts further tokens see a step, and guess.
+    """Let the layer that predicts further tokens see steps, and guess what follows rows of the last one."""
 
-    Attributes:
-        step: its number.
-        rows: what became of its rows.
-    """
-
-    step: int
-    rows: tuple[DraftRow, ...]
+    steps: tuple[SeenStep, ...]
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from npu_zoo.core.errors import EngineError, WorkerError
 from npu_zoo.engine.commands import Command, ComputeLogits, Draft, Execute, Report
 from npu_zoo.engine.outputs import last_stage_rank
 from npu_zoo.engine.runner import ModelRunner
-from npu_zoo.engine.speculation.layer import DraftRow
+from npu_zoo.engine.speculation.layer import SeenStep
 from npu_zoo.engine.starting import Assignment, join_ranks, launch_environment, start_ranks
 from npu_zoo.engine.step import StepRow
 from npu_zoo.parallel.collectives import CollectiveTimeout
@@ -74,7 +74,7 @@ class RankRunner(ModelRunner):
         if isinstance(command, ComputeLogits):
             return self._logits_for_the_first(command.tensor(self.dtype))
         if isinstance(command, Draft):
-            return super()._draft(command.step, command.rows)
+            return super()._draft(command.steps)
         return self._joined.control.gather(self.own_report())
 
     def own_report(self) -> dict[str, Any]:
@@ -130,8 +130,8 @@ class LeadingRunner(RankRunner):
         outputs: tuple[Tensor, list[Tensor]] = self._command(Execute(tuple(rows)))
         return outputs
 
-    def _draft(self, step: int, rows: Sequence[DraftRow]) -> Tensor:
-        drafts: Tensor = self._command(Draft(step, tuple(rows)))
+    def _draft(self, steps: Sequence[SeenStep]) -> Tensor:
+        drafts: Tensor = self._command(Draft(tuple(steps)))
         return drafts
 
     def compute_logits(self, hidden: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from npu_zoo.engine.activations import Activations, largest_step, measure_activa
 from npu_zoo.engine.graph import DecodeGraphs
 from npu_zoo.engine.host_memory import keep_freed_memory
 from npu_zoo.engine.outputs import NO_OUTPUTS, Outputs, ResultShape, collect_outputs
-from npu_zoo.engine.speculation.layer import DraftRow, MtpDrafter, by_row, require_mtp, require_stored
+from npu_zoo.engine.speculation.layer import MtpDrafter, SeenStep, by_row, require_mtp, require_stored
 from npu_zoo.engine.step import MicroBatch, StepRow, micro_batches
 from npu_zoo.nn.context import BuildContext, ForwardContext
 from npu_zoo.nn.kernels.table import bind_kernels
@@ -93,7 +93,8 @@ class ModelRunner:
         self.cache = plan_cache(config, per_token, ranks.minimum(free // self._sharing))
         self.attention = self._create_attention(self.cache.num_slots, self.cache.slot_size)
         self.graphs = self._create_graphs()
-        self.drafter = MtpDrafter(self.model, self.attention, self.device) if config.mtp else None
+        slot_size, device = self.cache.slot_size, self.device
+        self.drafter = MtpDrafter(self.model, self.attention, slot_size, device) if config.mtp else None
         self.num_steps = 0
         self.spans: deque[tuple[float, float]] = deque(maxlen=_SPANS_KEPT)
 
@@ -116,17 +117,17 @@ class ModelRunner:
         with torch.inference_mode():
             return self.model.compute_logits(hidden.to(self.device))
 
-    def draft(self, step: int, rows: Sequence[DraftRow]) -> list[list[int]]:
-        """Let the layer that predicts further tokens see a step, and guess.
+    def draft(self, steps: Sequence[SeenStep]) -> list[list[int]]:
+        """Let the layer that predicts further tokens see steps, and guess what follows rows of the last one.
 
         Args:
-            step: its number, as :attr:`num_steps` was when it had been computed; one of the last two.
-            rows: what became of each of its rows, in their order.
+            steps: some of the last :data:`STEPS_AT_ONCE`, the earliest first; each is seen once. The number of one is
+                what :attr:`num_steps` was when it had been computed.
 
         Returns:
-            For each row as many drafts as it wants, or none where the step was interrupted.
+            For each row of the last step as many drafts as it wants, or none where that step was interrupted.
         """
-        return by_row(rows, self._draft(step, rows).tolist())
+        return by_row(steps[-1].rows, self._draft(steps).tolist())
 
     @property
     def master_port(self) -> int | None:
@@ -162,11 +163,11 @@ class ModelRunner:
             return NO_OUTPUTS
         return self._finish(parts[0] if len(parts) == 1 else torch.cat(parts), mine)  # a cat of one copies
 
-    def _draft(self, step: int, rows: Sequence[DraftRow]) -> Tensor:
+    def _draft(self, steps: Sequence[SeenStep]) -> Tensor:
         if self.drafter is None:
             raise EngineError("the engine was started without speculative_method=mtp and has no layer to draft with")
         with torch.inference_mode():
-            return self.drafter.draft(step, rows)
+            return self.drafter.draft(steps)
 
     def _keep(self, rows: Sequence[StepRow], hidden: Tensor) -> None:
         if self.drafter is not None:

@@ -28,7 +28,7 @@ from npu_zoo.core.parallel import Split
 from npu_zoo.dispatch import resolve
 from npu_zoo.engine.runner import ModelRunner
 from npu_zoo.engine.speculation.control import SpeculationControl
-from npu_zoo.engine.speculation.layer import DraftRow, by_row
+from npu_zoo.engine.speculation.layer import STEPS_AT_ONCE, DraftRow, SeenStep, by_row
 from npu_zoo.engine.step import StepRow
 from npu_zoo.nn.context import ForwardContext
 from npu_zoo.nn.mtp import MTPForCausalLM
@@ -163,6 +163,11 @@ def test_the_layer_is_what_transformers_classes_make_of_it(tiny: Path, oracle: O
     assert torch.allclose(found, due, atol=1e-4)
 
 
+def see(runner: ModelRunner, rows: list[DraftRow], number: int | None = None) -> list[list[int]]:
+    """What the layer guesses once it has seen a step, by default the last."""
+    return runner.draft([SeenStep(number or runner.num_steps, tuple(rows))])
+
+
 def drafts_of(runner: ModelRunner, ids: Sequence[int], pieces: Sequence[int], count: int) -> list[int]:
     """Drafts of what follows all of ``ids``, whose last one is new; the others are computed in pieces."""
     start, found, slots = 0, [[]], (5, 2)
@@ -170,7 +175,7 @@ def drafts_of(runner: ModelRunner, ids: Sequence[int], pieces: Sequence[int], co
         runner.execute([StepRow(tuple(ids[start : start + number]), start, slots, 1, wants_prompt=False)])
         following = tuple(ids[start + 1 : start + 1 + number])
         start += number
-        found = runner.draft(runner.num_steps, [DraftRow(following, slots, count * (start == len(ids) - 1))])
+        found = see(runner, [DraftRow(following, slots, count * (start == len(ids) - 1))])
     assert start == len(ids) - 1
     return found[0]
 
@@ -186,7 +191,7 @@ def test_rows_that_want_different_numbers_of_guesses(tiny: Path, oracle: Oracle)
     rows = [StepRow(text[:-1], 0, (number,), 1, wants_prompt=False) for number, text in enumerate(texts)]
     runner.execute(rows)
     wanted = [DraftRow(tuple(t[1:]), (n,), count) for n, (t, count) in enumerate(zip(texts, counts, strict=True))]
-    found = runner.draft(runner.num_steps, wanted)
+    found = see(runner, wanted)
     assert found == [oracle.drafts(text, count) for text, count in zip(texts, counts, strict=True)]
 
 
@@ -194,20 +199,37 @@ def test_wrong_drafts_leave_nothing_behind(tiny: Path, oracle: Oracle) -> None:
     """A row of verified drafts counts as far as they were right; the others' places are written over."""
     runner, slots = runner_of(tiny), (5, 2)
     runner.execute([StepRow(PROMPT[:7], 0, slots, 1, wants_prompt=False)])
-    runner.draft(runner.num_steps, [DraftRow(PROMPT[1:8], slots, 3)])
+    see(runner, [DraftRow(PROMPT[1:8], slots, 3)])
     runner.execute([StepRow((PROMPT[7], PROMPT[8], 77, 78), 7, slots, 4, wants_prompt=False)])
-    found = runner.draft(runner.num_steps, [DraftRow(PROMPT[8:10], slots, 3)])
+    found = see(runner, [DraftRow(PROMPT[8:10], slots, 3)])
     assert found == [oracle.drafts(PROMPT[:10], 3)]
 
 
 def test_a_step_that_is_not_kept_gives_no_drafts(tiny: Path) -> None:
     runner = runner_of(tiny)
-    for _ in range(3):
+    for _ in range(STEPS_AT_ONCE + 2):
         runner.execute([StepRow(PROMPT, 0, (1,), 1, wants_prompt=False)])
     wanted = [DraftRow((*PROMPT[1:], 8), (1,), 2)]
-    assert runner.draft(1, wanted) == [[]]
-    assert runner.draft(3, wanted) != [[]]
-    assert runner.draft(3, wanted) == [[]]
+    assert see(runner, wanted, 1) == [[]]  # forgotten
+    assert [len(own) for own in see(runner, wanted)] == [2]
+    assert see(runner, wanted) == [[]]  # seen
+
+
+def test_steps_that_are_seen_at_once(tiny: Path, oracle: Oracle) -> None:
+    runner, slots, steps = runner_of(tiny), (5, 2), []
+    for start in range(len(PROMPT) - 1):
+        runner.execute([StepRow(PROMPT[start : start + 1], start, slots, 1, wants_prompt=False)])
+        steps.append(SeenStep(runner.num_steps, (DraftRow(PROMPT[start + 1 : start + 2]),)))
+    last = SeenStep(runner.num_steps, (DraftRow(PROMPT[-1:], slots, 3),))
+    assert runner.draft([*steps[:-1], last]) == [oracle.drafts(PROMPT, 3)]
+
+
+def test_room_that_another_sequence_has_taken_is_that_ones(tiny: Path, oracle: Oracle) -> None:
+    runner, other = runner_of(tiny), PROMPT[::-1]
+    for text in (PROMPT, other):
+        runner.execute([StepRow(text[:-1], 0, (4,), 1, wants_prompt=False)])
+    earlier = SeenStep(1, (DraftRow(PROMPT[1:]),))
+    assert runner.draft([earlier, SeenStep(2, (DraftRow(other[1:], (4,), 3),))]) == [oracle.drafts(other, 3)]
 
 
 def test_drafts_go_back_to_their_rows() -> None:
@@ -225,7 +247,7 @@ def test_without_the_method_nothing_of_the_layer_is_loaded(tiny: Path, tmp_path:
     per_token = [runner.own_report()["kv_cache_bytes"] / runner.cache.num_tokens for runner in (plain, drafting)]
     assert per_token[1] / per_token[0] == (LAYERS + 1) / LAYERS
     with pytest.raises(EngineError, match="started without speculative_method=mtp"):
-        plain.draft(1, [])
+        plain.draft([SeenStep(1, ())])
     save_file({name: value for name, value in tensors.items() if name not in layer}, tmp_path / "model.safetensors")
     shutil.copy(tiny / "config.json", tmp_path)
     assert ModelRunner(config_of(tmp_path)).parameter_bytes == plain.parameter_bytes
@@ -256,7 +278,7 @@ def test_ranks_say_what_the_closed_form_says(tiny: Path, split: Split) -> None:
         runner.execute(rows)
         joined.traffic.calls.clear()
         joined.traffic.bytes.clear()
-        runner.draft(1, wanted)
+        see(runner, wanted, 1)
         return joined.traffic.calls, joined.traffic.bytes
 
     for number, (calls, sizes_given) in enumerate(run_ranks(split, rank)):

@@ -17,8 +17,8 @@ from npu_zoo.nn.context import ForwardContext
 from npu_zoo.nn.model import CausalLM
 from npu_zoo.nn.mtp import MTPForCausalLM
 
-_KEPT_STEPS = 2
-"""The last one, and the one before where that was not seen yet."""
+STEPS_AT_ONCE = 16
+"""Steps that may wait until the layer sees them: a pass over many costs about what one over the last of them does."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class DraftRow:
         following: the tokens behind those of the row's tokens that stand, which are its first.
         slots: where the sequence's keys and values lie, with room for ``count - 1`` tokens more; unread where
             nothing is to be guessed.
-        count: drafts that are wanted.
+        count: drafts that are wanted; of the last step's rows alone.
     """
 
     following: tuple[int, ...]
@@ -38,11 +38,53 @@ class DraftRow:
 
 
 @dataclass(frozen=True)
-class _Step:
+class SeenStep:
+    """A step for the layer to see.
+
+    Attributes:
+        number: of the step, as runners count.
+        rows: what became of its rows, in their order.
+    """
+
+    number: int
+    rows: tuple[DraftRow, ...]
+
+
+@dataclass(frozen=True)
+class _Kept:
     """A step's rows, and the model's normed output [T, hidden_size] of all their tokens."""
 
     rows: tuple[StepRow, ...]
     hidden: Tensor
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Those tokens of a row that stand.
+
+    Attributes:
+        row: of the step.
+        following: the tokens behind them.
+        first: where the row begins among all kept tokens that are seen at once.
+    """
+
+    row: StepRow
+    following: tuple[int, ...]
+    first: int
+
+    def places(self, slot_size: int) -> set[tuple[int, int]]:
+        """Where their keys and values lie: slots with the places in them."""
+        start = self.row.start
+        found = (divmod(place, slot_size) for place in range(start, start + len(self.following)))
+        return {(self.row.slots[index], place) for index, place in found}
+
+    @property
+    def slices(self) -> list[SequenceSlice]:
+        """As the step itself had them: single tokens, or a chunk."""
+        count = len(self.following)
+        if self.row.decodes:
+            return [SequenceSlice(place, 1, self.row.slots) for place in self.row.positions[:count]]
+        return [SequenceSlice(self.row.start, count, self.row.slots)]
 
 
 class MtpDrafter:
@@ -51,55 +93,63 @@ class MtpDrafter:
     Args:
         model: with the layer built.
         attention: whose cache has the layer's keys and values behind those of the model's last.
+        slot_size: tokens of the cache's slots.
 
     Raises:
         ConfigError: the model's class has no such layer.
     """
 
-    def __init__(self, model: CausalLM, attention: StepAttention, device: torch.device) -> None:
+    def __init__(self, model: CausalLM, attention: StepAttention, slot_size: int, device: torch.device) -> None:
         self._model, self._attention, self._device = require_mtp(model), attention, device
-        self._steps: dict[int, _Step] = {}
+        self._slot_size = slot_size
+        self._kept: dict[int, _Kept] = {}
 
     def keep(self, number: int, rows: Sequence[StepRow], hidden: Tensor) -> None:
-        """Remember a step; of earlier ones the last is kept."""
-        self._steps = {n: step for n, step in self._steps.items() if number - _KEPT_STEPS < n < number}
-        self._steps[number] = _Step(tuple(rows), hidden)
+        """Remember a step; those that nobody asks for are forgotten after a while."""
+        self._kept = {n: kept for n, kept in self._kept.items() if number - STEPS_AT_ONCE <= n < number}
+        self._kept[number] = _Kept(tuple(rows), hidden)
 
-    def draft(self, number: int, rows: Sequence[DraftRow]) -> Tensor:
-        """Let the layer see a kept step, and guess.
-
-        Args:
-            number: of the step, which is forgotten then.
-            rows: of the step, in its order.
+    def draft(self, steps: Sequence[SeenStep]) -> Tensor:
+        """Let the layer see kept steps, the earliest first, and guess what follows rows of the last one.
 
         Returns:
             First drafts of the rows that want most and then of the others, second drafts likewise and so on, which
-            :func:`by_row` puts in order; none where the step is not there.
+            :func:`by_row` puts in order; none where the last step is not there.
         """
-        step = self._steps.pop(number, None)
-        nothing = torch.empty(0, dtype=torch.long, device=self._device)
-        if step is None:
-            return nothing
-        seen = self._see(step, rows)
-        order = _most_first(rows)
-        if not order:
-            return nothing
+        found = [(step, kept) for step in steps if (kept := self._kept.pop(step.number, None)) is not None]
+        last, order = steps[-1], _most_first(steps[-1].rows)
+        if not found or not any(row.following for step, _ in found for row in step.rows):
+            return torch.empty(0, dtype=torch.long, device=self._device)
+        seen = self._see(found)
+        if not order or found[-1][0] is not last:
+            return torch.empty(0, dtype=torch.long, device=self._device)
+        rows, kept_rows = last.rows, found[-1][1].rows
         ends = list(accumulate(len(row.following) for row in rows))
-        x = seen[self._tensor([ends[n] - 1 for n in order])]
-        places = [step.rows[n].start + len(rows[n].following) - 1 for n in order]
+        x = seen[self._tensor([len(seen) - ends[-1] + ends[n] - 1 for n in order])]
+        places = [kept_rows[n].start + len(rows[n].following) - 1 for n in order]
         return torch.cat(list(self._guess(x, places, [rows[n] for n in order])))
 
-    def _see(self, step: _Step, rows: Sequence[DraftRow]) -> Tensor:
-        """[T, hidden_size], of those of a step's tokens that stand."""
-        hidden = step.hidden
-        counts = [len(row.following) for row in rows]
-        starts = accumulate((row.num_tokens for row in step.rows), initial=0)
-        if sum(counts) < len(hidden):
-            spans = (range(start, start + count) for start, count in zip(starts, counts, strict=False))
-            hidden = hidden[self._tensor(list(chain.from_iterable(spans)))]
-        slices = [s for row, count in zip(step.rows, counts, strict=True) for s in _slices(row, count)]
-        following = self._tensor(list(chain.from_iterable(row.following for row in rows)))
-        return self._predict(hidden, following, slices)
+    def _see(self, found: list[tuple[SeenStep, _Kept]]) -> Tensor:
+        """[T, hidden_size] of those tokens of steps that stand, one after the other."""
+        hidden = found[0][1].hidden if len(found) == 1 else torch.cat([kept.hidden for _, kept in found])
+        pieces = list(_pieces(found))
+        if len(found) > 1:
+            pieces = self._without_overwritten(pieces)
+        places = [piece.first + n for piece in pieces for n in range(len(piece.following))]
+        following = self._tensor(list(chain.from_iterable(piece.following for piece in pieces)))
+        given = hidden if len(places) == len(hidden) else hidden[self._tensor(places)]
+        return self._predict(given, following, [s for piece in pieces for s in piece.slices])
+
+    def _without_overwritten(self, pieces: list[_Piece]) -> list[_Piece]:
+        """Those whose room no later one has taken: a sequence may have given it up since. The last step's all stay."""
+        written: set[tuple[int, int]] = set()
+        standing = []
+        for piece in reversed(pieces):
+            places = piece.places(self._slot_size)
+            if written.isdisjoint(places):
+                standing.append(piece)
+            written |= places
+        return standing[::-1]
 
     def _guess(self, x: Tensor, places: list[int], rows: list[DraftRow]) -> Iterator[Tensor]:
         """First guesses of all rows, then second ones of those that want them, and so on.
@@ -129,11 +179,13 @@ class MtpDrafter:
         return torch.tensor(values, dtype=torch.long).to(self._device)
 
 
-def _slices(row: StepRow, count: int) -> list[SequenceSlice]:
-    """A row's first tokens as the step itself had them, single ones or a chunk."""
-    if row.decodes:
-        return [SequenceSlice(place, 1, row.slots) for place in row.positions[:count]]
-    return [SequenceSlice(row.start, count, row.slots)] if count else []
+def _pieces(found: Sequence[tuple[SeenStep, _Kept]]) -> Iterator[_Piece]:
+    first = 0
+    for step, kept in found:
+        for row, became in zip(kept.rows, step.rows, strict=True):
+            if became.following:
+                yield _Piece(row, became.following, first)
+            first += row.num_tokens
 
 
 def _most_first(rows: Sequence[DraftRow]) -> list[int]:

@@ -115,6 +115,6 @@ def create_speculator(config: EngineConfig, runner: ModelRunner, kv: KVManager) 
         return None
     proposer: Proposer = PromptLookupProposer(speculation.lookup_min, speculation.lookup_max)
     if speculation.method == "mtp":
-        proposer = MtpProposer(runner, kv)
+        proposer = MtpProposer(runner, kv, config.max_num_batched_tokens)
     adaptive = speculation.adaptive and not is_simulated(config.device)
     return Speculator(proposer, speculation, SpeculationControl(adaptive=adaptive))
