@@ -28,6 +28,7 @@ FAMILIES = {
 }
 PROMPTS = [[5], [6], [7], [8]]
 DRAFTS = 3
+MTP_DRAFTS = 3
 REPEATED = "def add(a, b):\n    return a + b\n\n\n" * 4
 WRITTEN = 64
 
@@ -77,6 +78,41 @@ def drafts_table(product: str) -> list[str]:
     return [*lines, ""]
 
 
+def mtp_table(product: str) -> list[str]:
+    """What drafting with the checkpoint's own layer launches, of families whose demo has one."""
+    configs = {family: demo(family, product) for family in FAMILIES[product]}
+    drafting = {family: config for family, config in configs.items() if config.model_config.num_mtp_layers}
+    if not drafting:
+        return []
+    lines = [
+        "### Launches a token, drafting with the layer that predicts further tokens",
+        "",
+        f"The same text of {WRITTEN} tokens. A step then launches the model, the layer once for each draft, and what "
+        "picks tokens out between them; from graphs, and operator by operator in brackets.",
+        "",
+        "| family | most drafts | accepted | tokens a step | launches a step | a token | for each accepted draft |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for family, config in drafting.items():
+        for drafts in range(MTP_DRAFTS + 1):
+            graph, eager = (
+                text_launches(config, REPEATED, WRITTEN, measure, enforce_eager=eager, drafts=drafts, method="mtp")
+                for eager in (False, True)
+            )
+            steps, right = graph.tokens - graph.accepted_tokens, graph.accepted_tokens
+            cells = [
+                family,
+                str(drafts),
+                f"{right} of {graph.draft_tokens}" if drafts else "",
+                f"{graph.tokens / steps:.2f}",
+                f"{graph.launches / steps:.3g} ({eager.launches / steps:.3g})",
+                f"{graph.per_token:.3g} ({eager.per_token:.3g})",
+                f"{graph.launches / right:.3g} ({eager.launches / right:.3g})" if right else "",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
 def section(product: str) -> str:
     """A product's part of the page."""
     lines = [f"## {product}", ""]
@@ -90,7 +126,7 @@ def section(product: str) -> str:
         ]
         lines += [f"| {count} | `{name}` | {REASONS[name]} |" for name, count in launches.items()]
         lines.append("")
-    return "\n".join([*lines, *drafts_table(product)])
+    return "\n".join([*lines, *drafts_table(product), *mtp_table(product)])
 
 
 def committed(product: str) -> str:

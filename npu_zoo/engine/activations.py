@@ -95,12 +95,17 @@ def measure_activations(
 
 
 def _graphs(config: EngineConfig, itemsize: int, largest: int) -> int:
-    """Logits of every captured batch size, and the activations of the largest, whose memory the others share."""
+    """Logits of every captured batch size, and the activations of the largest, whose memory the others share.
+
+    Where a layer drafts, hidden states of every size as well; each of its guesses has graphs of its own, which keep
+    their hidden states, and take their logits' room from the same pool.
+    """
     if config.enforce_eager or config.device != "npu":
         return 0
     rows = sum(graph_sizes(config.max_num_seqs, config.max_sampled_tokens))
-    logits = rows * config.model_config.vocab_size * itemsize
-    return -(-(logits + largest) // _SEGMENT + 1) * _SEGMENT
+    model, guesses = config.model_config, config.speculation.num_tokens if config.speculation and config.mtp else 0
+    kept = rows * itemsize * (model.vocab_size + (model.hidden_size * (1 + 2 * guesses) if guesses else 0))
+    return (-(-(kept + largest) // _SEGMENT + 1) + guesses * -(-largest // _SEGMENT)) * _SEGMENT
 
 
 def _peak(memory: Any, device: torch.device, work: Callable[[], object]) -> Activations:

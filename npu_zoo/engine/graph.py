@@ -35,12 +35,12 @@ def graph_sizes(max_num_seqs: int, most: int | None = None) -> list[int]:
 
 
 @dataclass
-class _DecodeGraph:
+class DecodeGraph:
     """One batch size.
 
     Attributes:
         staged: [2, batch] ids and positions on the host, pinned; ``inputs`` are those on the device.
-        hidden: [batch, hidden_size] of the stage before; None at a pipeline's first.
+        hidden: [batch, hidden_size] that are given, such as those of the stage before; None where ids alone are.
         last: [batch, hidden_size], what the head takes, where drafts are made of it; a replay writes it.
         graph: None until it is captured.
         output: [batch, vocab_size] logits, or [batch, hidden_size] for the next stage, which a replay writes.
@@ -79,10 +79,10 @@ class DecodeGraphs:
         self._place, self._config = place, config
         self._max_model_len = max_model_len
         self.sizes = graph_sizes(config.max_num_seqs, config.max_sampled_tokens)
-        self._graphs: dict[int, _DecodeGraph] = {}
+        self._graphs: dict[int, DecodeGraph] = {}
         self._npu: Any = torch.get_device_module(device)
         self._pool: Any = None
-        self._replayed: _DecodeGraph | None = None
+        self._replayed: DecodeGraph | None = None
 
     def run(self, given: list[int] | Tensor, positions: list[int], rows: list[SequenceSlice], largest: int) -> Tensor:
         """[B, vocab_size] logits of B rows of one token each, or what the next stage takes; the next run overwrites it.
@@ -93,23 +93,11 @@ class DecodeGraphs:
             rows: where their keys and values lie.
             largest: the most rows that any replica of the attention has in this step.
         """
-        size = next(size for size in self.sizes if size >= largest)
-        entry = self._graphs.get(size) or self._allocate(size)
-        padding = [SequenceSlice(place, 1, (self._attention.spare_slot,)) for place in range(size - len(rows))]
-        zeros = [0] * len(padding)
-        token_ids = [0] * len(rows) if isinstance(given, Tensor) else given
-        entry.staged.copy_(torch.tensor([token_ids + zeros, positions + zeros]))
-        entry.inputs.copy_(entry.staged, non_blocking=True)
+        entry = self._entry(largest)
+        self._stage(entry, [0] * len(rows) if isinstance(given, Tensor) else given, positions)
         if isinstance(given, Tensor) and entry.hidden is not None:
             entry.hidden[: len(given)].copy_(given)
-        update = self._attention.fill(entry.metadata, [*rows, *padding])
-        if entry.output is None:
-            self._capture(entry, size)
-        entry.graph.update(cpu_update_input=[update])
-        entry.graph.replay()
-        assert entry.output is not None
-        self._replayed = entry
-        return entry.output[: len(rows)]
+        return self._replay(entry, rows)
 
     def hidden(self, count: int) -> Tensor:
         """[count, hidden_size] of the last replay's first rows, where the run drafts with them; the next overwrites it.
@@ -121,16 +109,45 @@ class DecodeGraphs:
             raise EngineError("no graph was replayed that keeps hidden states; the run does not draft with them")
         return self._replayed.last[:count]
 
-    def _allocate(self, size: int) -> _DecodeGraph:
+    def _entry(self, count: int) -> DecodeGraph:
+        """The graph that takes so many rows."""
+        size = next(size for size in self.sizes if size >= count)
+        return self._graphs.get(size) or self._allocate(size)
+
+    def _stage(self, entry: DecodeGraph, token_ids: list[int], positions: list[int]) -> None:
+        """Bring a step's ids and positions to the device, without waiting for it."""
+        zeros = [0] * (entry.staged.shape[1] - len(positions))
+        entry.staged.copy_(torch.tensor([token_ids + zeros, positions + zeros]))
+        entry.inputs.copy_(entry.staged, non_blocking=True)
+
+    def _replay(self, entry: DecodeGraph, rows: list[SequenceSlice]) -> Tensor:
+        """What a graph gives for rows whose inputs are staged; captures it before its first replay."""
+        size = entry.staged.shape[1]
+        padding = [SequenceSlice(place, 1, (self._attention.spare_slot,)) for place in range(size - len(rows))]
+        update = self._attention.fill(entry.metadata, [*rows, *padding])
+        if entry.output is None:
+            self._capture(entry, size)
+        entry.graph.update(cpu_update_input=[update])
+        entry.graph.replay()
+        assert entry.output is not None
+        self._replayed = entry
+        return entry.output[: len(rows)]
+
+    @property
+    def _takes_hidden(self) -> bool:
+        """Whether it is given hidden states."""
+        return self._place.stage > 0
+
+    def _allocate(self, size: int) -> DecodeGraph:
         staged = torch.zeros(2, size, dtype=torch.long).pin_memory()
         metadata = self._attention.graph_metadata(size, self._max_model_len)
         config = self._config
         shape, dtype = (size, config.model_config.hidden_size), getattr(torch, config.dtype)
-        hidden = torch.zeros(shape, dtype=dtype, device=self._device) if self._place.stage else None
-        self._graphs[size] = _DecodeGraph(staged, staged.to(self._device), metadata, hidden)
+        hidden = torch.zeros(shape, dtype=dtype, device=self._device) if self._takes_hidden else None
+        self._graphs[size] = DecodeGraph(staged, staged.to(self._device), metadata, hidden)
         return self._graphs[size]
 
-    def _capture(self, entry: _DecodeGraph, size: int) -> None:
+    def _capture(self, entry: DecodeGraph, size: int) -> None:
         layers = self._place.layers(self._config.model_config.num_hidden_layers)
         tokens = (size,) * self._place.split.dp
         context = ForwardContext(self._attention, entry.metadata, layers.start, tokens, captured=True)
@@ -142,7 +159,7 @@ class DecodeGraphs:
         if self._config.mtp:
             entry.last = hidden
 
-    def _forward(self, entry: _DecodeGraph, context: ForwardContext) -> tuple[Tensor, Tensor]:
+    def _forward(self, entry: DecodeGraph, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """The model's hidden states, and what a replay gives."""
         given = entry.inputs[0] if entry.hidden is None else entry.hidden
         hidden: Tensor = self._model(given, entry.inputs[1], context)

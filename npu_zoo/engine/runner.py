@@ -26,6 +26,7 @@ from npu_zoo.engine.activations import Activations, largest_step, measure_activa
 from npu_zoo.engine.graph import DecodeGraphs
 from npu_zoo.engine.host_memory import keep_freed_memory
 from npu_zoo.engine.outputs import NO_OUTPUTS, Outputs, ResultShape, collect_outputs
+from npu_zoo.engine.speculation.graph import MtpGraphs
 from npu_zoo.engine.speculation.layer import MtpDrafter, SeenStep, by_row, require_mtp, require_stored
 from npu_zoo.engine.step import MicroBatch, StepRow, micro_batches
 from npu_zoo.nn.context import BuildContext, ForwardContext
@@ -93,8 +94,7 @@ class ModelRunner:
         self.cache = plan_cache(config, per_token, ranks.minimum(free // self._sharing))
         self.attention = self._create_attention(self.cache.num_slots, self.cache.slot_size)
         self.graphs = self._create_graphs()
-        slot_size, device = self.cache.slot_size, self.device
-        self.drafter = MtpDrafter(self.model, self.attention, slot_size, device) if config.mtp else None
+        self.drafter = self._create_drafter()
         self.num_steps = 0
         self.spans: deque[tuple[float, float]] = deque(maxlen=_SPANS_KEPT)
 
@@ -239,6 +239,17 @@ class ModelRunner:
         if config.enforce_eager or not isinstance(attention, GraphAttention):
             return None
         return DecodeGraphs(self.model, attention, self._place, config, self.cache.max_model_len, self.device)
+
+    def _create_drafter(self) -> MtpDrafter | None:
+        config, attention, speculation = self.config, self.attention, self.config.speculation
+        if speculation is None or not config.mtp:
+            return None
+        graphs = []
+        if self.graphs is not None and isinstance(attention, GraphAttention):
+            longest, count = self.cache.max_model_len, speculation.num_tokens
+            arguments = (self.model, attention, self._place, config, longest, self.device)
+            graphs = [MtpGraphs(*arguments) for _ in range(count)]
+        return MtpDrafter(self.model, attention, self.cache.slot_size, self.device, graphs)
 
     def _forward(self, rows: Sequence[StepRow], replica_tokens: tuple[int, ...], x: Tensor | None) -> Tensor:
         tokens = list(chain.from_iterable(row.token_ids for row in rows))

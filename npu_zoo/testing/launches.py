@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from npu_zoo.core.config import EngineConfig, SpeculationConfig
+from npu_zoo.core.config import EngineConfig, SpeculationConfig, SpeculativeMethod
 from npu_zoo.core.sampling import SamplingParams
 from npu_zoo.testing.door import unchecked_config
 
@@ -126,12 +126,19 @@ class TextLaunches:
 
 
 def text_launches(
-    config: EngineConfig, prompt: str, count: int, measure: Measure, *, enforce_eager: bool, drafts: int
+    config: EngineConfig,
+    prompt: str,
+    count: int,
+    measure: Measure,
+    *,
+    enforce_eager: bool,
+    drafts: int,
+    method: SpeculativeMethod = "prompt_lookup",
 ) -> TextLaunches:
-    """Write a text of so many tokens, with drafts by prompt lookup or, where they are 0, without."""
+    """Write a text of so many tokens, with drafts by a method or, where they are 0, without."""
     from npu_zoo.engine.llm import LLM
 
-    speculation = SpeculationConfig("prompt_lookup", drafts, adaptive=False) if drafts else None
+    speculation = SpeculationConfig(method, drafts, adaptive=False) if drafts else None
     reports: list[Any] = []
     with LLM.from_config(unchecked_config(config, enforce_eager=enforce_eager, speculation=speculation)) as llm:
         for tokens in (count, 1, count):  # the first one captures

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -87,6 +88,18 @@ class _Piece:
         return [SequenceSlice(self.row.start, count, self.row.slots)]
 
 
+class Graphs(Protocol):
+    """See :class:`npu_zoo.engine.speculation.graph.MtpGraphs`."""
+
+    def takes(self, slices: list[SequenceSlice]) -> bool:
+        """Whether there can be a graph for some tokens."""
+
+    def predict(
+        self, hidden: Tensor, following: list[int] | Tensor, slices: list[SequenceSlice]
+    ) -> tuple[Tensor, Tensor]:
+        """What the head takes for the tokens after the next, and the most likely of them."""
+
+
 class MtpDrafter:
     """Keeps what the last steps' tokens came to, until it is known what followed them.
 
@@ -94,14 +107,22 @@ class MtpDrafter:
         model: with the layer built.
         attention: whose cache has the layer's keys and values behind those of the model's last.
         slot_size: tokens of the cache's slots.
+        graphs: for each guess of a step, what launches the layer; empty where it is launched operator by operator.
 
     Raises:
         ConfigError: the model's class has no such layer.
     """
 
-    def __init__(self, model: CausalLM, attention: StepAttention, slot_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: CausalLM,
+        attention: StepAttention,
+        slot_size: int,
+        device: torch.device,
+        graphs: Sequence[Graphs] = (),
+    ) -> None:
         self._model, self._attention, self._device = require_mtp(model), attention, device
-        self._slot_size = slot_size
+        self._slot_size, self._graphs = slot_size, graphs
         self._kept: dict[int, _Kept] = {}
 
     def keep(self, number: int, rows: Sequence[StepRow], hidden: Tensor) -> None:
@@ -117,28 +138,32 @@ class MtpDrafter:
             :func:`by_row` puts in order; none where the last step is not there.
         """
         found = [(step, kept) for step in steps if (kept := self._kept.pop(step.number, None)) is not None]
-        last, order = steps[-1], _most_first(steps[-1].rows)
+        nothing = torch.empty(0, dtype=torch.long, device=self._device)
         if not found or not any(row.following for step, _ in found for row in step.rows):
-            return torch.empty(0, dtype=torch.long, device=self._device)
-        seen = self._see(found)
+            return nothing
+        last, order = steps[-1], _most_first(steps[-1].rows)
+        hidden, pieces = self._standing(found)
+        following = list(chain.from_iterable(piece.following for piece in pieces))
+        slices = [s for piece in pieces for s in piece.slices]
         if not order or found[-1][0] is not last:
-            return torch.empty(0, dtype=torch.long, device=self._device)
+            self._predict(hidden, self._tensor(following), slices)
+            return nothing
         rows, kept_rows = last.rows, found[-1][1].rows
         ends = list(accumulate(len(row.following) for row in rows))
-        x = seen[self._tensor([len(seen) - ends[-1] + ends[n] - 1 for n in order])]
+        behind = [len(following) - ends[-1] + ends[n] - 1 for n in order]
+        x, ids = self._guess(0, hidden, following, slices, behind)
         places = [kept_rows[n].start + len(rows[n].following) - 1 for n in order]
-        return torch.cat(list(self._guess(x, places, [rows[n] for n in order])))
+        further = list(self._guess_on(x, ids, places, [rows[n] for n in order]))
+        return torch.cat([ids, *further]) if further else ids
 
-    def _see(self, found: list[tuple[SeenStep, _Kept]]) -> Tensor:
-        """[T, hidden_size] of those tokens of steps that stand, one after the other."""
+    def _standing(self, found: list[tuple[SeenStep, _Kept]]) -> tuple[Tensor, list[_Piece]]:
+        """[T, hidden_size] of those tokens of steps that stand, one after the other, and what they are of."""
         hidden = found[0][1].hidden if len(found) == 1 else torch.cat([kept.hidden for _, kept in found])
         pieces = list(_pieces(found))
         if len(found) > 1:
             pieces = self._without_overwritten(pieces)
         places = [piece.first + n for piece in pieces for n in range(len(piece.following))]
-        following = self._tensor(list(chain.from_iterable(piece.following for piece in pieces)))
-        given = hidden if len(places) == len(hidden) else hidden[self._tensor(places)]
-        return self._predict(given, following, [s for piece in pieces for s in piece.slices])
+        return hidden if len(places) == len(hidden) else hidden[self._tensor(places)], pieces
 
     def _without_overwritten(self, pieces: list[_Piece]) -> list[_Piece]:
         """Those whose room no later one has taken: a sequence may have given it up since. The last step's all stay."""
@@ -151,24 +176,53 @@ class MtpDrafter:
             written |= places
         return standing[::-1]
 
-    def _guess(self, x: Tensor, places: list[int], rows: list[DraftRow]) -> Iterator[Tensor]:
-        """First guesses of all rows, then second ones of those that want them, and so on.
+    def _guess(
+        self,
+        number: int,
+        hidden: Tensor,
+        following: list[int] | Tensor,
+        slices: list[SequenceSlice],
+        behind: list[int],
+    ) -> tuple[Tensor, Tensor]:
+        """Apply the layer once, and the head behind some tokens.
+
+        Args:
+            number: of the guess in its step, from 0 on.
+            behind: which of the tokens guesses are made behind.
+
+        Returns:
+            What the layer puts out for those tokens, [N, hidden_size], and the guesses, [N].
+        """
+        every = behind == list(range(len(slices)))
+        if number < len(self._graphs) and self._graphs[number].takes(slices):
+            x, ids = self._graphs[number].predict(hidden, following, slices)
+            if every:
+                return x, ids
+            chosen = self._tensor(behind)
+            # Behind the last guess nobody asks what the layer put out.
+            return x[chosen] if number + 1 < len(self._graphs) else x, ids[chosen]
+        known = following if isinstance(following, Tensor) else self._tensor(following)
+        x = self._predict(hidden, known, slices)
+        x = x if every and len(x) == len(slices) else x[self._tensor(behind)]
+        return x, self._model.compute_logits(x).argmax(-1)
+
+    def _guess_on(self, x: Tensor, ids: Tensor, places: list[int], rows: list[DraftRow]) -> Iterator[Tensor]:
+        """Second guesses of the rows that want them, then third ones and so on.
 
         Args:
             x: [N, hidden_size], what the layer put out for each row's last token.
+            ids: [N], first guesses.
             places: of those tokens.
             rows: those that want most first.
         """
-        for depth in range(1, rows[0].count + 1):
-            ids = self._model.compute_logits(x).argmax(-1)
+        for number in range(1, rows[0].count):
+            more = sum(row.count > number for row in rows)
+            slices = [
+                SequenceSlice(place + number, 1, row.slots)
+                for place, row in zip(places[:more], rows[:more], strict=True)
+            ]
+            x, ids = self._guess(number, x[:more], ids[:more], slices, list(range(more)))
             yield ids
-            more = sum(row.count > depth for row in rows)
-            if more:
-                slices = [
-                    SequenceSlice(place + depth, 1, row.slots)
-                    for place, row in zip(places[:more], rows[:more], strict=True)
-                ]
-                x = self._predict(x[:more], ids[:more], slices)
 
     def _predict(self, hidden: Tensor, following: Tensor, slices: list[SequenceSlice]) -> Tensor:
         positions = self._tensor(list(chain.from_iterable(range(s.start, s.context_len) for s in slices)))
@@ -176,7 +230,11 @@ class MtpDrafter:
         return self._model.predict_further(hidden, following, positions, context)
 
     def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long).to(self._device)
+        """Integers on the device, without waiting for it."""
+        on_host = torch.tensor(values, dtype=torch.long)
+        if self._device.type == "cpu":
+            return on_host
+        return on_host.pin_memory().to(self._device, non_blocking=True)
 
 
 def _pieces(found: Sequence[tuple[SeenStep, _Kept]]) -> Iterator[_Piece]:
