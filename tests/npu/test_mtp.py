@@ -10,6 +10,7 @@ import pytest
 
 from npu_zoo import LLM, SamplingParams
 from npu_zoo.core.engine import RequestOutput
+from npu_zoo.simulator import measure
 
 PRODUCT = os.environ.get("NPU_ZOO_SIMULATE", "")
 pytestmark = pytest.mark.skipif(PRODUCT == "atlas_300i_duo", reason="latent attention is for Ascend 910B")
@@ -55,3 +56,20 @@ def test_drafts_are_those_of_the_cpu() -> None:
         accepted.append(stats.num_accepted_tokens / stats.num_draft_tokens)
     assert accepted[0] == pytest.approx(accepted[1], abs=0.1)
     assert min(accepted) > 0.6
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_step_replays_the_model_and_each_guess_once(count: int) -> None:
+    llm, reports = drafting(count), []
+    for length in (24, 1, 24):  # the first one captures
+        with measure() as report:
+            (output,) = llm.generate(TEXTS[0], replace(GREEDY, max_tokens=length))
+        reports.append(report)
+    metrics = output.metrics
+    steps = 23 - metrics.accepted_tokens
+    assert metrics.draft_tokens > 10
+    # The first guess is made where the prompt is seen, which is no step of single tokens.
+    assert reports[2].replays - reports[1].replays == steps + metrics.draft_tokens - 1
+    assert (
+        reports[2].synchronisations - reports[1].synchronisations <= 2 * steps + 6
+    )  # and some where the prompt is seen
