@@ -1,9 +1,10 @@
-"""Speculative decoding by prompt lookup beside plain decoding, on the bundled checkpoints: benchmarks/speculative.json.
+"""Speculative decoding beside plain decoding, on the bundled checkpoints: benchmarks/speculative.json.
 
     python benchmarks/speculative.py [--families deepseek_coder,…] [--rounds 5] [--record benchmarks/speculative.json]
 
-Engines with and without drafts are in one process and take turns on the same prompts, and ratios are of the same round.
-Outputs have to be the same token by token, or the benchmark fails.
+Families that are not named stay in the record as they are. Engines with and without drafts are in one process and
+take turns on the same prompts, and ratios are of the same round. Outputs have to be the same token by token, or the
+benchmark fails.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any
 from harness import machine
 
 from npu_zoo import LLM, SamplingParams
+from npu_zoo.core.config import EngineArgs
+from npu_zoo.dispatch import resolve
 
 FAMILIES = ("deepseek_coder", "wizardcoder", "deepseek_moe", "deepseek_v3")
 TOKENS = 128
@@ -31,6 +34,14 @@ WAYS: dict[str, dict[str, Any]] = {
     "8 drafts": {"speculative_method": "prompt_lookup", "num_speculative_tokens": 8, "adaptive_speculation": False},
     "3, adaptive": {"speculative_method": "prompt_lookup"},
 }
+MTP_WAYS: dict[str, dict[str, Any]] = {
+    **{
+        f"mtp {count}": {"speculative_method": "mtp", "num_speculative_tokens": count, "adaptive_speculation": False}
+        for count in (1, 2, 3)
+    },
+    "mtp 2, adaptive": {"speculative_method": "mtp", "num_speculative_tokens": 2},
+}
+"""Of checkpoints that have a layer for it."""
 NAMES = ("add", "mul", "join", "find", "count", "clamp", "merge", "split")
 
 
@@ -88,7 +99,9 @@ def case(engines: dict[str, LLM], text: str, batch: int, rounds: int) -> list[di
 
 def run_family(family: str, rounds: int) -> dict[str, Any]:
     """All cases of one family's bundled checkpoint."""
-    engines = {way: LLM(f"{family}:demo", **OPTIONS, **options) for way, options in WAYS.items()}
+    asked = resolve(EngineArgs(model=f"{family}:demo", hardware="cpu"))
+    ways = WAYS | (MTP_WAYS if asked.model_config.num_mtp_layers else {})
+    engines = {way: LLM(f"{family}:demo", **OPTIONS, **options) for way, options in ways.items()}
     rows = []
     try:
         for text in TEXTS:
@@ -100,6 +113,12 @@ def run_family(family: str, rounds: int) -> dict[str, Any]:
         for llm in engines.values():
             llm.shutdown()
     return {"family": family, "rows": rows}
+
+
+def merged(path: Path, measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was measured, and in its place what a record has of other families."""
+    found = {entry["family"]: entry for entry in json.loads(path.read_text())["families"]} if path.exists() else {}
+    return list((found | {entry["family"]: entry for entry in measured}).values())
 
 
 def main() -> int:
@@ -114,6 +133,7 @@ def main() -> int:
     described = machine.describe(1)
     record = {"rounds": arguments.rounds, "tokens": TOKENS, "load": load, "machine": described, "families": families}
     if arguments.record:
+        record["families"] = merged(arguments.record, families)
         arguments.record.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 

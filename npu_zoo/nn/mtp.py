@@ -2,8 +2,8 @@
 
 At place i the layer is given t[i+1] and the model's output at i, and what it puts out goes through the model's head as
 the scores of t[i+2]. The report leaves open whether that output is taken before or after the model's last norm. vLLM
-(models/deepseek_v2.py, deepseek_mtp.py) and SGLang (models/deepseek_nextn.py) both take it *after*, and so does this.
-Applied again to its own output and to its guess, the layer guesses one token more; its own output is then taken behind
+and SGLang both take it *after* (the family that has the layer names their modules), and so does this. Applied again to
+its own output and to its guess, the layer guesses one token more; its own output is then taken behind
 ``shared_head.norm``, as SGLang does, so that both are normed alike.
 """
 

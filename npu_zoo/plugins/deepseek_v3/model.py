@@ -1,4 +1,9 @@
-"""DeepSeek-V2 and -V3 (arXiv:2405.04434, arXiv:2412.19437): latent attention, and experts."""
+"""DeepSeek-V2 and -V3 (arXiv:2405.04434, arXiv:2412.19437): latent attention, and experts.
+
+V3's layer that predicts further tokens is given the model's output behind its last norm: so it is in vLLM, whose model
+returns normed states to what drafts (model_executor/models/deepseek_v2.py, deepseek_mtp.py), and in SGLang, whose layer
+is given what the head is given (srt/models/deepseek_nextn.py).
+"""
 
 from __future__ import annotations
 
