@@ -115,10 +115,12 @@ def plan_rank(
     )
     per_token = _token_bytes(config, split.tp, itemsize, kv_cache_dtype, device)
     reads_back = kv_cache_dtype == "int8" and device == "npu"
+    # Hidden states of a step that the further layer has not seen, of the next one, and its two inputs side by side.
+    waiting = 4 * workload.max_num_batched_tokens * config.hidden_size * itemsize if mtp else 0
     restored = _restored_bytes(config, split.tp, itemsize, workload) if reads_back else 0
     return RankPlan(
         weights=weights,
-        activations=_activations(config, itemsize, split, workload, restored),
+        activations=_activations(config, itemsize, split, workload, restored) + waiting,
         cache_per_token=max(*map(len, stages), len(stages[-1]) + mtp) * per_token,
     )
 

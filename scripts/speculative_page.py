@@ -24,8 +24,8 @@ guessed better end sooner, and the others go on in a smaller batch: plain decodi
 - **repeats itself**: the prompt has one function four times. **ordinary**: the beginning of a file, nothing of which
   the output has to repeat.
 - **accepted**: drafts that were right, of all. **tokens a step**: that a step with drafts gives a sequence.
-- **3 drafts**, **8 drafts** are prompt lookup's. **mtp 1** to **mtp 3** have as many drafts by the checkpoint's own layer,
-  which costs a third of that demo's three layers for each; beside 61 layers it would cost a sixtieth.
+- **3 drafts**, **8 drafts** are of prompt lookup. **mtp 1** to **mtp 3** are of the checkpoint's own layer, each draft
+  of which costs a third of that demo's three layers; beside 61 layers it would cost a sixtieth.
 - **adaptive** stops drafting where it finds that it does not pay; the others draft in every step that they can.
 
 """

@@ -91,7 +91,14 @@ def measure_activations(
     sampling = _peak(memory, device, lambda: _sample(sampler, torch.zeros(shape, dtype=dtype, device=device)))
     tokens = sum(row.num_tokens for row in rows)
     graphs = _graphs(config, dtype.itemsize, step.allocated * batch // tokens)
-    return Activations(max(step.allocated, sampling.allocated), max(step.reserved, sampling.reserved) + graphs)
+    waiting = _waiting(config, dtype.itemsize)
+    allocated, reserved = max(step.allocated, sampling.allocated), max(step.reserved, sampling.reserved)
+    return Activations(allocated + waiting, reserved + waiting + graphs)
+
+
+def _waiting(config: EngineConfig, itemsize: int) -> int:
+    """Hidden states of steps that a layer which drafts has not seen: as many as a step may have, and the last one's."""
+    return 2 * config.max_num_batched_tokens * config.model_config.hidden_size * itemsize if config.mtp else 0
 
 
 def _graphs(config: EngineConfig, itemsize: int, largest: int) -> int:
