@@ -216,12 +216,23 @@ def test_a_step_that_is_not_kept_gives_no_drafts(tiny: Path) -> None:
 
 
 def test_steps_that_are_seen_at_once(tiny: Path, oracle: Oracle) -> None:
-    runner, slots, steps = runner_of(tiny), (5, 2), []
-    for start in range(len(PROMPT) - 1):
-        runner.execute([StepRow(PROMPT[start : start + 1], start, slots, 1, wants_prompt=False)])
-        steps.append(SeenStep(runner.num_steps, (DraftRow(PROMPT[start + 1 : start + 2]),)))
-    last = SeenStep(runner.num_steps, (DraftRow(PROMPT[-1:], slots, 3),))
-    assert runner.draft([*steps[:-1], last]) == [oracle.drafts(PROMPT, 3)]
+    """Two sequences' chunks and single tokens in turns, one of them with a wrong draft."""
+    runner, steps = runner_of(tiny, block_size=4), []
+    texts, slots = (PROMPT, PROMPT[::-1]), ((5, 2, 9, 10), (3, 7, 8, 11))
+    pieces = [(0, 4), (4, 1), (5, 3), (8, 1), (9, 1)]
+    for start, count in pieces:
+        ids = [(*text[start : start + count - 1], 77 if count == 3 else text[start + count - 1]) for text in texts]
+        logits = 1 if start == 0 else count
+        runner.execute([StepRow(own, start, s, logits, False) for own, s in zip(ids, slots, strict=True)])
+        stand = count - (count == 3)
+        rows = tuple(DraftRow(text[start + 1 : start + 1 + stand]) for text in texts)
+        steps.append(SeenStep(runner.num_steps, rows))
+        if count == 3:  # the place of the wrong draft is computed anew
+            runner.execute([StepRow(text[7:8], 7, s, 1, False) for text, s in zip(texts, slots, strict=True)])
+            steps.append(SeenStep(runner.num_steps, tuple(DraftRow(text[8:9]) for text in texts)))
+    wanted = tuple(DraftRow(text[-1:], s, 3) for text, s in zip(texts, slots, strict=True))
+    found = runner.draft([*steps[:-1], SeenStep(runner.num_steps, wanted)])
+    assert found == [oracle.drafts(text, 3) for text in texts]
 
 
 def test_room_that_another_sequence_has_taken_is_that_ones(tiny: Path, oracle: Oracle) -> None:

@@ -73,19 +73,26 @@ class _Piece:
     following: tuple[int, ...]
     first: int
 
+    @property
+    def end(self) -> int:
+        """The place behind them."""
+        return self.row.start + len(self.following)
+
+    def slots_up_to(self, place: int, slot_size: int) -> tuple[int, ...]:
+        """Where the sequence lies before a place."""
+        return self.row.slots[: -(-place // slot_size)]
+
     def places(self, slot_size: int) -> set[tuple[int, int]]:
         """Where their keys and values lie: slots with the places in them."""
-        start = self.row.start
-        found = (divmod(place, slot_size) for place in range(start, start + len(self.following)))
+        found = (divmod(place, slot_size) for place in range(self.row.start, self.end))
         return {(self.row.slots[index], place) for index, place in found}
 
     @property
     def slices(self) -> list[SequenceSlice]:
         """As the step itself had them: single tokens, or a chunk."""
-        count = len(self.following)
         if self.row.decodes:
-            return [SequenceSlice(place, 1, self.row.slots) for place in self.row.positions[:count]]
-        return [SequenceSlice(self.row.start, count, self.row.slots)]
+            return [SequenceSlice(place, 1, self.row.slots) for place in range(self.row.start, self.end)]
+        return [SequenceSlice(self.row.start, len(self.following), self.row.slots)]
 
 
 class Graphs(Protocol):
@@ -142,28 +149,55 @@ class MtpDrafter:
         if not found or not any(row.following for step, _ in found for row in step.rows):
             return nothing
         last, order = steps[-1], _most_first(steps[-1].rows)
-        hidden, pieces = self._standing(found)
+        pieces, slices = self._standing(found)
+        hidden = self._hidden(found, pieces)
         following = list(chain.from_iterable(piece.following for piece in pieces))
-        slices = [s for piece in pieces for s in piece.slices]
         if not order or found[-1][0] is not last:
             self._predict(hidden, self._tensor(following), slices)
             return nothing
-        rows, kept_rows = last.rows, found[-1][1].rows
-        ends = list(accumulate(len(row.following) for row in rows))
-        behind = [len(following) - ends[-1] + ends[n] - 1 for n in order]
-        x, ids = self._guess(0, hidden, following, slices, behind)
-        places = [kept_rows[n].start + len(rows[n].following) - 1 for n in order]
+        rows, kept = last.rows, found[-1][1]
+        ends = dict(zip((p.first for p in pieces), accumulate(len(p.following) for p in pieces), strict=True))
+        begin = sum(len(earlier.hidden) for _, earlier in found[:-1])
+        firsts = list(accumulate((row.num_tokens for row in kept.rows), initial=begin))
+        x, ids = self._guess(0, hidden, following, slices, [ends[firsts[n]] - 1 for n in order])
+        places = [kept.rows[n].start + len(rows[n].following) - 1 for n in order]
         further = list(self._guess_on(x, ids, places, [rows[n] for n in order]))
         return torch.cat([ids, *further]) if further else ids
 
-    def _standing(self, found: list[tuple[SeenStep, _Kept]]) -> tuple[Tensor, list[_Piece]]:
-        """[T, hidden_size] of those tokens of steps that stand, one after the other, and what they are of."""
-        hidden = found[0][1].hidden if len(found) == 1 else torch.cat([kept.hidden for _, kept in found])
+    def _standing(self, found: list[tuple[SeenStep, _Kept]]) -> tuple[list[_Piece], list[SequenceSlice]]:
+        """What stands of some steps, and as what the backend is given it.
+
+        One step is given as it was; of several, what follows each other in a sequence is given as one chunk.
+        """
         pieces = list(_pieces(found))
-        if len(found) > 1:
-            pieces = self._without_overwritten(pieces)
+        if len(found) == 1:
+            return pieces, [s for piece in pieces for s in piece.slices]
+        chunks = self._chunks(self._without_overwritten(pieces))
+        slices = [
+            SequenceSlice(chunk[0].row.start, chunk[-1].end - chunk[0].row.start, chunk[-1].row.slots)
+            for chunk in chunks
+        ]
+        return list(chain.from_iterable(chunks)), slices
+
+    def _chunks(self, pieces: list[_Piece]) -> list[list[_Piece]]:
+        """Pieces by what they go on with: where one ends, in the same slots, another one begins."""
+        size, chunks = self._slot_size, list[list[_Piece]]()
+        ending: dict[tuple[int, tuple[int, ...]], list[_Piece]] = {}
+        for piece in pieces:
+            start = piece.row.start
+            chunk = ending.pop((start, piece.slots_up_to(start, size)), None)
+            if chunk is None:
+                chunk = []
+                chunks.append(chunk)
+            chunk.append(piece)
+            ending[piece.end, piece.slots_up_to(piece.end, size)] = chunk
+        return chunks
+
+    def _hidden(self, found: list[tuple[SeenStep, _Kept]], pieces: list[_Piece]) -> Tensor:
+        """[T, hidden_size] of pieces, one after the other."""
+        hidden = found[0][1].hidden if len(found) == 1 else torch.cat([kept.hidden for _, kept in found])
         places = [piece.first + n for piece in pieces for n in range(len(piece.following))]
-        return hidden if len(places) == len(hidden) else hidden[self._tensor(places)], pieces
+        return hidden if places == list(range(len(hidden))) else hidden[self._tensor(places)]
 
     def _without_overwritten(self, pieces: list[_Piece]) -> list[_Piece]:
         """Those whose room no later one has taken: a sequence may have given it up since. The last step's all stay."""
