@@ -75,6 +75,7 @@ def imported(source: str) -> set[str]:
     ):
         if module.split(".")[0] == "npu_zoo":
             found |= {f"{module}.{name}" for name in re.findall(r"\w+", listed)}
-    for whole in [name for name in found if name == "npu_zoo.nn.decoder"]:
-        found = found - {whole} | {f"{whole}.{name}" for name in re.findall(r"\bdecoder\.(\w+)", source)}
+    for whole in [name for name in found if name in ("npu_zoo.nn.decoder", "npu_zoo.nn.mtp")]:
+        module = whole.rpartition(".")[2]
+        found = found - {whole} | {f"{whole}.{name}" for name in re.findall(rf"\b{module}\.(\w+)", source)}
     return found
