@@ -34,7 +34,8 @@ class LaunchReport:
         shape: what ran in the request's place.
         eager, graph: every operator by itself, and from a captured graph.
         drafts: of each sequence, as asked for.
-        drafted: from a graph, with so many drafts; None where none were asked for.
+        drafted: from a graph, with so many drafts; None where none were asked for. What makes them is not counted.
+        method: that was asked for to make them.
     """
 
     shape: str
@@ -42,6 +43,7 @@ class LaunchReport:
     graph: StepLaunches
     drafts: int = 0
     drafted: StepLaunches | None = None
+    method: str = "none"
 
 
 def simulate_launches(args: EngineArgs) -> LaunchReport:
@@ -61,7 +63,7 @@ def simulate_launches(args: EngineArgs) -> LaunchReport:
         graph = decode_launches(config, _PROMPTS, measure, enforce_eager=False)
         drafts = asked_drafts(args)
         drafted = drafted_launches(config, _PROMPTS, measure, enforce_eager=False, drafts=drafts) if drafts else None
-    return LaunchReport(shape, eager, graph, drafts, drafted)
+    return LaunchReport(shape, eager, graph, drafts, drafted, args.speculative_method or "none")
 
 
 def _activate(product: str) -> Any:
@@ -123,6 +125,7 @@ def print_launches(report: LaunchReport) -> None:
         fields["with drafts"] = (
             f"{report.drafts} of each sequence: {report.drafted.total} launches, {least:.3g} to {most:.3g} a token, as "
             f"all or none are right; without {graph.total / len(_PROMPTS):.3g}"
+            + ("; the layer that makes the drafts is not counted" if report.method == "mtp" else "")
         )
     print_fields(fields)
     print()
