@@ -306,6 +306,13 @@ def test_a_quantized_checkpoint_has_a_quantized_layer(tiny: Path, tmp_path: Path
     assert layer.get_submodule("self_attn.o_proj").quantization is not None
     assert layer.get_submodule("eh_proj").quantization is None
     assert len(drafts_of(runner, PROMPT, (10,), 3)) == 3
+    texts = [
+        tokens(
+            LLM.from_config(config_of(tmp_path / "w8a16", allow_experimental=True, **own)).generate([[5, 9]], GREEDY)
+        )
+        for own in ({}, {**MTP, "num_speculative_tokens": 2})
+    ]
+    assert texts[0] == texts[1]
 
 
 # Texts
