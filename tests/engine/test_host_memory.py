@@ -14,7 +14,7 @@ if {keep} and not keep_freed_memory():
     print(-1)
     raise SystemExit
 def touch():
-    torch.ones(16 << 20, dtype=torch.uint8)
+    torch.ones(64 << 20, dtype=torch.uint8)
 for _ in range(20):
     touch()  # until memory of the size is there, between what else is allocated
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -25,7 +25,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def faults(keep: bool) -> int:
-    """Pages that ten tensors of 16 MiB touch for the first time."""
+    """Pages that ten tensors of 64 MiB touch for the first time."""
     done = subprocess.run([sys.executable, "-c", PROGRAM.format(keep=keep)], capture_output=True, text=True, check=True)
     return int(done.stdout)
 

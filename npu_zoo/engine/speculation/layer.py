@@ -80,7 +80,7 @@ class _Piece:
 
     def slots_up_to(self, place: int, slot_size: int) -> tuple[int, ...]:
         """Where the sequence lies before a place."""
-        return self.row.slots[: -(-place // slot_size)]
+        return tuple(self.row.slots[: -(-place // slot_size)])
 
     def places(self, slot_size: int) -> set[tuple[int, int]]:
         """Where their keys and values lie: slots with the places in them."""
