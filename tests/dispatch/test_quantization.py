@@ -50,7 +50,10 @@ def test_the_checkpoints_scheme_is_taken(quantized: Path) -> None:
     assert config.quantization_config is not None
     assert (config.quantization_config.group_size, config.quantization_config.weight_bits) == (32, 4)
     assert config.quantization_method == "npu_zoo.nn.quantization:PackedWeights"
-    assert {c.operation: c.kernel for c in config.kernels}["linear_w4a16"] == "cpu_linear_w4a16"
+    assert {c.operation: c.kernel for c in config.kernels}["linear_w4a16"] in (
+        "compiled_linear_w4a16",
+        "cpu_linear_w4a16",
+    )
 
 
 def test_check_answers_for_the_checkpoints_scheme(quantized: Path) -> None:
@@ -80,7 +83,7 @@ def test_another_plugins_method_and_kernel_are_chosen(quantized: Path, registry:
     )
     registry.quantization_methods["w4a16"] = mine
     registry.kernels["mine"] = KernelSpec(
-        name="mine", operation="linear_w4a16", chip="cpu", dtypes=("bfloat16",), implementation="a.b:c", priority=20
+        name="mine", operation="linear_w4a16", chip="cpu", dtypes=("bfloat16",), implementation="a.b:c", priority=30
     )
     config = resolve(args(quantized), registry)
     assert config.quantization_method == "somewhere.quantization:Mine"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Protocol
@@ -135,7 +135,8 @@ class MtpDrafter:
     def keep(self, number: int, rows: Sequence[StepRow], hidden: Tensor) -> None:
         """Remember a step; those that nobody asks for are forgotten after a while."""
         self._kept = {n: kept for n, kept in self._kept.items() if number - STEPS_AT_ONCE <= n < number}
-        self._kept[number] = _Kept(tuple(rows), hidden)
+        # A sequence's blocks are given up and taken while its steps wait here.
+        self._kept[number] = _Kept(tuple(replace(row, slots=tuple(row.slots)) for row in rows), hidden)
 
     def draft(self, steps: Sequence[SeenStep]) -> Tensor:
         """Let the layer see kept steps, the earliest first, and guess what follows rows of the last one.
