@@ -43,7 +43,7 @@ class SeenTokens:
             return
         self._taken = first + len(new)
         ids = self._known(new)
-        self._seen.index_fill_(0, ids, True)
+        self._seen[ids] = True
         output = ids if first >= prompt else self._known(new[prompt - first :])
         self._add_output(output)
 
@@ -71,9 +71,9 @@ class SeenTokens:
         return self._seen, self._counts, self._present
 
     def _add_output(self, ids: Tensor) -> None:
-        self._seen.index_fill_(0, ids, True)
+        self._seen[ids] = True
         self._counts.index_add_(0, ids, self._counts.new_ones(len(ids)))
-        self._present.index_fill_(0, ids, 1.0)
+        self._present[ids] = 1.0
 
     def _known(self, token_ids: list[int]) -> Tensor:
         ids = [token_id for token_id in token_ids if token_id < self._size]

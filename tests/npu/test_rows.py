@@ -22,8 +22,12 @@ from npu_zoo.testing.door import unchecked_config
 from npu_zoo.testing.shapes import rank_shape, write_random_model
 
 PRODUCT = os.environ.get("NPU_ZOO_SIMULATE", "")
-BOUND = {"float16": 0.02, "bfloat16": 0.15}
-"""Natural-log probability; twice and more what was seen."""
+BOUND = {"float16": 0.02, "bfloat16": 0.6}
+"""Natural-log probability; twice and more what was seen. Rounding to bfloat16 turns the choice between experts that are
+nearly equal, on a CPU and on an NPU at other places: each was seen up to 0.27 from float32 in single tokens."""
+
+MEAN_BOUND = {"float16": 0.005, "bfloat16": 0.07}
+"""The same on average over all tokens."""
 
 PROMPTS = [list(range(3, 3 + length)) for length in (40, 7, 1)]
 
@@ -67,6 +71,7 @@ def test_a_ranks_share_of_the_heads(family: str, config: ModelConfig, dtype: str
     reference, llm = engines(family, weights, dtype)
     found = agree(reference, llm, PROMPTS)
     assert found.within(BOUND[dtype]), found
+    assert found.mean_logprob < MEAN_BOUND[dtype], found
     llm.shutdown()
     reference.shutdown()
 
