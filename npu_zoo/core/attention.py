@@ -97,6 +97,22 @@ class GraphAttention(StepAttention):
         """
 
 
+class ReplayAttention(StepAttention):
+    """A backend that reads the rows of a decode step from memory that stays where it is, so that it can be replayed."""
+
+    @abstractmethod
+    def replay_metadata(self, batch: int, max_context: int) -> AttentionMetadata:
+        """Metadata of ``batch`` rows of one token, of up to ``max_context`` keys, to be written by :meth:`refill`."""
+
+    @abstractmethod
+    def refill(self, metadata: AttentionMetadata, rows: list[SequenceSlice]) -> bool:
+        """Write a step's rows, as many as it was made for, into the metadata of :meth:`replay_metadata`.
+
+        Returns:
+            False where a step does better than its rows one by one, such as where they share a prefix.
+        """
+
+
 class AttentionBackend(StepAttention):
     """Stores keys and values by head, and attends over them.
 

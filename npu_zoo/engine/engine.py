@@ -166,6 +166,7 @@ class NativeEngine(Engine):
             "device": str(self.runner.device),
             "attention": {"backend": attention.backend, "block_size": attention.block_size, "reason": attention.reason},
             "kernels": {choice.operation: choice.kernel for choice in self.config.kernels},
+            "decode": self.runner.decode_form,
             "parameter_bytes": self.runner.parameter_bytes,
             "activation_bytes": activations.allocated if activations else None,
             "reserved_bytes": activations.reserved if activations else None,

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from npu_zoo.checkpoint import detect_format
-from npu_zoo.core.attention import AttentionMetadata, CacheLayout, GraphAttention, LatentLayout, StepAttention
+from npu_zoo.core.attention import (
+    AttentionMetadata,
+    CacheLayout,
+    GraphAttention,
+    LatentLayout,
+    ReplayAttention,
+    StepAttention,
+)
 from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.engine import Progress
 from npu_zoo.core.errors import EngineError, HardwareError, WeightsError
@@ -26,6 +33,7 @@ from npu_zoo.engine.activations import Activations, largest_step, measure_activa
 from npu_zoo.engine.graph import DecodeGraphs
 from npu_zoo.engine.host_memory import keep_freed_memory
 from npu_zoo.engine.outputs import NO_OUTPUTS, Outputs, ResultShape, collect_outputs
+from npu_zoo.engine.replay import DecodeReplays
 from npu_zoo.engine.speculation.graph import MtpGraphs
 from npu_zoo.engine.speculation.layer import MtpDrafter, SeenStep, by_row, require_mtp, require_stored
 from npu_zoo.engine.step import MicroBatch, StepRow, micro_batches
@@ -94,6 +102,7 @@ class ModelRunner:
         self.cache = plan_cache(config, per_token, ranks.minimum(free // self._sharing))
         self.attention = self._create_attention(self.cache.num_slots, self.cache.slot_size)
         self.graphs = self._create_graphs()
+        self.replays = self._create_replays()
         self.drafter = self._create_drafter()
         self.num_steps = 0
         self.spans: deque[tuple[float, float]] = deque(maxlen=_SPANS_KEPT)
@@ -157,6 +166,10 @@ class ModelRunner:
         if self.graphs is not None and rows and all(row.decodes for row in rows):
             hidden = self._replay(self.graphs, rows, mine)
             return (hidden, []) if mine and self._place.is_last_stage else NO_OUTPUTS
+        if self.replays is not None and rows and all(row.decodes for row in rows):
+            logits = self._replay_recorded(self.replays, rows)
+            if logits is not None:
+                return logits, []
         split = self._place.split
         parts = [self._run_batch(batch) for batch in micro_batches(rows, split.dp, split.pp)]
         if not self._place.is_last_stage:
@@ -233,6 +246,33 @@ class ModelRunner:
         if self.drafter is not None:
             self._keep(mine, graphs.hidden(len(token_ids)).clone())
         return output
+
+    def _replay_recorded(self, replays: DecodeReplays, rows: Sequence[StepRow]) -> Tensor | None:
+        begin = time.monotonic()
+        slices = list(chain.from_iterable(row.slices for row in rows))
+        found = replays.run(list(chain.from_iterable(row.token_ids for row in rows)), slices)
+        if found is None:
+            return None
+        hidden, logits = found
+        if self.drafter is not None:
+            self._keep(rows, hidden.clone())
+        self.spans.append((begin, time.monotonic()))
+        return logits
+
+    @property
+    def decode_form(self) -> str:
+        """How steps of single tokens are computed: from graphs, as replays of recorded ones, or eagerly, and why."""
+        if self.graphs is not None:
+            return "captured graphs"
+        if self.replays is None:
+            return "eager"
+        return f"eager: {self.replays.obstacle}" if self.replays.obstacle else "replays of recorded steps"
+
+    def _create_replays(self) -> DecodeReplays | None:
+        attention, config = self.attention, self.config
+        if config.enforce_eager or config.world_size > 1 or not isinstance(attention, ReplayAttention):
+            return None
+        return DecodeReplays(self.model, attention, self.cache.max_model_len)
 
     def _create_graphs(self) -> DecodeGraphs | None:
         attention, config = self.attention, self.config

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "attend.h"
+#include "replay.h"
 
 namespace {
 
@@ -274,3 +275,5 @@ void zoo_attend(const Shape* shape, const Item* items, int64_t num_items, const 
   }
 }
 }
+
+ZOO_REPLAYABLE(zoo_attend)

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "exponential.h"
+#include "replay.h"
 #include "values.h"
 
 namespace {
@@ -162,3 +163,14 @@ extern "C" {
 ZOO_ELEMENTWISE(uint16_t, bfloat16)
 ZOO_ELEMENTWISE(float, float32)
 }
+
+ZOO_REPLAYABLE(zoo_rms_norm_bfloat16)
+ZOO_REPLAYABLE(zoo_add_rms_norm_bfloat16)
+ZOO_REPLAYABLE(zoo_silu_and_mul_bfloat16)
+ZOO_REPLAYABLE(zoo_rotary_bfloat16)
+ZOO_REPLAYABLE(zoo_interleaved_rotary_bfloat16)
+ZOO_REPLAYABLE(zoo_rms_norm_float32)
+ZOO_REPLAYABLE(zoo_add_rms_norm_float32)
+ZOO_REPLAYABLE(zoo_silu_and_mul_float32)
+ZOO_REPLAYABLE(zoo_rotary_float32)
+ZOO_REPLAYABLE(zoo_interleaved_rotary_float32)

@@ -7,6 +7,7 @@
 
 #include "activation.h"
 #include "panels.h"
+#include "replay.h"
 #include "workspace.h"
 
 namespace {
@@ -276,3 +277,5 @@ void zoo_experts(const bf16* x, int64_t x_stride, int64_t tokens, int64_t hidden
   }
 }
 }
+
+ZOO_REPLAYABLE(zoo_experts)

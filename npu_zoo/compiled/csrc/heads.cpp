@@ -3,6 +3,7 @@
 // The matrices stay as they are, [in][out]. One row of inputs is multiplied with them as they pass; for more a matrix is
 // brought into panels on its way through the cache, which takes less time than its way from memory.
 #include "panels.h"
+#include "replay.h"
 #include "workspace.h"
 
 namespace {
@@ -110,3 +111,5 @@ void zoo_head_linear(const bf16* x, int64_t x_stride, int64_t head_stride, int64
   }
 }
 }
+
+ZOO_REPLAYABLE(zoo_head_linear)

@@ -1,5 +1,6 @@
 // x @ weight.T in bfloat16, summed in float32.
 #include "panels.h"
+#include "replay.h"
 #include "transpose.h"
 #include "workspace.h"
 
@@ -80,3 +81,5 @@ void zoo_linear(const bf16* x, int64_t x_stride, int64_t rows, const bf16* packe
     multiply_panels(x, x_stride, rows, packed, blocks, panels * part / threads, panels * (part + 1) / threads, output);
 }
 }
+
+ZOO_REPLAYABLE(zoo_linear)

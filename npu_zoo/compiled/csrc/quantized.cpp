@@ -1,6 +1,7 @@
 // x @ weight.T with weights of 8 and 4 bits and inputs in bfloat16.
 #include "code_tiles.h"
 #include "codes.h"
+#include "replay.h"
 #include "workspace.h"
 
 namespace {
@@ -137,3 +138,5 @@ void zoo_linear_codes(const bf16* x, int64_t x_stride, int64_t rows, const uint8
   multiply(x, x_stride, rows, weight, {out, channels, channels}, threads);
 }
 }
+
+ZOO_REPLAYABLE(zoo_linear_codes)

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "activation.h"
+#include "replay.h"
 
 namespace {
 
@@ -115,3 +116,5 @@ void zoo_route_tokens(const float* logits, const float* bias, int64_t tokens, in
   }
 }
 }
+
+ZOO_REPLAYABLE(zoo_route_tokens)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from npu_zoo.core.attention import AttentionBackend, AttentionMetadata, CacheLayout, SequenceSlice
+from npu_zoo.core.attention import AttentionBackend, AttentionMetadata, CacheLayout, ReplayAttention, SequenceSlice
 from npu_zoo.core.errors import ConfigError, EngineError
 from npu_zoo.nn.attention.cache import allocate_zeros
 from npu_zoo.nn.attention.compiled_steps import (
@@ -22,7 +22,9 @@ from npu_zoo.nn.attention.compiled_steps import (
     CompiledMetadata,
     Member,
     attend,
+    fixed_metadata,
     make_metadata,
+    refill_rows,
     strip_bytes,
     values_together,
 )
@@ -35,7 +37,7 @@ _PAIRS = 32
 _WIDEST = 1024
 
 
-class CompiledPagedAttention(AttentionBackend):
+class CompiledPagedAttention(AttentionBackend, ReplayAttention):
     """Attention over a pool of blocks, on a CPU.
 
     Args:
@@ -99,6 +101,21 @@ class CompiledPagedAttention(AttentionBackend):
         lengths = np.array([row.num_tokens for row in rows], dtype=np.int64)
         tables, counts = self._tables(rows, starts + lengths)
         return make_metadata(rows, starts, lengths, tables, counts, self.block_size, self._shared(rows))
+
+    def replay_metadata(self, batch: int, max_context: int) -> CompiledMetadata:
+        """See :class:`ReplayAttention`."""
+        return fixed_metadata(batch, -(-max_context // self.block_size))
+
+    def refill(self, metadata: AttentionMetadata, rows: list[SequenceSlice]) -> bool:
+        """See :class:`ReplayAttention`.
+
+        Raises:
+            EngineError: a row's blocks do not cover its tokens.
+        """
+        if self._shared(rows) or not isinstance(metadata, CompiledMetadata):
+            return False
+        refill_rows(metadata, rows, self.block_size)
+        return True
 
     def _tables(
         self, rows: list[SequenceSlice], totals: NDArray[np.int64]

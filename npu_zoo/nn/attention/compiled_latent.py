@@ -19,12 +19,20 @@ from npu_zoo.core.attention import (
     LatentAttentionBackend,
     LatentLayout,
     LatentProjection,
+    ReplayAttention,
     SequenceSlice,
 )
 from npu_zoo.core.errors import ConfigError, EngineError
 from npu_zoo.core.model_config import MLAConfig
 from npu_zoo.nn.attention.cache import allocate_zeros
-from npu_zoo.nn.attention.compiled_steps import CompiledMetadata, attend, make_metadata, values_together
+from npu_zoo.nn.attention.compiled_steps import (
+    CompiledMetadata,
+    attend,
+    fixed_metadata,
+    make_metadata,
+    refill_rows,
+    values_together,
+)
 from npu_zoo.nn.attention.expanded import ExpandedStrips
 from npu_zoo.nn.attention.latent import prefers_absorbed
 from npu_zoo.nn.attention.sharing import find_shared_prefixes, merge
@@ -61,7 +69,7 @@ class CompiledLatentMetadata(AttentionMetadata):
     expanded: list[ExpandedRow]
 
 
-class CompiledLatentAttention(LatentAttentionBackend):
+class CompiledLatentAttention(LatentAttentionBackend, ReplayAttention):
     """Attention over a pool of latents, on a CPU.
 
     Args:
@@ -129,6 +137,23 @@ class CompiledLatentAttention(LatentAttentionBackend):
                 for n in np.flatnonzero(~absorbs)
             ],
         )
+
+    def replay_metadata(self, batch: int, max_context: int) -> CompiledLatentMetadata:
+        """See :class:`ReplayAttention`."""
+        every = fixed_metadata(batch, -(-max_context // self.layout.slot_size))
+        return CompiledLatentMetadata([], batch, every, every, None, [])
+
+    def refill(self, metadata: AttentionMetadata, rows: list[SequenceSlice]) -> bool:
+        """See :class:`ReplayAttention`.
+
+        Raises:
+            EngineError: a row's blocks do not cover its tokens.
+        """
+        size = self.layout.slot_size
+        if find_shared_prefixes(rows, size, 1) or not isinstance(metadata, CompiledLatentMetadata):
+            return False
+        refill_rows(metadata.every, rows, size)
+        return True
 
     def _metadata(
         self, rows: list[SequenceSlice], starts: NDArray[np.int64], lengths: NDArray[np.int64], *, share: bool

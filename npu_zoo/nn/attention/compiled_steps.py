@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from npu_zoo.core.attention import AttentionMetadata, SequenceSlice
+from npu_zoo.nn.attention.tables import check_tables
 from npu_zoo.nn.kernels.compiled.binding import ADDRESS, COUNT, FLOAT, SIZE, Function
 
 STRIP = 32
@@ -81,6 +82,29 @@ def make_metadata(
     joined = np.concatenate(members) if members else np.empty(0, dtype=np.int64)
     addresses = items.ctypes.data, tables.ctypes.data, joined.ctypes.data
     return CompiledMetadata(rows, int(lengths.sum()), items, tables, joined, len(shared), addresses)
+
+
+def fixed_metadata(batch: int, blocks: int) -> CompiledMetadata:
+    """Room for rows of one token each, with up to ``blocks`` blocks, that :func:`refill_rows` writes."""
+    items = np.zeros((batch, 8), dtype=np.int64)
+    items[:, 0], items[:, 1], items[:, 2], items[:, 4] = np.arange(batch), 1, np.arange(batch) * blocks, -1
+    tables, members = np.zeros(batch * blocks, dtype=np.int64), np.empty(0, dtype=np.int64)
+    addresses = items.ctypes.data, tables.ctypes.data, members.ctypes.data
+    return CompiledMetadata([], batch, items, tables, members, 0, addresses)
+
+
+def refill_rows(metadata: CompiledMetadata, rows: list[SequenceSlice], block_size: int) -> None:
+    """Write rows of one token each.
+
+    Raises:
+        EngineError: a row's blocks do not cover its tokens.
+    """
+    totals = np.array([row.context_len for row in rows], dtype=np.int64)
+    check_tables(rows, -(-totals // block_size))
+    metadata.items[:, 3] = totals
+    tables = metadata.tables.reshape(len(rows), -1)
+    for table, row in zip(tables, rows, strict=True):
+        table[: len(row.slots)] = row.slots
 
 
 def values_together(x: Tensor) -> Tensor:

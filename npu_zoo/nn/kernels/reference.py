@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from npu_zoo.nn.kernels.quantized import QuantizedWeight, pack_nibbles, unpack_nibbles
+from npu_zoo.nn.kernels.recording import depends_on_values
 from npu_zoo.nn.kernels.table import Product, Stored
 from npu_zoo.nn.routing import BEST_OF_GROUP, Routing
 
@@ -240,6 +241,7 @@ def experts(
     Returns:
         [T, hidden], in the dtype of ``x``.
     """
+    depends_on_values()
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in sorted(set(ids.flatten().tolist()) - ({len(gate_up)} if elsewhere else set())):
         tokens, slots = torch.where(ids == expert)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch  # before the library, which takes its threads from torch's OpenMP
 from torch import Tensor
@@ -40,8 +41,14 @@ def load_library() -> ctypes.CDLL:
     return library
 
 
+Listener = Callable[["Function", tuple[int | float | None, ...]], None]
+
+
 class Function:
     """A function of the library, which is loaded when one is first called.
+
+    Attributes:
+        listener: told of every call of any function, where somebody writes calls down.
 
     Args:
         name: its name in C.
@@ -49,17 +56,21 @@ class Function:
         result: the ctype of what it gives.
     """
 
+    listener: ClassVar[Listener | None] = None
+
     def __init__(self, name: str, *arguments: type, result: type | None = None) -> None:
-        self._name, self._arguments, self._result = name, arguments, result
+        self.name, self.arguments, self._result = name, arguments, result
         self._call: Callable[..., int] = self._first_call
 
     def __call__(self, *values: int | float | None) -> int:
         """Call it; threads of Python go on meanwhile."""
+        if Function.listener is not None:
+            Function.listener(self, values)
         return self._call(*values)
 
     def _first_call(self, *values: int | float | None) -> int:
-        function = getattr(load_library(), self._name)
-        function.argtypes, function.restype = self._arguments, self._result
+        function = getattr(load_library(), self.name)
+        function.argtypes, function.restype = self.arguments, self._result
         self._call = function
         return self._call(*values)
 
