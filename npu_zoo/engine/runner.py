@@ -31,7 +31,7 @@ from npu_zoo.core.errors import EngineError, HardwareError, WeightsError
 from npu_zoo.core.parallel import ALONE, Ranks
 from npu_zoo.engine.activations import Activations, largest_step, measure_activations, slots_of
 from npu_zoo.engine.graph import DecodeGraphs
-from npu_zoo.engine.host_memory import keep_freed_memory
+from npu_zoo.engine.host_memory import keep_freed_memory, return_freed_memory
 from npu_zoo.engine.outputs import NO_OUTPUTS, Outputs, ResultShape, collect_outputs
 from npu_zoo.engine.replay import DecodeReplays
 from npu_zoo.engine.speculation.graph import MtpGraphs
@@ -335,6 +335,7 @@ class ModelRunner:
         if self.device.type == "cpu":
             threads = config.threads or default_threads(self.parameter_bytes * self._sharing) // self._sharing
             torch.set_num_threads(max(1, threads))
+            return_freed_memory()
         model.allocate(self.device)
         load_weights(
             model.checkpoint_tensors(),

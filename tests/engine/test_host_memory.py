@@ -9,10 +9,12 @@ import pytest
 
 PROGRAM = """
 import resource, torch
-from npu_zoo.engine.host_memory import keep_freed_memory
-if {keep} and not keep_freed_memory():
+from npu_zoo.engine.host_memory import keep_freed_memory, return_freed_memory
+if not keep_freed_memory():
     print(-1)
     raise SystemExit
+if not {keep}:
+    return_freed_memory()
 def touch():
     torch.ones(64 << 20, dtype=torch.uint8)
 for _ in range(20):

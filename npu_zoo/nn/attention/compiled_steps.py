@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from npu_zoo.core.attention import AttentionMetadata, SequenceSlice
-from npu_zoo.nn.attention.tables import check_tables
+from npu_zoo.nn.attention.tables import check_tables, first_blocks
 from npu_zoo.nn.kernels.compiled.binding import ADDRESS, COUNT, FLOAT, SIZE, Function
 
 STRIP = 32
@@ -100,11 +100,12 @@ def refill_rows(metadata: CompiledMetadata, rows: list[SequenceSlice], block_siz
         EngineError: a row's blocks do not cover its tokens.
     """
     totals = np.array([row.context_len for row in rows], dtype=np.int64)
-    check_tables(rows, -(-totals // block_size))
+    counts = -(-totals // block_size)
+    check_tables(rows, counts)
     metadata.items[:, 3] = totals
     tables = metadata.tables.reshape(len(rows), -1)
-    for table, row in zip(tables, rows, strict=True):
-        table[: len(row.slots)] = row.slots
+    for table, row, count in zip(tables, rows, counts.tolist(), strict=True):
+        table[:count] = first_blocks(row.slots, count)
 
 
 def values_together(x: Tensor) -> Tensor:
