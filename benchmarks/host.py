@@ -28,6 +28,7 @@ from harness.checkpoint import ensure_checkpoint
 from harness.shapes import SHAPES
 
 from npu_zoo import LLM, SamplingParams
+from npu_zoo.core.attention import ReplayAttention
 
 FOLDER = Path(__file__).parent
 SHAPE = replace(
@@ -136,7 +137,10 @@ def watch(llm: LLM, clock: Clock) -> None:
 
     engine: Any = llm.engine
     engine.scheduler.schedule = clock.timed("schedule", engine.scheduler.schedule)
-    engine.runner.attention.prepare = clock.timed("attention", engine.runner.attention.prepare)
+    attention = engine.runner.attention
+    attention.prepare = clock.timed("attention", attention.prepare)
+    if isinstance(attention, ReplayAttention):
+        attention.refill = clock.timed("attention", attention.refill)  # type: ignore[method-assign]
     engine.runner.execute = clock.timed("tensors", engine.runner.execute)
     engine.sampler.sample = clock.timed("sample", engine.sampler.sample)
     module.step_rows = clock.timed("rows", module.step_rows)  # type: ignore[attr-defined]
