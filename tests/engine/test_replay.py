@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -105,3 +107,16 @@ def test_an_interrupted_recording_is_made_again(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(PROMPTS[:1], SAMPLED)
     assert results(llm, PROMPTS[:1]) == due
+
+
+def test_recording_does_not_import_the_compiler() -> None:
+    """Importing torch._dynamo takes most of a second, which a first text would wait for."""
+    program = (
+        "import sys\n"
+        "from npu_zoo import LLM, SamplingParams\n"
+        "llm = LLM(model='deepseek_coder', dtype='bfloat16')\n"
+        "llm.generate('x', SamplingParams(max_tokens=6, ignore_eos=True))\n"
+        "assert llm.engine.explain()['decode'] == 'replays of recorded steps'\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
