@@ -173,12 +173,12 @@ inline void multiply_widened_codes(
     for (int64_t row = 0; row < rows; row += 2 * kPanel) {
       const int upper = std::min<int64_t>(rows - row, kPanel), lower = std::min<int64_t>(rows - row - upper, kPanel);
       if (shaped != upper + lower) shape_tiles(upper, std::max(lower, 1)), shaped = upper + lower;
-      auto multiply = lower ? (two ? multiply_blocks<true, true> : multiply_blocks<true, false>)
-                            : (two ? multiply_blocks<false, true> : multiply_blocks<false, false>);
+      const auto multiply = multiply_blocks_of<false>(lower, two);
       WidenedTiles tiles;
       for (int64_t group = 0; group < weight.groups; ++group) {
         const int64_t begin = group * of_group, end = std::min(blocks, begin + of_group);
-        multiply(x, row, begin, end, widened, stride);
+        clear_sums();
+        multiply(x, row, begin, end, {widened, widened + stride}, {});
         const Floats scales[2] = {load<Floats>(one.scales + group * kPanel), load<Floats>(other.scales + group * kPanel)};
         tiles.add(upper, lower, scales);
       }

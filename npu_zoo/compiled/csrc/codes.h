@@ -12,7 +12,7 @@
 
 #include <cmath>
 
-#include "panels.h"
+#include "panel_tiles.h"
 
 namespace zoo {
 

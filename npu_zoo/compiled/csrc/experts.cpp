@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "activation.h"
-#include "panels.h"
+#include "products.h"
 #include "replay.h"
 #include "workspace.h"
 
@@ -156,32 +156,16 @@ void put_group(const Step& step, const Share& share, int64_t row, int rows, int6
 
 // As `activate`, for a share whose rows were gathered.
 void activate_tiled(const Step& step, const Share& share, int64_t first, int64_t last) {
-  const int64_t blocks = step.x_blocks(), stride = panel_values(step.hidden), group = blocks * kBlockValues;
-  const Rows x{step.inputs + share.group * group, kBlockValues, kBlock, group};
-  const bf16* packed = share.weights.gate_up;
-  constexpr int64_t kStep = 2 * kPanel;
-  const int64_t chunk = std::max<int64_t>(1, kCachedValues / (kStep * blocks * kBlock)) * kStep;
-  alignas(64) float gate[kPanel * kLanes], up[kPanel * kLanes];
-  for (int64_t begin = 0; begin < share.rows; begin += chunk) {
-    const int64_t end = std::min(share.rows, begin + chunk);
-    int shaped = -1;
-    for (int64_t panel = first; panel < last; ++panel) {
-      for (int64_t row = begin; row < end; row += kStep) {
-        const int upper = std::min<int64_t>(end - row, kPanel), lower = std::min<int64_t>(end - row - upper, kPanel);
-        if (shaped != upper + lower) shape_tiles(upper, std::max(lower, 1)), shaped = upper + lower;
-        auto sum = lower ? multiply_blocks<true, true> : multiply_blocks<false, true>;
-        sum(x, row, 0, blocks, packed + panel * stride, share.weights.panels() * stride);
-        _tile_stored(0, gate, 64);
-        _tile_stored(1, up, 64);
-        put_group(step, share, row, upper, panel, gate, up);
-        if (!lower) continue;
-        _tile_stored(2, gate, 64);
-        _tile_stored(3, up, 64);
-        put_group(step, share, row + kPanel, lower, panel, gate, up);
-      }
-    }
-  }
-  _tile_release();
+  const int64_t blocks = step.x_blocks(), stride = panel_values(step.hidden);
+  const Rows x = Rows::tiles(step.inputs + share.group * blocks * kBlockValues, blocks);
+  auto pair_at = [&](int64_t pair) {
+    const bf16* gate = share.weights.gate_up + (first + pair) * stride;
+    return PanelPair{gate, gate + share.weights.panels() * stride};
+  };
+  auto finish = [&](int64_t pair, int64_t row, int rows, const float* gate, const float* up) {
+    put_group(step, share, row, rows, first + pair, gate, up);
+  };
+  multiply_pairs(x, share.rows, blocks, last - first, pair_at, finish);
 }
 #endif
 
@@ -209,8 +193,7 @@ void project(const Step& step, int64_t first, int64_t last, const Output& out) {
     const WeightedSums sums{step, share};
 #if defined(ZOO_TILES)
     if (share.tiled()) {
-      const Rows tiles{rows, kBlockValues, kBlock, blocks * kBlockValues};
-      multiply_panels_by_tiles(tiles, share.rows, packed, blocks, first, last, sums);
+      multiply_panels_by_tiles(Rows::tiles(rows, blocks), share.rows, packed, blocks, first, last, sums);
       continue;
     }
 #endif

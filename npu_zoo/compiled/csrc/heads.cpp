@@ -2,7 +2,7 @@
 //
 // The matrices stay as they are, [in][out]. One row of inputs is multiplied with them as they pass; for more a matrix is
 // brought into panels on its way through the cache, which takes less time than its way from memory.
-#include "panels.h"
+#include "products.h"
 #include "replay.h"
 #include "workspace.h"
 

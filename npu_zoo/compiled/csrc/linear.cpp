@@ -1,5 +1,5 @@
 // x @ weight.T in bfloat16, summed in float32.
-#include "panels.h"
+#include "products.h"
 #include "replay.h"
 #include "transpose.h"
 #include "workspace.h"
@@ -63,14 +63,13 @@ void zoo_linear(const bf16* x, int64_t x_stride, int64_t rows, const bf16* packe
   if (rows > kPanel) {
     const int64_t groups = ceil_div(rows, kPanel);
     bf16* tiles = workspace.take<bf16>(groups * kPanel * blocks * kBlock);
-    const Rows packed_rows{tiles, kBlockValues, kBlock, kPanel * blocks * kBlock};
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for
       for (int64_t group = 0; group < groups; ++group) pack_rows(x, x_stride, rows, blocks, group, tiles);
 #pragma omp for schedule(static, 1)
       for (int part = 0; part < threads; ++part)
-        multiply_panels_by_tiles(packed_rows, rows, packed, blocks, panels * part / threads,
+        multiply_panels_by_tiles(Rows::tiles(tiles, blocks), rows, packed, blocks, panels * part / threads,
                                  panels * (part + 1) / threads, output);
     }
     return;

@@ -61,7 +61,7 @@ void multiply_many(const bf16* x, int64_t x_stride, int64_t rows, const CodeWeig
   const int64_t panels = ceil_div(out.channels, kPanel), groups = ceil_div(rows, kPanel);
   const int64_t inputs = weight.blocks * kCodeBlock, blocks = inputs / kBlock;
   bf16* tiles = inputs_as_tiles.take<bf16>(groups * kPanel * inputs);
-  const Rows packed{tiles, kBlockValues, kBlock, kPanel * inputs};
+  const Rows packed = Rows::tiles(tiles, blocks);
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "pack.h"
+#include "panel_tiles.h"
 
 namespace zoo {
 
