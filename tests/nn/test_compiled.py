@@ -7,6 +7,7 @@ import torch
 
 from npu_zoo.compiled.library import obstacle
 from npu_zoo.nn.kernels.compiled.linear import PanelLinear
+from npu_zoo.nn.kernels.compiled.memory import Slabs
 from npu_zoo.nn.kernels.compiled.quantized import CodePanels, PanelInt4Linear, PanelInt8Linear
 from npu_zoo.nn.kernels.quantized import QuantizedWeight
 
@@ -31,6 +32,29 @@ def test_products_of_any_shape(channels: int, inputs: int) -> None:
     for rows in ROWS:
         x = noise(rows, inputs, seed=rows).bfloat16()
         assert_close(PanelLinear.apply(x, packed), x.float() @ weight.float().T)
+
+
+@pytest.mark.parametrize(("channels", "inputs"), [(48, 4160), (17, 5000)])
+def test_products_larger_than_both_caches(channels: int, inputs: int) -> None:
+    """Their sums wait in memory between parts of the inputs, and rows are cut unevenly."""
+    weight = noise(channels, inputs, seed=1).bfloat16()
+    packed = PanelLinear.pack(weight)
+    for rows in (33, 257, 270, 529):
+        x = noise(rows, inputs, seed=rows).bfloat16()
+        found = PanelLinear.apply(x, packed)
+        assert_close(found, x.float() @ weight.float().T)
+        assert torch.equal(found[-3:], PanelLinear.apply(x[-3:], packed)), "a row's product depends on other rows"
+
+
+def test_weights_share_slabs_and_leave_each_other_alone() -> None:
+    slabs = Slabs()
+    taken = [slabs.take(size) for size in (100, 64, 1, 3 << 20, 100 << 20, 5)]
+    for number, memory in enumerate(taken):
+        assert memory.data_ptr() % 64 == 0
+        memory.fill_(number)
+    assert [len(memory) for memory in taken] == [100, 64, 1, 3 << 20, 100 << 20, 5]
+    assert all(bool((memory == number).all()) for number, memory in enumerate(taken))
+    assert taken[1].data_ptr() == taken[0].data_ptr() + 128
 
 
 def test_inputs_that_stand_apart() -> None:

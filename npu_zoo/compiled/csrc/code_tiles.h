@@ -178,7 +178,7 @@ inline void multiply_widened_codes(
       for (int64_t group = 0; group < weight.groups; ++group) {
         const int64_t begin = group * of_group, end = std::min(blocks, begin + of_group);
         clear_sums();
-        multiply(x, row, begin, end, {widened, widened + stride}, {});
+        multiply(x, row, begin, end, {widened, widened + stride}, {{widened, widened + stride}});
         const Floats scales[2] = {load<Floats>(one.scales + group * kPanel), load<Floats>(other.scales + group * kPanel)};
         tiles.add(upper, lower, scales);
       }

@@ -33,12 +33,11 @@ struct Share {
   FeedForward weights;
   int64_t rows;
   int64_t slot;         // its first
-  int64_t group;        // its first 16 rows among the inputs
   int64_t activations;  // where its own begin
 
   bool tiled() const { return kTiles && rows > 1; }
-  int64_t groups() const { return ceil_div(rows, kPanel); }
-  int64_t end() const { return activations + groups() * weights.blocks() * kBlockValues; }
+  int64_t row_values() const { return weights.blocks() * kBlock; }
+  int64_t end() const { return activations + rows * row_values(); }
 };
 
 struct Experts {
@@ -53,19 +52,21 @@ struct Step {
   const std::vector<Share>* shares;
   const int64_t* slot_tokens;
   const float* slot_scales;
-  bf16* inputs;       // of tiled shares: [group][hidden / 32][16][32]
-  bf16* activations;  // of tiled shares: [group][width / 32][16][32]; of others rows in the room of their groups
+  bf16* activations;  // of each share [rows][width], filled up to whole blocks
   float* sums;        // [tokens][hidden], filled up to whole panels
 
   int64_t x_blocks() const { return ceil_div(hidden, kBlock); }
-  bf16* activations_of(const Share& share) const { return activations + share.activations; }
+  const bf16* input(int64_t slot) const { return x + slot_tokens[slot] * x_stride; }
+  bf16* activations_of(const Share& share, int64_t row) const {
+    return activations + share.activations + row * share.row_values();
+  }
 };
 
 void add_share(std::vector<Share>& shares, const FeedForward& weights, int64_t rows) {
   if (!rows) return;
-  if (shares.empty()) return shares.push_back({weights, rows, 0, 0, 0});
+  if (shares.empty()) return shares.push_back({weights, rows, 0, 0});
   const Share& last = shares.back();
-  shares.push_back({weights, rows, last.slot + last.rows, last.group + last.groups(), last.end()});
+  shares.push_back({weights, rows, last.slot + last.rows, last.end()});
 }
 
 // Sorts slots by expert, tokens in order; experts of other ranks, whose ids are too large, are left out.
@@ -110,12 +111,12 @@ inline bool is_half_block(const Share& share, int64_t panel) {
 template <int kRows>
 void activate_rows(const Step& step, const Share& share, int64_t row, int64_t panel) {
   const bf16* x[kRows];
-  for (int r = 0; r < kRows; ++r) x[r] = step.x + step.slot_tokens[share.slot + row + r] * step.x_stride;
-  const int64_t stride = panel_values(step.hidden), to_stride = share.weights.blocks() * kBlock;
+  for (int r = 0; r < kRows; ++r) x[r] = step.input(share.slot + row + r);
+  const int64_t stride = panel_values(step.hidden), to_stride = share.row_values();
   Floats sums[kRows][2];
   const bf16* gate = share.weights.gate_up + panel * stride;
   multiply_rows<kRows, 2>(x, gate, share.weights.panels() * stride, step.x_blocks(), sums);
-  bf16* to = step.activations_of(share) + row * to_stride + panel * kPanel;
+  bf16* to = step.activations_of(share, row) + panel * kPanel;
   for (int r = 0; r < kRows; ++r) put_activations(to + r * to_stride, sums[r][0], sums[r][1], is_half_block(share, panel));
 }
 
@@ -129,82 +130,95 @@ void activate(const Step& step, const Share& share, int64_t first, int64_t last)
 }
 
 #if defined(ZOO_TILES)
-// Gathers the rows of tiled shares, of `parts` threads each some groups.
-void gather(const Step& step, int part, int parts) {
-  const int64_t blocks = step.x_blocks();
-  for (const Share& share : *step.shares) {
-    if (!share.tiled()) continue;
-    for (int64_t row = 0; row < share.rows; ++row) {
-      const int64_t group = share.group + row / kPanel;
-      if (group % parts != part) continue;
-      const bf16* from = step.x + step.slot_tokens[share.slot + row] * step.x_stride;
-      bf16* to = step.inputs + group * blocks * kBlockValues + row % kPanel * kBlock;
-      for (int64_t block = 0; block < blocks; ++block)
-        std::memcpy(to + block * kBlockValues, from + block * kBlock, kBlock * sizeof(bf16));
-    }
-  }
+PanelPair gate_and_up(const Step& step, const FeedForward& weights, int64_t panel) {
+  const int64_t stride = panel_values(step.hidden);
+  return {weights.gate_up + panel * stride, weights.gate_up + (weights.panels() + panel) * stride};
 }
 
-void put_group(const Step& step, const Share& share, int64_t row, int rows, int64_t panel, const float* gate,
-               const float* up) {
-  const int64_t group = share.weights.blocks() * kBlockValues;
-  bf16* to = step.activations_of(share) + row / kPanel * group + panel / 2 * kBlockValues + panel % 2 * kPanel;
-  for (int r = 0; r < rows; ++r)
-    put_activations(to + r * kBlock, load<Floats>(gate + r * kLanes), load<Floats>(up + r * kLanes),
-                    is_half_block(share, panel));
-}
-
-// As `activate`, for a share whose rows were gathered.
-void activate_tiled(const Step& step, const Share& share, int64_t first, int64_t last) {
-  const int64_t blocks = step.x_blocks(), stride = panel_values(step.hidden);
-  const Rows x = Rows::tiles(step.inputs + share.group * blocks * kBlockValues, blocks);
-  auto pair_at = [&](int64_t pair) {
-    const bf16* gate = share.weights.gate_up + (first + pair) * stride;
-    return PanelPair{gate, gate + share.weights.panels() * stride};
-  };
+// As `activate`; `then` is what is read afterwards.
+void activate_tiled(const Step& step, const Share& share, int64_t first, int64_t last, const PanelPair& then) {
+  auto row_at = [&](int64_t row) { return step.input(share.slot + row); };
+  auto pair_at = [&](int64_t pair) { return gate_and_up(step, share.weights, first + pair); };
   auto finish = [&](int64_t pair, int64_t row, int rows, const float* gate, const float* up) {
-    put_group(step, share, row, rows, first + pair, gate, up);
+    const int64_t panel = first + pair;
+    for (int r = 0; r < rows; ++r)
+      put_activations(step.activations_of(share, row + r) + panel * kPanel, load<Floats>(gate + r * kLanes),
+                      load<Floats>(up + r * kLanes), is_half_block(share, panel));
   };
-  multiply_pairs(x, share.rows, blocks, last - first, pair_at, finish);
+  multiply_pairs(row_at, share.rows, step.x_blocks(), last - first, pair_at, then, finish);
 }
 #endif
 
-// Adds what a share's rows come to, each by its weight, to the sums of their tokens.
+// The panels of an expert's gate that a thread of several computes.
+struct Channels {
+  int64_t first, last;
+
+  Channels(const Share& share, int part, int parts) {
+    const int64_t turn = (part + share.slot) % parts;  // so that nobody always has the larger part
+    first = share.weights.panels() * turn / parts, last = share.weights.panels() * (turn + 1) / parts;
+  }
+};
+
+void activate_part(const Step& step, int part, int parts) {
+  const std::vector<Share>& shares = *step.shares;
+  for (size_t i = 0; i < shares.size(); ++i) {
+    const Channels channels(shares[i], part, parts);
+#if defined(ZOO_TILES)
+    if (shares[i].tiled()) {
+      PanelPair then{};
+      if (i + 1 < shares.size()) then = gate_and_up(step, shares[i + 1].weights, Channels(shares[i + 1], part, parts).first);
+      activate_tiled(step, shares[i], channels.first, channels.last, then);
+      continue;
+    }
+#endif
+    activate(step, shares[i], channels.first, channels.last);
+  }
+}
+
+// What shares come to, each by its weight, added up for every token: [panels][tokens][16].
 struct WeightedSums {
   const Step& step;
   const Share& share;
 
   void put(int64_t row, int64_t panel, Floats sum) const {
-    const int64_t slot = share.slot + row, stride = ceil_div(step.hidden, kPanel) * kPanel;
-    float* to = step.sums + step.slot_tokens[slot] * stride + panel * kPanel;
+    const int64_t slot = share.slot + row;
+    float* to = step.sums + (panel * step.tokens + step.slot_tokens[slot]) * kPanel;
     store(to, load<Floats>(to) + sum * step.slot_scales[slot]);
   }
 };
 
-// Output channels of panels [first, last) for all tokens.
-void project(const Step& step, int64_t first, int64_t last, const Output& out) {
-  const int64_t stride = ceil_div(step.hidden, kPanel) * kPanel;
-  for (int64_t token = 0; token < step.tokens; ++token)
-    std::fill(step.sums + token * stride + first * kPanel, step.sums + token * stride + last * kPanel, 0.0f);
-  for (const Share& share : *step.shares) {
-    const int64_t blocks = share.weights.blocks();
-    const bf16* packed = share.weights.down;
-    const bf16* rows = step.activations_of(share);
-    const WeightedSums sums{step, share};
+// Adds panels [first, last) of a share's output channels; `next` is the share after it, or null.
+void project_share(const Step& step, const Share& share, const Share* next, int64_t first, int64_t last) {
+  const WeightedSums sums{step, share};
+  const bf16* rows = step.activations_of(share, 0);
 #if defined(ZOO_TILES)
-    if (share.tiled()) {
-      multiply_panels_by_tiles(Rows::tiles(rows, blocks), share.rows, packed, blocks, first, last, sums);
-      continue;
-    }
-#endif
-    multiply_panels(rows, blocks * kBlock, share.rows, packed, blocks, first, last, sums);
+  if (share.tiled()) {
+    auto range_of = [&](const Share& share) {
+      return PanelRange{share.weights.down, share.weights.blocks(), first, last};
+    };
+    const PanelRange range = range_of(share);
+    auto row_at = [&](int64_t row) { return rows + row * share.row_values(); };
+    auto pair_at = [&](int64_t pair) { return range.at(pair); };
+    const PanelPair then = next ? range_of(*next).at(0) : PanelPair{};
+    return multiply_pairs(row_at, share.rows, range.blocks, range.pairs(), pair_at, then, put_pairs(range, sums));
   }
-  for (int64_t token = 0; token < step.tokens; ++token)
-    for (int64_t panel = first; panel < last; ++panel)
-      out.put(token, panel, load<Floats>(step.sums + token * stride + panel * kPanel));
+#endif
+  multiply_panels(rows, share.row_values(), share.rows, share.weights.down, share.weights.blocks(), first, last, sums);
 }
 
-thread_local Workspace slot_tokens, slot_scales, sums, inputs, activations;
+// Output channels of panels [first, last) for all tokens.
+void project(const Step& step, int64_t first, int64_t last, const Output& out) {
+  std::fill(step.sums + first * step.tokens * kPanel, step.sums + last * step.tokens * kPanel, 0.0f);
+  for (size_t i = 0; i < step.shares->size(); ++i) {
+    const Share* share = step.shares->data() + i;
+    project_share(step, *share, i + 1 < step.shares->size() ? share + 1 : nullptr, first, last);
+  }
+  for (int64_t panel = first; panel < last; ++panel)
+    for (int64_t token = 0; token < step.tokens; ++token)
+      out.put(token, panel, load<Floats>(step.sums + (panel * step.tokens + token) * kPanel));
+}
+
+thread_local Workspace slot_tokens, slot_scales, sums, activations;
 thread_local std::vector<Share> shares;
 thread_local std::vector<int64_t> next_slot;
 
@@ -223,37 +237,13 @@ void zoo_experts(const bf16* x, int64_t x_stride, int64_t tokens, int64_t hidden
   const Experts experts{gate_up, down, width, count, {shared_gate_up, shared_down, shared_width}};
   sort_slots(ids, scales, tokens, top_k, experts, shares, next_slot, slot_tokens.take<int64_t>(slots),
              slot_scales.take<float>(slots));
-  const bool tiled = std::any_of(shares.begin(), shares.end(), [](const Share& share) { return share.tiled(); });
-  Step step{x, x_stride, tokens, hidden, &shares, slot_tokens.take<int64_t>(slots), slot_scales.take<float>(slots), nullptr, nullptr,
+  Step step{x, x_stride, tokens, hidden, &shares, slot_tokens.take<int64_t>(slots), slot_scales.take<float>(slots), nullptr,
             sums.take<float>(tokens * panels * kPanel)};
-  if (!shares.empty()) {
-    const Share& last = shares.back();
-    step.activations = activations.take<bf16>(last.end());
-    if (tiled) step.inputs = inputs.take<bf16>((last.group + last.groups()) * step.x_blocks() * kBlockValues);
-  }
+  if (!shares.empty()) step.activations = activations.take<bf16>(shares.back().end());
 #pragma omp parallel num_threads(threads)
   {
-#if defined(ZOO_TILES)
-    if (tiled) {
 #pragma omp for schedule(static, 1)
-      for (int part = 0; part < threads; ++part) gather(step, part, threads);
-    }
-#endif
-#pragma omp for schedule(static, 1)
-    for (int part = 0; part < threads; ++part) {
-      for (const Share& share : *step.shares) {
-        const int64_t turn = (part + share.slot) % threads;  // so that nobody always has the larger part
-        const int64_t channels = share.weights.panels();
-        const int64_t first = channels * turn / threads, last = channels * (turn + 1) / threads;
-#if defined(ZOO_TILES)
-        if (share.tiled()) {
-          activate_tiled(step, share, first, last);
-          continue;
-        }
-#endif
-        activate(step, share, first, last);
-      }
-    }
+    for (int part = 0; part < threads; ++part) activate_part(step, part, threads);
 #pragma omp for schedule(static, 1)
     for (int part = 0; part < threads; ++part)
       project(step, panels * part / threads, panels * (part + 1) / threads, Output{out, hidden, hidden});

@@ -2,7 +2,6 @@
 #include "products.h"
 #include "replay.h"
 #include "transpose.h"
-#include "workspace.h"
 
 namespace {
 
@@ -32,10 +31,6 @@ void pack_panel(const bf16* weight, int64_t stride, int64_t channels, int64_t in
   }
 }
 
-#if defined(ZOO_TILES)
-thread_local Workspace workspace;
-#endif
-
 }  // namespace
 
 extern "C" {
@@ -59,22 +54,6 @@ void zoo_linear(const bf16* x, int64_t x_stride, int64_t rows, const bf16* packe
                 bf16* out, int threads) {
   const int64_t panels = ceil_div(channels, kPanel), blocks = ceil_div(inputs, kBlock);
   const Output output{out, channels, channels};
-#if defined(ZOO_TILES)
-  if (rows > kPanel) {
-    const int64_t groups = ceil_div(rows, kPanel);
-    bf16* tiles = workspace.take<bf16>(groups * kPanel * blocks * kBlock);
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for
-      for (int64_t group = 0; group < groups; ++group) pack_rows(x, x_stride, rows, blocks, group, tiles);
-#pragma omp for schedule(static, 1)
-      for (int part = 0; part < threads; ++part)
-        multiply_panels_by_tiles(Rows::tiles(tiles, blocks), rows, packed, blocks, panels * part / threads,
-                                 panels * (part + 1) / threads, output);
-    }
-    return;
-  }
-#endif
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (int part = 0; part < threads; ++part)
     multiply_panels(x, x_stride, rows, packed, blocks, panels * part / threads, panels * (part + 1) / threads, output);

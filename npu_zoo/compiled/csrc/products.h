@@ -34,15 +34,7 @@ inline void multiply_panels(
     return;
   }
 #if defined(ZOO_TILES)
-  if (rows <= kStepRows) {
-    multiply_panels_by_tiles({x, kBlock, x_stride, kPanel * x_stride}, rows, packed, blocks, first, last, out);
-    return;
-  }
-  static thread_local Workspace workspace;
-  const int64_t groups = ceil_div(rows, kPanel);
-  bf16* tiles = workspace.take<bf16>(groups * blocks * kBlockValues);
-  for (int64_t group = 0; group < groups; ++group) pack_rows(x, x_stride, rows, blocks, group, tiles);
-  multiply_panels_by_tiles(Rows::tiles(tiles, blocks), rows, packed, blocks, first, last, out);
+  if (rows) multiply_range(x, x_stride, rows, {packed, blocks, first, last}, out);
 #else
   for (int64_t panel = first; panel < last; panel += 2) {
     int64_t row = 0;

@@ -65,7 +65,10 @@ void multiply_many(const bf16* x, int64_t x_stride, int64_t rows, const CodeWeig
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for
-    for (int64_t group = 0; group < groups; ++group) pack_rows(x, x_stride, rows, blocks, group, tiles);
+    for (int64_t group = 0; group < groups; ++group) {
+      const Part part{group * kPanel, std::min(rows, (group + 1) * kPanel), 0, blocks};
+      fill_tiles([&](int64_t row) { return x + row * x_stride; }, part, tiles + group * kPanel * inputs);
+    }
 #pragma omp for schedule(static, 1)
     for (int part = 0; part < threads; ++part)
       multiply_widened_codes<kBits>(packed, rows, weight, panels * part / threads, panels * (part + 1) / threads,

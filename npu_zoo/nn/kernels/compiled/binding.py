@@ -10,8 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import ClassVar
 
-import torch  # before the library, which takes its threads from torch's OpenMP
-from torch import Tensor
+import torch  # noqa: F401 - before the library, which takes its threads from torch's OpenMP
 
 from npu_zoo.compiled.library import COMMAND, library_path
 from npu_zoo.core.errors import HardwareError
@@ -73,13 +72,3 @@ class Function:
         function.argtypes, function.restype = self.arguments, self._result
         self._call = function
         return self._call(*values)
-
-
-_huge_pages = Function("zoo_huge_pages", ADDRESS, SIZE)
-
-
-def allocate(num_bytes: int) -> Tensor:
-    """Memory that stays, uint8 [num_bytes], in huge pages where the system has them."""
-    tensor = torch.empty(num_bytes, dtype=torch.uint8)
-    _huge_pages(tensor.data_ptr(), num_bytes)
-    return tensor

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from npu_zoo.nn.kernels.compiled.binding import ADDRESS, COUNT, SIZE, Function, allocate
+from npu_zoo.nn.kernels.compiled.binding import ADDRESS, COUNT, SIZE, Function
+from npu_zoo.nn.kernels.compiled.memory import allocate
 
 CHANNELS_OF_A_PANEL = 16
 INPUTS_OF_A_BLOCK = 32

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from npu_zoo.nn.kernels import cpu_quantized
-from npu_zoo.nn.kernels.compiled.binding import ADDRESS, COUNT, SIZE, Function, allocate
+from npu_zoo.nn.kernels.compiled.binding import ADDRESS, COUNT, SIZE, Function
 from npu_zoo.nn.kernels.compiled.linear import as_rows
+from npu_zoo.nn.kernels.compiled.memory import allocate
 from npu_zoo.nn.kernels.quantized import QuantizedLinearKernel, QuantizedWeight
 
 INPUTS_OF_A_BLOCK = 64

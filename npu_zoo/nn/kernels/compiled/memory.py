@@ -1,0 +1,56 @@
+"""Memory of weights in kernels' own layouts."""
+
+from __future__ import annotations
+
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from npu_zoo.nn.kernels.compiled.binding import ADDRESS, SIZE, Function
+
+_HUGE_PAGE = 2 << 20
+_LINE = 64
+_SLAB = 64 << 20
+
+_huge_pages = Function("zoo_huge_pages", ADDRESS, SIZE)
+
+
+class Slabs:
+    """Hands out memory that stays, one weight after the other in large pieces of whole huge pages.
+
+    A weight with memory of its own would lie on small pages at both ends, which for an expert's is nearly all of it.
+    What is never written takes up no memory.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._free = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, num_bytes: int) -> Tensor:
+        """uint8 [num_bytes], at the start of a cache line. A slab is released with the last of what came from it."""
+        size = _filled(num_bytes, _LINE)
+        with self._lock:
+            if len(self._free) < size:
+                self._free = self._map(max(_SLAB, _filled(size, _HUGE_PAGE)))
+            taken, self._free = self._free[:num_bytes], self._free[size:]
+        return taken
+
+    @staticmethod
+    def _map(size: int) -> Tensor:
+        memory = torch.empty(size + _HUGE_PAGE, dtype=torch.uint8)
+        slab = memory[-memory.data_ptr() % _HUGE_PAGE :][:size]
+        _huge_pages(slab.data_ptr(), size)
+        return slab
+
+
+def _filled(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+_slabs = Slabs()
+
+
+def allocate(num_bytes: int) -> Tensor:
+    """Memory that stays, uint8 [num_bytes], in huge pages where the system has them."""
+    return _slabs.take(num_bytes)
