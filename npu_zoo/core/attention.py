@@ -151,6 +151,10 @@ class LatentProjection(ABC):
         """[K, R] to transposed keys [num_heads, qk_nope_head_dim, K] and values [num_heads, K, v_head_dim]."""
 
     @abstractmethod
+    def expand_keys(self, latent: Tensor) -> Tensor:
+        """[K, R] to transposed keys [num_heads, qk_nope_head_dim, K] alone; :meth:`project` makes values too."""
+
+    @abstractmethod
     def absorb(self, query: Tensor) -> Tensor:
         """[T, num_heads, qk_nope_head_dim] to [T, num_heads, R]."""
 

@@ -56,9 +56,13 @@ class UpProjection(Linear, LatentProjection):
 
     def expand(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`LatentProjection.expand`."""
-        keys, values = self._matrices()
-        transposed = torch.mm(keys.flatten(0, 1), latent.t()).view(*keys.shape[:2], -1)
-        return transposed, torch.bmm(latent.expand(len(values), -1, -1), values)
+        values = self._matrices()[1]
+        return self.expand_keys(latent), torch.bmm(latent.expand(len(values), -1, -1), values)
+
+    def expand_keys(self, latent: Tensor) -> Tensor:
+        """See :meth:`LatentProjection.expand_keys`."""
+        keys = self._matrices()[0]
+        return torch.mm(keys.flatten(0, 1), latent.t()).view(*keys.shape[:2], -1)
 
     def absorb(self, query: Tensor) -> Tensor:
         """See :meth:`LatentProjection.absorb`."""

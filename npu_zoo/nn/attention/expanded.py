@@ -34,8 +34,9 @@ class ExpandedStrips:
     def fill(self, projection: LatentProjection, latent: Tensor, rope: Tensor, stretches: list[slice]) -> None:
         """Expand stretches of tokens, [T, kv_lora_rank] and [T, qk_rope_head_dim]; what was there before is lost."""
         first, last = stretches[0].start, stretches[-1].stop
-        keys, values = projection.expand(latent[first:last])
-        keys, values, turned = keys.contiguous(), values.contiguous(), rope[first:last].t().contiguous()
+        keys = projection.expand_keys(latent[first:last]).contiguous()
+        values = projection.project(latent[first:last].unsqueeze(1).expand(-1, keys.shape[0], -1)).contiguous()
+        turned = rope[first:last].t().contiguous()
         lengths = np.array([part.stop - part.start for part in stretches], dtype=np.int64)
         strips = -(-lengths // STRIP)
         starts = np.array([part.start - first for part in stretches], dtype=np.int64)

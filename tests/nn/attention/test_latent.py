@@ -46,7 +46,10 @@ class Projection(LatentProjection):
         self.values = (torch.randn(heads, width, mla.v_head_dim, generator=generator) / width**0.5).to(dtype)
 
     def expand(self, latent: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.einsum("hnr,kr->hnk", self.keys, latent), torch.einsum("kr,hrv->hkv", latent, self.values)
+        return self.expand_keys(latent), torch.einsum("kr,hrv->hkv", latent, self.values)
+
+    def expand_keys(self, latent: Tensor) -> Tensor:
+        return torch.einsum("hnr,kr->hnk", self.keys, latent)
 
     def absorb(self, query: Tensor) -> Tensor:
         return torch.einsum("thn,hnr->thr", query, self.keys)
