@@ -258,7 +258,10 @@ class Linear(Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., rows of all parts]."""
-        product = self._product.apply(x, self.stored)
+        return self.complete(self._product.apply(x, self.stored))
+
+    def complete(self, product: Tensor) -> Tensor:
+        """Add up what ranks have computed of a product of this layer, where they share its columns."""
         return self._tp.all_reduce(product) if self._split == "columns" and self._reduce else product
 
     def by_parts(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@ from npu_zoo.compiled.library import obstacle
 from npu_zoo.core.model_config import ModelConfig, MoEConfig
 from npu_zoo.nn.context import BuildContext
 from npu_zoo.nn.kernels import reference
+from npu_zoo.nn.kernels.compiled import linear
 from npu_zoo.nn.kernels.compiled.experts import StackedPanels, experts, route_tokens
 from npu_zoo.nn.kernels.compiled.heads import head_linear
 from npu_zoo.nn.kernels.compiled.linear import PanelLinear
@@ -256,3 +257,34 @@ def test_what_is_not_a_number_still_has_experts() -> None:
     for routing in (Routing(3), Routing(2, "sigmoid", "noaux_tc", 3, 2)):
         _, ids = route_tokens(logits, torch.zeros(6), routing)
         assert all(len(set(row)) == routing.top_k and 0 <= min(row) <= max(row) < 6 for row in ids.tolist())
+
+
+@pytest.mark.parametrize(("hidden", "width"), [*SHAPES, (2080, 48), (40, 2080)])
+def test_a_whole_feed_forward(hidden: int, width: int) -> None:
+    model = Experts(1, hidden, width)
+    gate_up, down = (PanelLinear.pack(weights[0]) for weights in (model.gate_up, model.down))
+    for tokens in (0, 1, 2, 16, 17, 33, 300):
+        x, everyone = noise(tokens, hidden).bfloat16(), torch.zeros(tokens, 1, dtype=torch.int64)
+        found = PanelLinear.feed_forward(x, gate_up, down)
+        if tokens:
+            assert_close(found, model.due(x, everyone, torch.ones(tokens, 1)))
+        else:
+            assert found.shape == (0, hidden)
+    first, *others = with_threads(lambda: PanelLinear.feed_forward(x, gate_up, down))
+    assert all(torch.equal(first, other) for other in others)
+
+
+def test_a_dense_layer_calls_the_whole_feed_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = finish(moe_layer(1, 48)).shared_experts
+    assert layer is not None
+    x, calls = noise(5, 40).bfloat16(), []
+    due = layer.down_proj(reference.silu_and_mul(layer.gate_up_proj(x)))
+    real = linear._feed_forward
+
+    def called(*arguments: int) -> None:
+        calls.append(arguments)
+        real(*arguments)
+
+    monkeypatch.setattr(linear, "_feed_forward", called)
+    assert_close(layer(x), due.float())
+    assert len(calls) == 1

@@ -187,9 +187,10 @@ struct WeightedSums {
   }
 };
 
-// Adds panels [first, last) of a share's output channels; `next` is the share after it, or null.
-void project_share(const Step& step, const Share& share, const Share* next, int64_t first, int64_t last) {
-  const WeightedSums sums{step, share};
+// Panels [first, last) of a share's output channels; `next` is the share after it, or null.
+template <typename Out>
+void project_share(
+    const Step& step, const Share& share, const Share* next, int64_t first, int64_t last, const Out& out) {
   const bf16* rows = step.activations_of(share, 0);
 #if defined(ZOO_TILES)
   if (share.tiled()) {
@@ -200,10 +201,10 @@ void project_share(const Step& step, const Share& share, const Share* next, int6
     auto row_at = [&](int64_t row) { return rows + row * share.row_values(); };
     auto pair_at = [&](int64_t pair) { return range.at(pair); };
     const PanelPair then = next ? range_of(*next).at(0) : PanelPair{};
-    return multiply_pairs(row_at, share.rows, range.blocks, range.pairs(), pair_at, then, put_pairs(range, sums));
+    return multiply_pairs(row_at, share.rows, range.blocks, range.pairs(), pair_at, then, put_pairs(range, out));
   }
 #endif
-  multiply_panels(rows, share.row_values(), share.rows, share.weights.down, share.weights.blocks(), first, last, sums);
+  multiply_panels(rows, share.row_values(), share.rows, share.weights.down, share.weights.blocks(), first, last, out);
 }
 
 // Output channels of panels [first, last) for all tokens.
@@ -211,7 +212,8 @@ void project(const Step& step, int64_t first, int64_t last, const Output& out) {
   std::fill(step.sums + first * step.tokens * kPanel, step.sums + last * step.tokens * kPanel, 0.0f);
   for (size_t i = 0; i < step.shares->size(); ++i) {
     const Share* share = step.shares->data() + i;
-    project_share(step, *share, i + 1 < step.shares->size() ? share + 1 : nullptr, first, last);
+    const Share* next = i + 1 < step.shares->size() ? share + 1 : nullptr;
+    project_share(step, *share, next, first, last, WeightedSums{step, *share});
   }
   for (int64_t panel = first; panel < last; ++panel)
     for (int64_t token = 0; token < step.tokens; ++token)
@@ -225,6 +227,28 @@ thread_local std::vector<int64_t> next_slot;
 }  // namespace
 
 extern "C" {
+
+// One feed-forward for all tokens; arguments as of `zoo_experts`.
+void zoo_feed_forward(const bf16* x, int64_t x_stride, int64_t tokens, int64_t hidden, int64_t width,
+                      const bf16* gate_up, const bf16* down, bf16* out, int threads) {
+  if (!tokens) return;
+  const int64_t panels = ceil_div(hidden, kPanel);
+  const Experts experts{nullptr, nullptr, 0, 0, {gate_up, down, width}};
+  sort_slots(nullptr, nullptr, tokens, 0, experts, shares, next_slot, slot_tokens.take<int64_t>(tokens),
+             slot_scales.take<float>(tokens));
+  const Share& share = shares.front();
+  Step step{x, x_stride, tokens, hidden, &shares, slot_tokens.take<int64_t>(tokens)};
+  step.activations = activations.take<bf16>(share.end());
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static, 1)
+    for (int part = 0; part < threads; ++part) activate_part(step, part, threads);
+#pragma omp for schedule(static, 1)
+    for (int part = 0; part < threads; ++part)
+      project_share(step, share, nullptr, panels * part / threads, panels * (part + 1) / threads,
+                    Output{out, hidden, hidden});
+  }
+}
 
 // x: [tokens, hidden], rows `x_stride` values apart, filled up to a multiple of 32; widths: multiples of 16; ids and
 // scales: [tokens, top_k]; gate_up, down: each expert's panels, of 2 * width and of hidden channels; shared_gate_up,
@@ -252,3 +276,4 @@ void zoo_experts(const bf16* x, int64_t x_stride, int64_t tokens, int64_t hidden
 }
 
 ZOO_REPLAYABLE(zoo_experts)
+ZOO_REPLAYABLE(zoo_feed_forward)

@@ -19,7 +19,10 @@ Stored = Any
 
 
 class LinearKernel(Protocol):
-    """A matrix product with a weight in the kernel's own layout; see :class:`npu_zoo.nn.kernels.reference.Linear`."""
+    """A matrix product with a weight in the kernel's own layout; see :class:`npu_zoo.nn.kernels.reference.Linear`.
+
+    One that can compute a whole SwiGLU feed-forward has ``feed_forward(x, gate_up, down)``, with both stored weights.
+    """
 
     def packs(self, dtype: torch.dtype) -> bool:
         """Whether the stored form is another one than the weight."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from npu_zoo.nn.kernels.compiled.binding import ADDRESS, COUNT, SIZE, Function
+from npu_zoo.nn.kernels.compiled.elementwise import silu_and_mul
 from npu_zoo.nn.kernels.compiled.memory import allocate
 
 CHANNELS_OF_A_PANEL = 16
@@ -19,6 +20,7 @@ INPUTS_OF_A_BLOCK = 32
 _packed_bytes = Function("zoo_packed_bytes", SIZE, SIZE, result=SIZE)
 _pack = Function("zoo_pack_linear", ADDRESS, SIZE, SIZE, SIZE, ADDRESS, COUNT)
 _linear = Function("zoo_linear", ADDRESS, SIZE, SIZE, ADDRESS, SIZE, SIZE, ADDRESS, COUNT)
+_feed_forward = Function("zoo_feed_forward", ADDRESS, *[SIZE] * 4, *[ADDRESS] * 3, COUNT)
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,26 @@ class PanelLinear:
             packed.address,
             packed.channels,
             packed.inputs,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out
+
+    @staticmethod
+    def feed_forward(x: Tensor, gate_up: Panels, down: Panels) -> Tensor:
+        """SwiGLU in one call; what is between both products is rounded once, and does not pass through memory twice."""
+        if down.inputs % CHANNELS_OF_A_PANEL:
+            return PanelLinear.apply(silu_and_mul(PanelLinear.apply(x, gate_up)), down)
+        out = x.new_empty(*x.shape[:-1], down.channels)
+        rows = as_rows(x, gate_up.inputs)
+        _feed_forward(
+            rows.data_ptr(),
+            rows.stride(0),
+            len(rows),
+            down.channels,
+            down.inputs,
+            gate_up.address,
+            down.address,
             out.data_ptr(),
             torch.get_num_threads(),
         )
