@@ -14,7 +14,7 @@ from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.engine import CompletionOutput
 from npu_zoo.core.parallel import Place
 from npu_zoo.core.sampling import SamplingParams
-from npu_zoo.engine.graph import graph_sizes
+from npu_zoo.engine.decode.graph import graph_sizes
 from npu_zoo.engine.sampler import Sampler
 from npu_zoo.engine.sequence import Sequence
 from npu_zoo.engine.speculation.layer import require_mtp

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from npu_zoo.engine.speculation.layer import SeenStep
+from npu_zoo.engine.speculation.steps import SeenStep
 from npu_zoo.engine.step import StepRow
 
 

@@ -24,7 +24,7 @@ from npu_zoo.core.errors import EngineError, WorkerError
 from npu_zoo.engine.commands import Command, ComputeLogits, Draft, Execute, Report
 from npu_zoo.engine.outputs import last_stage_rank
 from npu_zoo.engine.runner import ModelRunner
-from npu_zoo.engine.speculation.layer import SeenStep
+from npu_zoo.engine.speculation.steps import SeenStep
 from npu_zoo.engine.starting import Assignment, join_ranks, launch_environment, start_ranks
 from npu_zoo.engine.step import StepRow
 from npu_zoo.parallel.collectives import CollectiveTimeout

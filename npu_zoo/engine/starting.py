@@ -11,7 +11,7 @@ from typing import Any
 
 from npu_zoo.core.config import EngineConfig
 from npu_zoo.core.errors import EngineError
-from npu_zoo.engine.runner import open_device
+from npu_zoo.engine.device import open_device
 from npu_zoo.parallel.environment import LaunchEnvironment
 from npu_zoo.parallel.groups import LOOPBACK, MEETING_TIMEOUT, Host, Joined, join, lead_store, prefixed
 from npu_zoo.parallel.launched import LaunchedGroup, join_store

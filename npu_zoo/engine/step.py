@@ -90,6 +90,11 @@ class MicroBatch:
         return tuple(sum(row.num_tokens for row in rows) for rows in self.rows)
 
 
+def largest_replica(rows: Sequence[StepRow], replicas: int) -> int:
+    """The most tokens that any replica of the attention computes in a step."""
+    return max(sum(row.num_tokens for row in rows if row.replica == number) for number in range(replicas))
+
+
 MICRO_BATCH_TOKENS = 64
 """Fewer tokens take a stage about as long as this many, since it reads all of its weights for them."""
 

@@ -27,7 +27,7 @@ from npu_zoo.core.errors import (
     WeightsError,
 )
 from npu_zoo.dispatch import create_engine, resolve
-from npu_zoo.engine import runner
+from npu_zoo.engine import device
 from npu_zoo.testing.checkpoints import write_checkpoint
 from npu_zoo.testing.door import unchecked_config
 
@@ -164,10 +164,10 @@ def test_refusals(checkpoint: Path, options: dict[str, Any], kind: type[NpuZooEr
 
 
 def test_more_cache_than_there_is_memory(launch: Launch, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("npu_zoo.engine.runner.free_memory", lambda device: 2**20)
+    monkeypatch.setattr("npu_zoo.engine.device.available_memory", lambda: 2**20)
     with pytest.raises(HardwareError, match="does not fit"):
         launch(checkpoint, kv_cache_memory="1TiB")
-    monkeypatch.setattr("npu_zoo.engine.runner.free_memory", lambda device: 1000)
+    monkeypatch.setattr("npu_zoo.engine.device.available_memory", lambda: 1000)
     with pytest.raises(HardwareError, match="take a smaller variant"):
         launch(checkpoint)
 
@@ -175,10 +175,10 @@ def test_more_cache_than_there_is_memory(launch: Launch, checkpoint: Path, monke
 def test_a_small_model_takes_few_threads_and_leaves_the_next_one_its_own(
     launch: Launch, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "_TORCH_THREADS", 4)
+    monkeypatch.setattr(device, "_TORCH_THREADS", 4)
     launch(checkpoint, threads=None)
     assert torch.get_num_threads() == 1
-    assert [runner.default_threads(size * 2**20) for size in (0, 16, 33, 4096)] == [1, 1, 2, 4]
+    assert [device.default_threads(size * 2**20) for size in (0, 16, 33, 4096)] == [1, 1, 2, 4]
 
 
 def test_flash_runs_without_a_shared_cache(launch: Launch, checkpoint: Path, promised: LLM) -> None:

@@ -28,7 +28,7 @@ from npu_zoo.core.parallel import Split
 from npu_zoo.dispatch import resolve
 from npu_zoo.engine.runner import ModelRunner
 from npu_zoo.engine.speculation.control import SpeculationControl
-from npu_zoo.engine.speculation.layer import STEPS_AT_ONCE, DraftRow, SeenStep, by_row
+from npu_zoo.engine.speculation.steps import STEPS_AT_ONCE, DraftRow, SeenStep, by_row
 from npu_zoo.engine.step import StepRow
 from npu_zoo.nn.context import ForwardContext
 from npu_zoo.nn.mtp import MTPForCausalLM

@@ -11,7 +11,7 @@ import torch
 
 from npu_zoo import LLM, SamplingParams
 from npu_zoo.compiled.library import obstacle
-from npu_zoo.engine.replay import SIZES
+from npu_zoo.engine.decode.replay import SIZES
 
 pytestmark = pytest.mark.skipif(bool(obstacle()), reason=f"the compiled kernels cannot serve: {obstacle()}")
 
@@ -26,7 +26,7 @@ def results(llm: LLM, prompts: list[str], params: SamplingParams = SAMPLED) -> l
 
 def sizes(llm: LLM) -> set[int]:
     """Batch sizes that were recorded."""
-    replays = llm.engine.runner.replays  # type: ignore[attr-defined]
+    replays = llm.engine.runner.decode_path  # type: ignore[attr-defined]
     return {size for size, entry in replays._replays.items() if entry.recording is not None}
 
 
@@ -93,7 +93,7 @@ def test_an_interrupted_recording_is_made_again(monkeypatch: pytest.MonkeyPatch)
     llm, eager = both(model="deepseek_coder", dtype="bfloat16")
     due = results(eager, PROMPTS[:1])
     assert results(llm, PROMPTS[:1]) == due
-    replays = llm.engine.runner.replays  # type: ignore[attr-defined]
+    replays = llm.engine.runner.decode_path  # type: ignore[attr-defined]
     replays._replays.clear()
     model = llm.engine.runner.model  # type: ignore[attr-defined]
     compute_logits = type(model).compute_logits

@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from npu_zoo.core.attention import SequenceSlice
-from npu_zoo.engine.graph import DecodeGraph, DecodeGraphs
+from npu_zoo.engine.decode.graph import CapturedGraphs, DecodeGraph
 from npu_zoo.engine.speculation.layer import require_mtp
 from npu_zoo.nn.context import ForwardContext
 
 
-class MtpGraphs(DecodeGraphs):
+class MtpGraphs(CapturedGraphs):
     """The layer with the model's head behind it, for single tokens.
 
     There is one of these for each guess of a step, since the next one's inputs are written on the host while those of
@@ -38,8 +38,9 @@ class MtpGraphs(DecodeGraphs):
             entry.inputs[0, :count].copy_(following)
         assert entry.hidden is not None
         entry.hidden[:count].copy_(hidden)
-        ids = self._replay(entry, slices)
-        return self.hidden(count), ids
+        ids, predicted = self._replay(entry, slices)
+        assert predicted is not None
+        return predicted, ids
 
     @property
     def _takes_hidden(self) -> bool:
@@ -47,5 +48,6 @@ class MtpGraphs(DecodeGraphs):
 
     def _forward(self, entry: DecodeGraph, context: ForwardContext) -> tuple[Tensor, Tensor]:
         assert entry.hidden is not None
-        predicted = require_mtp(self._model).predict_further(entry.hidden, entry.inputs[0], entry.inputs[1], context)
-        return predicted, self._model.compute_logits(predicted).argmax(-1)
+        model = require_mtp(self.setup.model)
+        predicted = model.predict_further(entry.hidden, entry.inputs[0], entry.inputs[1], context)
+        return predicted, model.compute_logits(predicted).argmax(-1)

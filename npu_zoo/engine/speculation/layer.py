@@ -13,42 +13,11 @@ from torch import Tensor
 
 from npu_zoo.core.attention import SequenceSlice, StepAttention
 from npu_zoo.core.errors import ConfigError, WeightsError
+from npu_zoo.engine.speculation.steps import STEPS_AT_ONCE, DraftRow, SeenStep, most_first
 from npu_zoo.engine.step import StepRow
 from npu_zoo.nn.context import ForwardContext
 from npu_zoo.nn.model import CausalLM
 from npu_zoo.nn.mtp import MTPForCausalLM
-
-STEPS_AT_ONCE = 16
-"""Steps that may wait until the layer sees them: a pass over many costs about what one over the last of them does."""
-
-
-@dataclass(frozen=True)
-class DraftRow:
-    """What became of one row of a step.
-
-    Attributes:
-        following: the tokens behind those of the row's tokens that stand, which are its first.
-        slots: where the sequence's keys and values lie, with room for ``count - 1`` tokens more; unread where
-            nothing is to be guessed.
-        count: drafts that are wanted; of the last step's rows alone.
-    """
-
-    following: tuple[int, ...]
-    slots: tuple[int, ...] = ()
-    count: int = 0
-
-
-@dataclass(frozen=True)
-class SeenStep:
-    """A step for the layer to see.
-
-    Attributes:
-        number: of the step, as runners count.
-        rows: what became of its rows, in their order.
-    """
-
-    number: int
-    rows: tuple[DraftRow, ...]
 
 
 @dataclass(frozen=True)
@@ -143,13 +112,13 @@ class MtpDrafter:
 
         Returns:
             First drafts of the rows that want most and then of the others, second drafts likewise and so on, which
-            :func:`by_row` puts in order; none where the last step is not there.
+            :func:`~npu_zoo.engine.speculation.steps.by_row` puts in order; none where the last step is not there.
         """
         found = [(step, kept) for step in steps if (kept := self._kept.pop(step.number, None)) is not None]
         nothing = torch.empty(0, dtype=torch.long, device=self._device)
         if not found or not any(row.following for step, _ in found for row in step.rows):
             return nothing
-        last, order = steps[-1], _most_first(steps[-1].rows)
+        last, order = steps[-1], most_first(steps[-1].rows)
         pieces, slices = self._standing(found)
         hidden = self._hidden(found, pieces)
         following = list(chain.from_iterable(piece.following for piece in pieces))
@@ -279,23 +248,6 @@ def _pieces(found: Sequence[tuple[SeenStep, _Kept]]) -> Iterator[_Piece]:
             if became.following:
                 yield _Piece(row, became.following, first)
             first += row.num_tokens
-
-
-def _most_first(rows: Sequence[DraftRow]) -> list[int]:
-    """The rows that want drafts, those first that want most, so that those which want one more are always the first."""
-    return sorted((n for n, row in enumerate(rows) if row.count), key=lambda n: -rows[n].count)
-
-
-def by_row(rows: Sequence[DraftRow], drafts: Sequence[int]) -> list[list[int]]:
-    """What :meth:`MtpDrafter.draft` gives, row by row."""
-    found: list[list[int]] = [[] for _ in rows]
-    order = _most_first(rows)
-    of_draft = (
-        n for depth in range(max((row.count for row in rows), default=0)) for n in order if rows[n].count > depth
-    )
-    for n, draft in zip(of_draft, drafts, strict=False):
-        found[n].append(draft)
-    return found
 
 
 def require_stored(missing: Sequence[str], layer: int, directory: Path) -> None:

@@ -8,8 +8,8 @@ from typing import Protocol
 
 from npu_zoo.engine.block_manager import KVManager
 from npu_zoo.engine.sequence import Sequence
-from npu_zoo.engine.speculation.layer import STEPS_AT_ONCE, DraftRow, SeenStep
 from npu_zoo.engine.speculation.proposer import DraftRequest, Proposer, StepResult
+from npu_zoo.engine.speculation.steps import STEPS_AT_ONCE, DraftRow, SeenStep
 
 
 class DraftingRunner(Protocol):

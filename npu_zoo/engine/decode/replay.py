@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from npu_zoo.core.attention import AttentionMetadata, ReplayAttention, SequenceSlice
+from npu_zoo.engine.decode.path import DecodePath
 from npu_zoo.nn.context import ForwardContext
 from npu_zoo.nn.kernels.recording import NotReplayableError, Recording, record
 from npu_zoo.nn.model import CausalLM
@@ -36,8 +37,8 @@ class DecodeReplay:
     logits: Tensor | None = None
 
 
-class DecodeReplays:
-    """The recordings of a model, made as they are needed.
+class DecodeReplays(DecodePath):
+    """The recordings of a whole model on one rank, made as they are needed.
 
     Args:
         model: with its weights loaded.
@@ -51,13 +52,19 @@ class DecodeReplays:
         self._warm = False
         self.obstacle = ""
 
-    def run(self, token_ids: list[int], rows: list[SequenceSlice]) -> tuple[Tensor, Tensor] | None:
-        """Hidden states and logits of rows of one token each, which the next run overwrites.
+    @property
+    def form(self) -> str:
+        """See :class:`DecodePath`."""
+        return f"eager: {self.obstacle}" if self.obstacle else "replays of recorded steps"
+
+    def run(
+        self, given: list[int] | Tensor, rows: list[SequenceSlice], largest: int
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """See :meth:`DecodePath.run`.
 
         Returns:
-            None where the step has to be computed as others are: it has another size, its rows share a prefix, it is
-            the first of all, which computes tables that later ones read, or the model's steps cannot be recorded, for
-            which ``obstacle`` says why.
+            None where the step has another size, its rows share a prefix, it is the first of all, which computes tables
+            that later ones read, or the model's steps cannot be recorded, for which ``obstacle`` says why.
         """
         if self.obstacle or len(rows) not in SIZES:
             return None
@@ -67,7 +74,7 @@ class DecodeReplays:
         entry = self._replays.get(len(rows)) or self._make(len(rows))
         if not self._attention.refill(entry.metadata, rows):
             return None
-        entry.inputs.copy_(torch.tensor([token_ids, [row.start for row in rows]]))
+        entry.inputs.copy_(torch.tensor([given, [row.start for row in rows]]))
         if entry.recording is None:
             return self._record(entry)
         entry.recording.replay()
@@ -95,4 +102,4 @@ class DecodeReplays:
 def _results(entry: DecodeReplay) -> tuple[Tensor, Tensor]:
     assert entry.hidden is not None
     assert entry.logits is not None
-    return entry.hidden, entry.logits
+    return entry.logits, entry.hidden

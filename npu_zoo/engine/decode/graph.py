@@ -7,6 +7,7 @@ which torch_npu's graphs update before each replay.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from npu_zoo.core.attention import AttentionMetadata, GraphAttention, SequenceSlice
 from npu_zoo.core.config import EngineConfig
-from npu_zoo.core.errors import EngineError
 from npu_zoo.core.parallel import Place
+from npu_zoo.engine.decode.path import DecodePath
 from npu_zoo.nn.context import ForwardContext
 from npu_zoo.nn.model import CausalLM
 
@@ -55,10 +56,11 @@ class DecodeGraph:
     output: Tensor | None = None
 
 
-class DecodeGraphs:
-    """The graphs of a model, captured as they are needed.
+@dataclass(frozen=True)
+class GraphSetup:
+    """What graphs are captured of.
 
-    Args:
+    Attributes:
         model: with its weights loaded.
         attention: its backend.
         place: of this rank.
@@ -66,48 +68,25 @@ class DecodeGraphs:
         max_model_len: the longest sequence.
     """
 
-    def __init__(
-        self,
-        model: CausalLM,
-        attention: GraphAttention,
-        place: Place,
-        config: EngineConfig,
-        max_model_len: int,
-        device: torch.device,
-    ) -> None:
-        self._model, self._attention, self._device = model, attention, device
-        self._place, self._config = place, config
-        self._max_model_len = max_model_len
+    model: CausalLM
+    attention: GraphAttention
+    place: Place
+    config: EngineConfig
+    max_model_len: int
+    device: torch.device
+
+
+class CapturedGraphs(ABC):
+    """Graphs of single tokens by batch size, captured as they are needed."""
+
+    def __init__(self, setup: GraphSetup) -> None:
+        config = setup.config
+        self.setup = setup
         self.sizes = graph_sizes(config.max_num_seqs, config.max_sampled_tokens)
+        self._attention = setup.attention
         self._graphs: dict[int, DecodeGraph] = {}
-        self._npu: Any = torch.get_device_module(device)
+        self._npu: Any = torch.get_device_module(setup.device)
         self._pool: Any = None
-        self._replayed: DecodeGraph | None = None
-
-    def run(self, given: list[int] | Tensor, positions: list[int], rows: list[SequenceSlice], largest: int) -> Tensor:
-        """[B, vocab_size] logits of B rows of one token each, or what the next stage takes; the next run overwrites it.
-
-        Args:
-            given: the rows' tokens, or the [B, hidden_size] of the stage before.
-            positions: of the rows.
-            rows: where their keys and values lie.
-            largest: the most rows that any replica of the attention has in this step.
-        """
-        entry = self._entry(largest)
-        self._stage(entry, [0] * len(rows) if isinstance(given, Tensor) else given, positions)
-        if isinstance(given, Tensor) and entry.hidden is not None:
-            entry.hidden[: len(given)].copy_(given)
-        return self._replay(entry, rows)
-
-    def hidden(self, count: int) -> Tensor:
-        """[count, hidden_size] of the last replay's first rows, where the run drafts with them; the next overwrites it.
-
-        Raises:
-            EngineError: the graphs keep none.
-        """
-        if self._replayed is None or self._replayed.last is None:
-            raise EngineError("no graph was replayed that keeps hidden states; the run does not draft with them")
-        return self._replayed.last[:count]
 
     def _entry(self, count: int) -> DecodeGraph:
         """The graph that takes so many rows."""
@@ -120,8 +99,8 @@ class DecodeGraphs:
         entry.staged.copy_(torch.tensor([token_ids + zeros, positions + zeros]))
         entry.inputs.copy_(entry.staged, non_blocking=True)
 
-    def _replay(self, entry: DecodeGraph, rows: list[SequenceSlice]) -> Tensor:
-        """What a graph gives for rows whose inputs are staged; captures it before its first replay."""
+    def _replay(self, entry: DecodeGraph, rows: list[SequenceSlice]) -> tuple[Tensor, Tensor | None]:
+        """A graph's output and ``last`` of rows whose inputs are staged; captures it before its first replay."""
         size = entry.staged.shape[1]
         padding = [SequenceSlice(place, 1, (self._attention.spare_slot,)) for place in range(size - len(rows))]
         update = self._attention.fill(entry.metadata, [*rows, *padding])
@@ -130,37 +109,63 @@ class DecodeGraphs:
         entry.graph.update(cpu_update_input=[update])
         entry.graph.replay()
         assert entry.output is not None
-        self._replayed = entry
-        return entry.output[: len(rows)]
-
-    @property
-    def _takes_hidden(self) -> bool:
-        """Whether it is given hidden states."""
-        return self._place.stage > 0
+        return entry.output[: len(rows)], None if entry.last is None else entry.last[: len(rows)]
 
     def _allocate(self, size: int) -> DecodeGraph:
+        config, device = self.setup.config, self.setup.device
         staged = torch.zeros(2, size, dtype=torch.long).pin_memory()
-        metadata = self._attention.graph_metadata(size, self._max_model_len)
-        config = self._config
+        metadata = self._attention.graph_metadata(size, self.setup.max_model_len)
         shape, dtype = (size, config.model_config.hidden_size), getattr(torch, config.dtype)
-        hidden = torch.zeros(shape, dtype=dtype, device=self._device) if self._takes_hidden else None
-        self._graphs[size] = DecodeGraph(staged, staged.to(self._device), metadata, hidden)
+        hidden = torch.zeros(shape, dtype=dtype, device=device) if self._takes_hidden else None
+        self._graphs[size] = DecodeGraph(staged, staged.to(device), metadata, hidden)
         return self._graphs[size]
 
     def _capture(self, entry: DecodeGraph, size: int) -> None:
-        layers = self._place.layers(self._config.model_config.num_hidden_layers)
-        tokens = (size,) * self._place.split.dp
+        place, config = self.setup.place, self.setup.config
+        layers = place.layers(config.model_config.num_hidden_layers)
+        tokens = (size,) * place.split.dp
         context = ForwardContext(self._attention, entry.metadata, layers.start, tokens, captured=True)
         self._forward(entry, context)  # what is computed once, such as rotary tables, stays outside of the graph
         entry.graph = self._npu.NPUGraph()
         self._pool = self._pool or self._npu.graph_pool_handle()
         with self._npu.graph(entry.graph, pool=self._pool, auto_dispatch_capture=True):
             hidden, entry.output = self._forward(entry, context)
-        if self._config.mtp:
+        if config.mtp:
             entry.last = hidden
 
+    @property
+    @abstractmethod
+    def _takes_hidden(self) -> bool:
+        """Whether they are given hidden states."""
+
+    @abstractmethod
     def _forward(self, entry: DecodeGraph, context: ForwardContext) -> tuple[Tensor, Tensor]:
-        """The model's hidden states, and what a replay gives."""
+        """The hidden states that the head takes, and what a replay gives."""
+
+
+class DecodeGraphs(CapturedGraphs, DecodePath):
+    """The graphs of a rank's share of the model."""
+
+    @property
+    def form(self) -> str:
+        """See :class:`DecodePath`."""
+        return "captured graphs"
+
+    def run(self, given: list[int] | Tensor, rows: list[SequenceSlice], largest: int) -> tuple[Tensor, Tensor | None]:
+        """See :meth:`DecodePath.run`."""
+        entry = self._entry(largest)
+        token_ids = [0] * len(rows) if isinstance(given, Tensor) else given
+        self._stage(entry, token_ids, [row.start for row in rows])
+        if isinstance(given, Tensor) and entry.hidden is not None:
+            entry.hidden[: len(given)].copy_(given)
+        return self._replay(entry, rows)
+
+    @property
+    def _takes_hidden(self) -> bool:
+        return self.setup.place.stage > 0
+
+    def _forward(self, entry: DecodeGraph, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        model = self.setup.model
         given = entry.inputs[0] if entry.hidden is None else entry.hidden
-        hidden: Tensor = self._model(given, entry.inputs[1], context)
-        return hidden, self._model.compute_logits(hidden) if self._place.is_last_stage else hidden
+        hidden: Tensor = model(given, entry.inputs[1], context)
+        return hidden, model.compute_logits(hidden) if self.setup.place.is_last_stage else hidden
