@@ -20,6 +20,7 @@ from npu_zoo.core.config import KernelChoice
 from npu_zoo.core.errors import EngineError, WeightsError
 from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.nn.attention import latent as latent_module
+from npu_zoo.nn.attention import latent_pool
 from npu_zoo.nn.attention.latent import PagedLatentAttention
 from npu_zoo.nn.attention.paged import PagedAttention
 from npu_zoo.nn.context import BuildContext, ForwardContext
@@ -184,7 +185,7 @@ def test_the_layer_is_transformers(
 def test_either_form_of_the_attention_is_transformers(
     absorbed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latent_module, "prefers_absorbed", lambda *_: absorbed)
+    monkeypatch.setattr(latent_pool, "prefers_absorbed", lambda *_: absorbed)
     monkeypatch.setattr(latent_module, "_EXPANDED_TOKENS", 5)
     theirs = Theirs("v3", q_lora_rank=20)
     assert_is_transformers(theirs, Ours(theirs, tmp_path), torch.float32, 1e-5)

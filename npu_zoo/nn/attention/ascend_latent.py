@@ -18,16 +18,14 @@ from torch import Tensor
 from npu_zoo.core.attention import (
     AttentionMetadata,
     GraphAttention,
-    LatentAttentionBackend,
     LatentKeys,
     LatentLayout,
     LatentProjection,
     SequenceSlice,
 )
-from npu_zoo.core.errors import EngineError
-from npu_zoo.core.model_config import MLAConfig
 from npu_zoo.nn.attention.ascend import RIGHT_DOWN_CAUSAL, FusedMetadata, StaticRows, causal_mask, plan_step
 from npu_zoo.nn.attention.cache import allocate_zeros
+from npu_zoo.nn.attention.latent_pool import LatentPoolAttention, LatentTokens
 
 
 @dataclass(frozen=True)
@@ -80,13 +78,7 @@ _OPERATOR_DIMS = (512, 64)
 """The latents' and the rotated keys' sizes that npu_kv_rmsnorm_rope_cache takes."""
 
 
-def _own(metadata: AttentionMetadata) -> FusedLatentMetadata:
-    if not isinstance(metadata, FusedLatentMetadata):
-        raise EngineError(f"FusedLatentAttention takes what its prepare() made, not {type(metadata).__name__}")
-    return metadata
-
-
-class FusedLatentAttention(LatentAttentionBackend, GraphAttention):
+class FusedLatentAttention(LatentPoolAttention[FusedLatentMetadata], GraphAttention):
     """Attention over a pool of blocks that holds latents and rotated keys.
 
     Args:
@@ -98,20 +90,18 @@ class FusedLatentAttention(LatentAttentionBackend, GraphAttention):
         HardwareError: there is not enough memory.
     """
 
+    metadata_type = FusedLatentMetadata
+
     def __init__(
         self, layout: LatentLayout, dtype: torch.dtype, device: torch.device, num_heads: int, scale: float
     ) -> None:
-        self.layout, self.num_heads, self.scale, self.device = layout, num_heads, scale, device
+        super().__init__(layout, num_heads, scale)
+        self.device = device
         self.spare_slot = layout.num_slots
         shape = (layout.num_layers, layout.num_slots + 1, layout.slot_size, 1)
         self._latents = list(allocate_zeros((*shape, layout.mla.kv_lora_rank), dtype, device))
         self._ropes = list(allocate_zeros((*shape, layout.mla.qk_rope_head_dim), dtype, device))
         self._mask = causal_mask(device)
-
-    @staticmethod
-    def bytes_per_token(mla: MLAConfig, itemsize: int) -> int:
-        """Cache bytes of one token in one layer."""
-        return mla.cache_dim * itemsize
 
     def prepare(self, rows: list[SequenceSlice]) -> FusedLatentMetadata:
         """Turn a step's rows into what the operators take.
@@ -173,31 +163,19 @@ class FusedLatentAttention(LatentAttentionBackend, GraphAttention):
         places = np.concatenate([np.arange(ends[number], ends[number + 1]) for number in numbers])
         return torch.from_numpy(places).to(self.device)
 
-    def forward(
-        self,
-        layer: int,
-        query: Tensor,
-        query_rope: Tensor,
-        latent: Tensor,
-        key_rope: Tensor,
-        projection: LatentProjection,
-        metadata: AttentionMetadata,
+    def write_and_attend(
+        self, layer: int, tokens: LatentTokens, projection: LatentProjection, metadata: FusedLatentMetadata
     ) -> Tensor:
-        """Write the step's latents, then attend; see :meth:`LatentAttentionBackend.forward`.
-
-        Raises:
-            EngineError: the metadata is another backend's.
-        """
-        step = _own(metadata)
+        """See :meth:`LatentPoolAttention.write_and_attend`."""
         torch_npu.npu_scatter_pa_kv_cache(
-            latent.unsqueeze(1),
-            key_rope.unsqueeze(1).contiguous(),
+            tokens.latent.unsqueeze(1),
+            tokens.key_rope.unsqueeze(1).contiguous(),
             self._latents[layer],
             self._ropes[layer],
-            step.slots,
+            metadata.slots,
             cache_mode="Norm",
         )
-        return self._attend(layer, query, query_rope, projection, step)
+        return self._attend(layer, tokens.query, tokens.query_rope, projection, metadata)
 
     def forward_keys(
         self,
@@ -209,7 +187,7 @@ class FusedLatentAttention(LatentAttentionBackend, GraphAttention):
         metadata: AttentionMetadata,
     ) -> Tensor:
         """Norm, rotate and write the step's latents by one operator, then attend; see :meth:`forward`."""
-        step, mla = _own(metadata), self.layout.mla
+        step, mla = self.own(metadata), self.layout.mla
         if (mla.kv_lora_rank, mla.qk_rope_head_dim) != _OPERATOR_DIMS:
             return super().forward_keys(layer, query, query_rope, keys, projection, metadata)
         torch_npu.npu_kv_rmsnorm_rope_cache(

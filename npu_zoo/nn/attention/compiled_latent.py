@@ -16,14 +16,12 @@ from torch import Tensor
 
 from npu_zoo.core.attention import (
     AttentionMetadata,
-    LatentAttentionBackend,
     LatentLayout,
     LatentProjection,
     ReplayAttention,
     SequenceSlice,
 )
 from npu_zoo.core.errors import ConfigError, EngineError
-from npu_zoo.core.model_config import MLAConfig
 from npu_zoo.nn.attention.cache import allocate_zeros
 from npu_zoo.nn.attention.compiled_steps import (
     CompiledMetadata,
@@ -34,7 +32,7 @@ from npu_zoo.nn.attention.compiled_steps import (
     values_together,
 )
 from npu_zoo.nn.attention.expanded import ExpandedStrips
-from npu_zoo.nn.attention.latent import prefers_absorbed
+from npu_zoo.nn.attention.latent_pool import LatentPoolAttention, LatentTokens
 from npu_zoo.nn.attention.sharing import find_shared_prefixes, merge
 from npu_zoo.nn.attention.tables import block_tables, check_tables, split_tables
 
@@ -69,18 +67,15 @@ class CompiledLatentMetadata(AttentionMetadata):
     expanded: list[ExpandedRow]
 
 
-class CompiledLatentAttention(LatentAttentionBackend, ReplayAttention):
+class CompiledLatentAttention(LatentPoolAttention[CompiledLatentMetadata], ReplayAttention):
     """Attention over a pool of latents, on a CPU.
-
-    Args:
-        layout: ``num_slots`` blocks of ``slot_size`` tokens.
-        num_heads: query heads of this rank.
-        scale: what a query's product with a key is multiplied by.
 
     Raises:
         ConfigError: the dtype or a size is none that it takes.
         HardwareError: there is not enough memory, or the library is not built.
     """
+
+    metadata_type = CompiledLatentMetadata
 
     def __init__(
         self, layout: LatentLayout, dtype: torch.dtype, device: torch.device, num_heads: int, scale: float
@@ -91,7 +86,7 @@ class CompiledLatentAttention(LatentAttentionBackend, ReplayAttention):
                 f"{type(self).__name__} takes {' and '.join(map(str, _KINDS))} and latents of up to {_WIDEST} values, "
                 f"not {dtype} and {mla.cache_dim}; choose another attention backend"
             )
-        self.layout, self.num_heads, self.scale = layout, num_heads, scale
+        super().__init__(layout, num_heads, scale)
         shape = (layout.num_layers, layout.num_slots, layout.slot_size, mla.cache_dim)
         self.pool = allocate_zeros(shape, dtype, device)
         self._tokens = [layer.flatten(0, 1) for layer in self.pool]
@@ -100,11 +95,6 @@ class CompiledLatentAttention(LatentAttentionBackend, ReplayAttention):
         self._sizes = np.array([*sizes, layout.slot_size], dtype=np.int64)
         self._shape = self._sizes.ctypes.data
         self._strips = ExpandedStrips(mla, num_heads, dtype)
-
-    @staticmethod
-    def bytes_per_token(mla: MLAConfig, itemsize: int) -> int:
-        """Cache bytes of one token in one layer."""
-        return mla.cache_dim * itemsize
 
     def prepare(self, rows: list[SequenceSlice]) -> CompiledLatentMetadata:
         """Turn a step's rows into what all layers share.
@@ -116,7 +106,7 @@ class CompiledLatentAttention(LatentAttentionBackend, ReplayAttention):
         lengths = np.array([row.num_tokens for row in rows], dtype=np.int64)
         counts = -(-(starts + lengths) // self.layout.slot_size)
         check_tables(rows, counts)
-        absorbs = np.array([self._absorbs(row.num_tokens, row.context_len) for row in rows], dtype=np.bool_)
+        absorbs = np.array([self.absorbs(row.num_tokens, row.context_len) for row in rows], dtype=np.bool_)
         if absorbs.all():
             every = self._metadata(rows, starts, lengths, share=True)
             return CompiledLatentMetadata(rows, every.num_tokens, every, every, None, [])
@@ -163,31 +153,20 @@ class CompiledLatentAttention(LatentAttentionBackend, ReplayAttention):
         shared = find_shared_prefixes(rows, size, 1) if share else []
         return make_metadata(rows, starts, lengths, block_tables(rows, counts), counts, size, shared)
 
-    def _absorbs(self, num_queries: int, num_keys: int) -> bool:
-        return num_queries == 1 or prefers_absorbed(self.layout.mla, num_queries, num_keys)
-
     def _token_places(self, table: NDArray[np.int64], count: int) -> NDArray[np.int64]:
         size = self.layout.slot_size
         return np.asarray((table[:, None] * size + np.arange(size)).ravel()[:count])
 
     @torch.no_grad()
-    def forward(
-        self,
-        layer: int,
-        query: Tensor,
-        query_rope: Tensor,
-        latent: Tensor,
-        key_rope: Tensor,
-        projection: LatentProjection,
-        metadata: AttentionMetadata,
+    def write_and_attend(
+        self, layer: int, tokens: LatentTokens, projection: LatentProjection, metadata: CompiledLatentMetadata
     ) -> Tensor:
-        """Write the step's latents, then attend; see :meth:`LatentAttentionBackend.forward`.
+        """See :meth:`LatentPoolAttention.write_and_attend`.
 
         Raises:
-            EngineError: the metadata is another backend's, or a tensor has another dtype than the cache was made for.
+            EngineError: a tensor has another dtype than the cache was made for.
         """
-        if not isinstance(metadata, CompiledLatentMetadata):
-            raise EngineError(f"{type(self).__name__} takes what its prepare() made, not {type(metadata).__name__}")
+        query, query_rope, latent, key_rope = tokens
         if {query.dtype, query_rope.dtype, latent.dtype, key_rope.dtype} != {self.pool.dtype}:
             raise EngineError(f"{type(self).__name__} was made for {self.pool.dtype}, not {query.dtype}")
         latent, key_rope = values_together(latent), values_together(key_rope)

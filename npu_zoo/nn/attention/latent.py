@@ -14,16 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from npu_zoo.core.attention import (
-    AttentionMetadata,
-    LatentAttentionBackend,
-    LatentLayout,
-    LatentProjection,
-    SequenceSlice,
-)
-from npu_zoo.core.errors import EngineError
-from npu_zoo.core.model_config import MLAConfig
+from npu_zoo.core.attention import AttentionMetadata, LatentLayout, LatentProjection, SequenceSlice
 from npu_zoo.nn.attention.cache import Blocks, allocate_zeros, index_blocks
+from npu_zoo.nn.attention.latent_pool import LatentPoolAttention, LatentTokens
 from npu_zoo.nn.attention.prefill import attend
 from npu_zoo.nn.attention.sharing import merge
 from npu_zoo.nn.attention.tables import block_tables, check_tables, split_tables, token_places
@@ -70,34 +63,24 @@ class LatentMetadata(AttentionMetadata):
     absorbed: Tensor | None
 
 
-class PagedLatentAttention(LatentAttentionBackend):
+class PagedLatentAttention(LatentPoolAttention[LatentMetadata]):
     """Attention over a pool of latents, on any device that torch drives.
-
-    Args:
-        layout: ``num_slots`` blocks of ``slot_size`` tokens.
-        num_heads: query heads of this rank; the pool is the same for any number.
-        scale: what a query's product with a key is multiplied by.
 
     Raises:
         HardwareError: there is not enough memory.
     """
 
+    metadata_type = LatentMetadata
+
     def __init__(
         self, layout: LatentLayout, dtype: torch.dtype, device: torch.device, num_heads: int, scale: float
     ) -> None:
-        self.layout = layout
-        self.num_heads = num_heads
-        self.scale = scale
+        super().__init__(layout, num_heads, scale)
         self.device = device
         shape = (layout.num_layers, layout.num_slots, layout.slot_size, layout.mla.cache_dim)
         self.pool = allocate_zeros(shape, dtype, device)
         self._layers = list(self.pool)
         self._workspace = Workspace(dtype, device)
-
-    @staticmethod
-    def bytes_per_token(mla: MLAConfig, itemsize: int) -> int:
-        """Cache bytes of one token in one layer."""
-        return mla.cache_dim * itemsize
 
     def prepare(self, rows: list[SequenceSlice]) -> LatentMetadata:
         """Turn a step's rows into the tensors that all layers share.
@@ -114,7 +97,7 @@ class PagedLatentAttention(LatentAttentionBackend):
         first_tokens = np.cumsum(lengths) - lengths
         blocks, offsets = token_places(tables, counts, starts, lengths, first_tokens, size)
         work = [
-            LatentRow(first, length, total, self._absorbs(length, total), index_blocks(table, self.device))
+            LatentRow(first, length, total, self.absorbs(length, total), index_blocks(table, self.device))
             for first, length, total, table in zip(
                 first_tokens.tolist(),
                 lengths.tolist(),
@@ -132,27 +115,12 @@ class PagedLatentAttention(LatentAttentionBackend):
             absorbed=_absorbed_tokens(work, self.device),
         )
 
-    def _absorbs(self, num_queries: int, num_keys: int) -> bool:
-        return num_queries == 1 or prefers_absorbed(self.layout.mla, num_queries, num_keys)
-
     @torch.no_grad()
-    def forward(
-        self,
-        layer: int,
-        query: Tensor,
-        query_rope: Tensor,
-        latent: Tensor,
-        key_rope: Tensor,
-        projection: LatentProjection,
-        metadata: AttentionMetadata,
+    def write_and_attend(
+        self, layer: int, tokens: LatentTokens, projection: LatentProjection, metadata: LatentMetadata
     ) -> Tensor:
-        """Write the step's latents, then attend; see :meth:`LatentAttentionBackend.forward`.
-
-        Raises:
-            EngineError: the metadata is another backend's.
-        """
-        if not isinstance(metadata, LatentMetadata):
-            raise EngineError(f"{type(self).__name__} takes what its prepare() made, not {type(metadata).__name__}")
+        """See :meth:`LatentPoolAttention.write_and_attend`."""
+        query, query_rope, latent, key_rope = tokens
         rank = self.layout.mla.kv_lora_rank
         self._layers[layer][metadata.blocks, metadata.offsets] = torch.cat((latent, key_rope), dim=-1)
         out = query.new_empty(*query.shape[:2], self.layout.mla.v_head_dim)
@@ -234,14 +202,6 @@ class PagedLatentAttention(LatentAttentionBackend):
         whole[:, mla.qk_nope_head_dim :] = cached[:, mla.kv_lora_rank :].t()
         sums = None if lse is None else lse.unsqueeze(0)
         attend(query.unsqueeze(0), whole, values, causal, self._workspace, out.unsqueeze(0), sums)
-
-
-def prefers_absorbed(mla: MLAConfig, num_queries: int, num_keys: int) -> bool:
-    """Whether the absorbed form takes fewer multiplications per head; at one query it always reads less."""
-    widths = mla.qk_nope_head_dim + mla.v_head_dim
-    expanded = num_keys * mla.kv_lora_rank * widths + num_queries * num_keys * (widths + mla.qk_rope_head_dim)
-    absorbed = num_queries * mla.kv_lora_rank * widths + num_queries * num_keys * (mla.cache_dim + mla.kv_lora_rank)
-    return absorbed < expanded
 
 
 def _absorbed_tokens(work: list[LatentRow], device: torch.device) -> Tensor | None:

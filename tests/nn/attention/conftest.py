@@ -1,13 +1,16 @@
-"""A dense oracle in float64, and a driver that runs steps through a backend with random keys and values."""
+"""A dense oracle in float64, a driver that runs steps through a backend with random keys and values, and fixtures."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from torch import Tensor
 
 from npu_zoo.core.attention import AttentionBackend, SequenceSlice
+from npu_zoo.nn.attention import compiled_latent, latent, latent_pool
 
 
 @dataclass
@@ -88,3 +91,22 @@ TOLERANCE = {
     torch.float16: {"rtol": 1e-2, "atol": 5e-3},
     torch.bfloat16: {"rtol": 5e-2, "atol": 3e-2},
 }
+
+
+@pytest.fixture(params=[True, False, None], ids=["absorbed", "expanded", "as chosen"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool | None:
+    """Forces one form of latent attention on every row of several tokens."""
+    if request.param is not None:
+        monkeypatch.setattr(latent_pool, "prefers_absorbed", lambda *_: request.param)
+    for module in (latent, compiled_latent):
+        monkeypatch.setattr(module, "_EXPANDED_TOKENS", 5)
+    value: bool | None = request.param
+    return value
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
