@@ -133,7 +133,8 @@ def select_attention(
     of_kind = [b for b in backends.values() if b.kind == kind and b.kv_cache_dtype == kv_cache_dtype]
     candidates = sorted(of_kind, key=lambda b: (-b.priority, b.name))
     obstacles = {b.name: _backend_obstacle(b, chip, dtype, config, block_size) for b in candidates}
-    if any(b.chip == chip for b in candidates):  # what runs anywhere would be a silent fallback there
+    # Plain torch is at home on a CPU; on an accelerator that has backends of its own it would be a silent fallback.
+    if chip != "cpu" and any(b.chip == chip for b in candidates):
         obstacles |= {
             b.name: f"{chip} has backends of its own" for b in candidates if b.chip == "any" and b.priority <= 0
         }

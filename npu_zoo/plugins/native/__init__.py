@@ -129,11 +129,6 @@ def register_attention_backends() -> list[AttentionBackendSpec]:
     """Attention in plain torch, on any device that torch drives, and by the fused operators of Ascend's chips."""
     return [
         *TORCH_BACKENDS,
-        # Where a chip has backends of its own, what runs anywhere does not serve there.
-        *(
-            backend.model_copy(update={"name": backend.name.replace("torch_", "cpu_"), "chip": "cpu", "priority": 5})
-            for backend in TORCH_BACKENDS
-        ),
         *COMPILED_BACKENDS,
         AttentionBackendSpec(
             name="cpu_paged_int8",
