@@ -101,6 +101,12 @@ bool goes_by_tiles(int rows) {
   return kByTiles<Kind> && (rows >= kFewRows || kByRows<Kind>);
 }
 
+// Rows with those of zeros that tiles need behind them.
+template <class Kind>
+int64_t filled_rows(int64_t rows) {
+  return goes_by_tiles<Kind>(rows) ? round_up(rows, kPanel) : rows;
+}
+
 template <class Kind>
 void multiply_tile(Buffers<Kind>& b, const Chunk& chunk, int first, int rows, bool values, int strips, Widths w) {
   float* sums = b.sums + first * w.value;
@@ -142,8 +148,7 @@ void attend_tile(Buffers<Kind>& b, const Chunk& chunk, int first, int rows, floa
           b.sums + (first + row) * w.value, w.value, b.weights + row * kScoreStride,
           [&](int64_t i) { return Kind::value_scales(chunk.values[i / kStrip], w, i % kStrip / kLanes); });
   }
-  const int64_t whole = goes_by_tiles<Kind>(rows) ? round_up(rows, kPanel) : rows;
-  for (int64_t row = rows; row < whole; ++row)
+  for (int64_t row = rows; row < filled_rows<Kind>(rows); ++row)
     std::memset(b.weights + row * kScoreStride, 0, strips * kStrip * sizeof(typename Kind::Operand));
   multiply_tile(b, chunk, first, rows, true, strips, w);
 }
@@ -168,7 +173,8 @@ Chunk take_chunk(const Source& source, Buffers<Kind>& b, int64_t begin, int64_t 
     }
   }
   chunk.keys[chunk.strips] = chunk.values[0];
-  chunk.values[chunk.strips] = !Source::kPacks && end < last ? source.keys(end) : chunk.values[0];
+  chunk.values[chunk.strips] = Source::kPacks ? nullptr : end < last ? source.keys(end) : source.next;
+  if (!chunk.values[chunk.strips]) chunk.values[chunk.strips] = chunk.values[0];
   return chunk;
 }
 
@@ -186,7 +192,7 @@ template <class Source, class Kind>
 void attend(const Source& source, Buffers<Kind>& b, int rows, int64_t begin, int64_t end, float scale, Widths w) {
   end = std::min(end, b.limits[rows - 1]);
   std::fill_n(b.state, rows, RowState{});
-  std::fill_n(b.sums, round_up(rows, kPanel) * w.value, 0.0f);
+  std::fill_n(b.sums, filled_rows<Kind>(rows) * w.value, 0.0f);
 #if defined(ZOO_TILES)
   if (kByTiles<Kind>) shape_full_tiles();
 #endif

@@ -23,6 +23,11 @@ struct Job {
 
   int64_t token_of(const Item& item, int64_t i) const { return item.shared ? members[item.first + i] : item.first + i; }
   int64_t rows_of(const Item& item) const { return item.tokens * shape.group(); }
+
+  // Whether a row's keys and values are written by the task that reads them: no other reads a block that is not full.
+  bool writes_late(const Item& item) const {
+    return query.values && item.tokens == 1 && item.keys % shape.block_size && shape.group() <= kTaskRows;
+  }
 };
 
 // How items are cut into tasks, and where the parts of a result wait for each other: [part][head][row][width + 2].
@@ -34,6 +39,7 @@ struct Plan {
 
 constexpr int64_t kLeastPart = 128;      // tokens
 constexpr int64_t kTasksOfThread = 4;
+constexpr int64_t kRunsOfThread = 8;     // that tasks are handed out in, if they are many
 
 template <typename X>
 void make_plan(const Job<X>& job, int64_t width, int threads, Plan& plan) {
@@ -85,8 +91,8 @@ void load_queries(const Job<X>& job, const Task& task, Widths w, Buffers<Kind>& 
     std::fill(to + job.shape.key_width(), to + w.key, typename Kind::Operand{});
     b.limits[row] = item.whole ? item.keys : item.keys - item.tokens + i + 1;
   }
-  const int64_t whole = round_up(task.rows, kPanel);
-  std::fill(b.queries + task.rows * w.key, b.queries + whole * w.key, typename Kind::Operand{});
+  const int64_t filled = filled_rows<Kind>(task.rows);
+  std::fill(b.queries + task.rows * w.key, b.queries + filled * w.key, typename Kind::Operand{});
 }
 
 template <typename X>
@@ -158,14 +164,15 @@ void run(const Job<X>& job, Widths w, int threads, const Write& write, const Run
   const Plan& made = plan;
   float* parts = made.room ? workspace.take<float>(made.room) : nullptr;
   const int64_t heads = job.shape.kv_heads, tasks = made.tasks.size();
+  const int64_t run = std::max<int64_t>(1, tasks / (threads * kRunsOfThread));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     if (job.key.values) {
 #pragma omp for schedule(static)
       for (int64_t head = 0; head < heads; ++head) write(head);
     }
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < tasks; ++task) run_one(made, made.tasks[task], parts);
+#pragma omp for schedule(dynamic, run)
+    for (int64_t task = 0; task < tasks; ++task) run_one(made, task, parts);
     if (parts) {
       std::vector<float> sums(w.value);
 #pragma omp for schedule(static)
@@ -183,23 +190,35 @@ Strips<Kind> strips_of(const Job<X>& job, const Item& item, int64_t head, Widths
   return {job.keys, job.values, job.tables + item.table, head, job.shape.kv_heads, job.shape.block_size, w};
 }
 
+// Where a task begins to read, if there is one.
+template <typename X, class Kind>
+const char* first_strip(const Job<X>& job, const Plan& plan, size_t number, Widths w) {
+  if (number >= plan.tasks.size()) return nullptr;
+  const Task& task = plan.tasks[number];
+  return strips_of<X, Kind>(job, job.items[task.item], task.head, w).key_at(task.begin);
+}
+
 template <typename X, class Kind>
 void attend_heads(const Job<X>& job, int threads) {
   const Widths w = Kind::widths(job.shape.key_width(), job.shape.value);
   auto write = [&](int64_t head) {
     for (int64_t i = 0; i < job.num_items; ++i)
-      if (!job.items[i].shared)
+      if (!job.items[i].shared && !job.writes_late(job.items[i]))
         write_item(job.items[i], job.shape, strips_of<X, Kind>(job, job.items[i], head, w), job.key, job.value);
   };
-  run<X, Kind>(job, w, threads, write, [&](const Plan& plan, const Task& task, float* parts) {
-    const auto strips = strips_of<X, Kind>(job, job.items[task.item], task.head, w);
+  run<X, Kind>(job, w, threads, write, [&](const Plan& plan, int64_t number, float* parts) {
+    const Task& task = plan.tasks[number];
+    const Item& item = job.items[task.item];
+    const auto strips = strips_of<X, Kind>(job, item, task.head, w);
+    if (job.key.values && !item.shared && job.writes_late(item) && task.end == item.keys)
+      write_item(item, job.shape, strips, job.key, job.value);
     if constexpr (sizeof(typename Kind::Stored) == 1 && sizeof(X) == 2) {
       if (task.rows >= kFewRows) {
         const Widths pairs = Pairs::widths(job.shape.key, job.shape.value);
         if (pairs.value == w.value) return run_task<X, Pairs>(job, plan, task, parts, pairs, Restored{strips, pairs});
       }
     }
-    run_task<X, Kind>(job, plan, task, parts, w, InPlace<Kind>{strips});
+    run_task<X, Kind>(job, plan, task, parts, w, InPlace<Kind>{strips, first_strip<X, Kind>(job, plan, number + 1, w)});
   });
 }
 
@@ -223,7 +242,8 @@ void attend_latents(const Job<X>& job, int threads) {
       }
     }
   };
-  run<X, Kind>(job, w, threads, write, [&](const Plan& plan, const Task& task, float* parts) {
+  run<X, Kind>(job, w, threads, write, [&](const Plan& plan, int64_t number, float* parts) {
+    const Task& task = plan.tasks[number];
     const Latents<X> source = latents(job.items[task.item]);
     if constexpr (kByTiles<Kind>) {
       if (task.rows >= kFewRows) return run_task<X, RowPairs>(job, plan, task, parts, w, source);

@@ -56,10 +56,10 @@ struct Strips {
 
 inline void write_key(Pairs, const bf16* key, int64_t width, char* strip, Widths w, int token) {
   bf16* column = reinterpret_cast<bf16*>(strip) + token / kPanel * w.key * kPanel + token % kPanel * 2;
-  for (int64_t pair = 0; pair < w.key / 2; ++pair) {
-    column[pair * 2 * kPanel] = 2 * pair < width ? key[2 * pair] : 0;
-    column[pair * 2 * kPanel + 1] = 2 * pair + 1 < width ? key[2 * pair + 1] : 0;
-  }
+  const int64_t whole = width / 2;
+  for (int64_t pair = 0; pair < whole; ++pair) store(column + pair * 2 * kPanel, load<uint32_t>(key + 2 * pair));
+  for (int64_t pair = whole; pair < w.key / 2; ++pair)
+    store<uint32_t>(column + pair * 2 * kPanel, 2 * pair < width ? key[2 * pair] : 0);
 }
 
 // The values of a token, whose neighbour in the pair is left alone where it comes before and zero where it comes after.

@@ -9,6 +9,7 @@ template <class Kind>
 struct InPlace {
   static constexpr bool kPacks = false;
   Strips<Kind> strips;
+  const char* next;  // what is read behind it, if anything
 
   const char* keys(int64_t token) const { return strips.key_at(token); }
   const char* values(int64_t token) const { return strips.value_at(token); }
@@ -24,6 +25,7 @@ struct Latents {
   Widths widths;
 
   static constexpr bool kPacks = true;
+  static constexpr const char* next = nullptr;
   const char* keys(int64_t) const { return nullptr; }
   const char* values(int64_t) const { return nullptr; }
   const T* at(int64_t token) const {
@@ -105,6 +107,7 @@ struct Restored {
   Widths widths;
 
   static constexpr bool kPacks = true;
+  static constexpr const char* next = nullptr;
   const char* keys(int64_t) const { return nullptr; }
   const char* values(int64_t) const { return nullptr; }
 

@@ -50,7 +50,7 @@ struct Pairs {
       for (int64_t first = 0; first < w.key / 2; first += 16) {
         for (int pair = 0; pair < 16; ++pair) {
           const bf16* keys = panel + (first + pair) * 2 * kPanel;
-          prefetch(next + from + (first + pair) * 64);
+          prefetch_far(next + from + (first + pair) * 64);
           for (int row = 0; row < kRows; ++row) {
             Floats& sum = sums[row][pair % kChains<kRows>];
             sum = add_pairs(sum, keys, q[row] + 2 * (first + pair));
@@ -79,7 +79,7 @@ struct Pairs {
     for (int pair = 0; pair < kStrip / 2; ++pair) {
       for (int t = 0; t < kTiles; ++t) {
         const int64_t at = (tile + t) * kBlockValues + pair * 2 * kPanel;
-        prefetch(next + at * sizeof(bf16));
+        prefetch_far(next + at * sizeof(bf16));
         for (int row = 0; row < kRows; ++row)
           sums[row][t] = add_pairs(sums[row][t], reinterpret_cast<const bf16*>(strip) + at, p[row] + 2 * pair);
       }
@@ -115,7 +115,7 @@ struct Plain {
       for (int64_t first = 0; first < w.key; first += 4) {
         for (int i = 0; i < 4; ++i) {
           const Floats keys = load_floats(panel + (first + i) * kPanel);
-          if (sizeof(T) == 4 || i == 0) prefetch(ahead + (first + i) * kPanel * sizeof(T));
+          if (sizeof(T) == 4 || i == 0) prefetch_far(ahead + (first + i) * kPanel * sizeof(T));
           for (int row = 0; row < kRows; ++row) sums[row][i % kChains<kRows>] += keys * q[row][first + i];
         }
       }
@@ -147,7 +147,7 @@ struct Plain {
       for (int t = 0; t < kTiles; ++t) {
         const int64_t at = token * w.value + (tile + t) * kLanes;
         const Floats values = load_floats(reinterpret_cast<const T*>(strip) + at);
-        if (sizeof(T) == 4 || t % 4 == 0) prefetch(next + at * sizeof(T));
+        if (sizeof(T) == 4 || t % 4 == 0) prefetch_far(next + at * sizeof(T));
         for (int row = 0; row < kRows; ++row) sums[row][t] += values * p[row][token];
       }
     }
