@@ -107,6 +107,11 @@ int64_t filled_rows(int64_t rows) {
   return goes_by_tiles<Kind>(rows) ? round_up(rows, kPanel) : rows;
 }
 
+// The keys that tiles read next: values are on their way by then.
+inline const char* after_keys(const Chunk& chunk, int strip) {
+  return strip + 1 < chunk.strips ? chunk.keys[strip + 1] : chunk.values[chunk.strips];
+}
+
 template <class Kind>
 void multiply_tile(Buffers<Kind>& b, const Chunk& chunk, int first, int rows, bool values, int strips, Widths w) {
   float* sums = b.sums + first * w.value;
@@ -126,8 +131,8 @@ void multiply_tile(Buffers<Kind>& b, const Chunk& chunk, int first, int rows, bo
       }
       auto score = two ? score_by_tiles<true> : score_by_tiles<false>;
       for (int strip = 0; strip < strips; ++strip)
-        score(b.queries + first * w.key, chunk.keys[strip], first ? nullptr : chunk.keys[strip + 1], w,
-              b.scores + strip * kStrip, kScoreStride);
+        score(b.queries + first * w.key, chunk.keys[strip], first ? nullptr : after_keys(chunk, strip),
+              chunk.values[strip], w, b.scores + strip * kStrip, kScoreStride);
       return;
     }
   }

@@ -13,9 +13,10 @@ struct RowPairs : Pairs {};
 #if defined(ZOO_TILES)
 inline void shape_full_tiles() { shape_tiles(16, 16); }
 
-// Scores of a strip's tokens: q [rows][w.key], to out [rows][stride].
+// Scores of a strip's tokens: q [rows][w.key], to out [rows][stride]; `next` and `values` are read later, if given.
 template <bool kTwoGroups>
-inline void score_by_tiles(const bf16* q, const char* strip, const char* ahead, Widths w, float* out, int64_t stride) {
+inline void score_by_tiles(const bf16* q, const char* strip, const char* next, const char* values, Widths w, float* out,
+                           int64_t stride) {
   const bf16 *first = reinterpret_cast<const bf16*>(strip), *second = first + w.key * kPanel;
   const int bytes = w.key * sizeof(bf16);
   _tile_zero(0);
@@ -23,7 +24,10 @@ inline void score_by_tiles(const bf16* q, const char* strip, const char* ahead, 
   _tile_zero(2);
   _tile_zero(3);
   for (int64_t block = 0; block < w.key / kBlock; ++block) {
-    for (int line = 0; ahead && line < 32; ++line) prefetch(ahead + (block * 32 + line) * 64);
+    for (int line = 0; next && line < 32; ++line) {
+      prefetch_far(next + (block * 32 + line) * 64);
+      prefetch_far(values + (block * 32 + line) * 64);
+    }
     _tile_loadd(4, q + block * kBlock, bytes);
     _tile_loadd(6, first + block * kBlockValues, 64);
     _tile_loadd(7, second + block * kBlockValues, 64);
