@@ -24,6 +24,7 @@ struct Task {
 template <class Kind>
 struct Buffers {
   using Operand = typename Kind::Operand;
+  static constexpr bool kByRows = std::is_same_v<Kind, RowPairs>;
   Operand *queries, *panels, *weights;
   float *scores, *sums;
   char* packed;
@@ -34,11 +35,11 @@ struct Buffers {
     const int64_t strips = kChunk / kStrip;
     const int64_t sizes[] = {
         kTaskRows * w.key * static_cast<int64_t>(sizeof(Operand)),
-        kTileRows * kScoreStride * static_cast<int64_t>(sizeof(Operand)),
+        (kByRows ? kTaskRows : kTileRows) * kScoreStride * static_cast<int64_t>(sizeof(Operand)),
         kTileRows * kScoreStride * 4,
         kTaskRows * w.value * 4,
         packs ? strips * (Kind::key_bytes(w) + Kind::value_bytes(w)) : 0,
-        std::is_same_v<Kind, RowPairs> ? kTaskRows * w.key * static_cast<int64_t>(sizeof(Operand)) : 0,
+        kByRows ? kTaskRows * w.key * static_cast<int64_t>(sizeof(Operand)) : 0,
     };
     int64_t offsets[7] = {};
     for (int i = 0; i < 6; ++i) offsets[i + 1] = offsets[i] + round_up(sizes[i], 64);
@@ -93,12 +94,10 @@ constexpr bool kByTiles<Pairs> = true;
 template <>
 constexpr bool kByTiles<RowPairs> = true;
 #endif
-template <class Kind>
-constexpr bool kByRows = std::is_same_v<Kind, RowPairs>;
 
 template <class Kind>
 bool goes_by_tiles(int rows) {
-  return kByTiles<Kind> && (rows >= kFewRows || kByRows<Kind>);
+  return kByTiles<Kind> && (rows >= kFewRows || std::is_same_v<Kind, RowPairs>);
 }
 
 // Rows with those of zeros that tiles need behind them.
@@ -123,12 +122,6 @@ void multiply_tile(Buffers<Kind>& b, const Chunk& chunk, int first, int rows, bo
         auto add = two ? add_by_tiles<true> : add_by_tiles<false>;
         return add(b.weights, kScoreStride, chunk.values, strips, w, sums);
       }
-      if constexpr (kByRows<Kind>) {
-        auto score = two ? score_rows_by_tiles<true> : score_rows_by_tiles<false>;
-        for (int strip = 0; strip < strips; ++strip)
-          score(b.panels + first * w.key, chunk.keys[strip], w, b.scores + strip * kStrip, kScoreStride);
-        return;
-      }
       auto score = two ? score_by_tiles<true> : score_by_tiles<false>;
       for (int strip = 0; strip < strips; ++strip)
         score(b.queries + first * w.key, chunk.keys[strip], first ? nullptr : after_keys(chunk, strip),
@@ -140,6 +133,19 @@ void multiply_tile(Buffers<Kind>& b, const Chunk& chunk, int first, int rows, bo
   multiply_few(b, chunk, rows, values, strips, w, sums);
 }
 
+// Turns up to 32 rows' scores to weights, with rows of zeros behind them where tiles need those.
+template <class Kind, typename Scales>
+void weigh_rows(Buffers<Kind>& b, int64_t begin, int64_t seen, int strips, int first, int rows, float scale, Widths w,
+                typename Kind::Operand* weights, Scales weight_scales) {
+  for (int row = 0; row < rows; ++row) {
+    const int64_t visible = std::min(seen, b.limits[first + row] - begin);
+    weigh(b.scores + row * kScoreStride, strips * kStrip, visible, scale, b.state[first + row],
+          b.sums + (first + row) * w.value, w.value, weights + row * kScoreStride, weight_scales);
+  }
+  for (int64_t row = rows; row < filled_rows<Kind>(rows); ++row)
+    std::memset(weights + row * kScoreStride, 0, strips * kStrip * sizeof(typename Kind::Operand));
+}
+
 // Attends from up to 32 rows to a chunk.
 template <class Kind>
 void attend_tile(Buffers<Kind>& b, const Chunk& chunk, int first, int rows, float scale, Widths w) {
@@ -147,14 +153,8 @@ void attend_tile(Buffers<Kind>& b, const Chunk& chunk, int first, int rows, floa
   if (seen <= 0) return;
   const int strips = ceil_div(seen, kStrip);
   multiply_tile(b, chunk, first, rows, false, strips, w);
-  for (int row = 0; row < rows; ++row) {
-    const int64_t visible = std::min(seen, b.limits[first + row] - chunk.begin);
-    weigh(b.scores + row * kScoreStride, strips * kStrip, visible, scale, b.state[first + row],
-          b.sums + (first + row) * w.value, w.value, b.weights + row * kScoreStride,
-          [&](int64_t i) { return Kind::value_scales(chunk.values[i / kStrip], w, i % kStrip / kLanes); });
-  }
-  for (int64_t row = rows; row < filled_rows<Kind>(rows); ++row)
-    std::memset(b.weights + row * kScoreStride, 0, strips * kStrip * sizeof(typename Kind::Operand));
+  weigh_rows(b, chunk.begin, seen, strips, first, rows, scale, w, b.weights,
+             [&](int64_t i) { return Kind::value_scales(chunk.values[i / kStrip], w, i % kStrip / kLanes); });
   multiply_tile(b, chunk, first, rows, true, strips, w);
 }
 
@@ -169,17 +169,15 @@ Chunk take_chunk(const Source& source, Buffers<Kind>& b, int64_t begin, int64_t 
       char *keys = b.packed + strip * key_bytes, *values = b.packed + chunk.strips * key_bytes + strip * value_bytes;
       const int64_t count = std::min<int64_t>(kStrip, end - token);
       chunk.keys[strip] = keys, chunk.values[strip] = values;
-      if constexpr (kByRows<Kind>)
-        chunk.keys[strip] = source.pack_rows(token, count, token + kStrip >= last, reinterpret_cast<bf16*>(keys),
-                                             reinterpret_cast<bf16*>(values));
-      else source.pack(token, count, keys, values);
+      source.pack(token, count, keys, values);
     } else {
       chunk.keys[strip] = source.keys(token), chunk.values[strip] = source.values(token);
     }
   }
   chunk.keys[chunk.strips] = chunk.values[0];
-  chunk.values[chunk.strips] = Source::kPacks ? nullptr : end < last ? source.keys(end) : source.next;
-  if (!chunk.values[chunk.strips]) chunk.values[chunk.strips] = chunk.values[0];
+  const char* next = chunk.values[0];
+  if constexpr (!Source::kPacks) next = end < last ? source.keys(end) : source.next ? source.next : next;
+  chunk.values[chunk.strips] = next;
   return chunk;
 }
 
@@ -201,7 +199,6 @@ void attend(const Source& source, Buffers<Kind>& b, int rows, int64_t begin, int
 #if defined(ZOO_TILES)
   if (kByTiles<Kind>) shape_full_tiles();
 #endif
-  if constexpr (kByRows<Kind>) pack_queries(b, rows, w);
   for (int64_t at = begin; at < end; at += kChunk) {
     const Chunk chunk = take_chunk(source, b, at, std::min<int64_t>(end, at + kChunk), end, w);
     for (int first = 0; first < rows; first += kTileRows)

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "attend.h"
+#include "latent_tiles.h"
 #include "replay.h"
 
 namespace {
@@ -31,10 +32,17 @@ struct Job {
 };
 
 // How items are cut into tasks, and where the parts of a result wait for each other: [part][head][row][width + 2].
+// Threads take tasks in runs.
 struct Plan {
   std::vector<Task> tasks;
   std::vector<int64_t> parts, places;
-  int64_t room = 0;
+  int64_t room = 0, run = 1;
+
+  // What a thread does after a task, as far as is known.
+  const Task* after(int64_t number) const {
+    const bool known = (number + 1) % run && number + 1 < static_cast<int64_t>(tasks.size());
+    return known ? &tasks[number + 1] : nullptr;
+  }
 };
 
 constexpr int64_t kLeastPart = 128;      // tokens
@@ -70,6 +78,7 @@ void make_plan(const Job<X>& job, int64_t width, int threads, Plan& plan) {
           plan.tasks.push_back({i, head, first, std::min<int64_t>(kTaskRows, rows - first), part * tokens,
                                 std::min(item.keys, (part + 1) * tokens), part});
   }
+  plan.run = std::max<int64_t>(1, plan.tasks.size() / (threads * kRunsOfThread));
 }
 
 inline void put_operands(const bf16* from, int64_t width, bf16* to) { std::copy_n(from, width, to); }
@@ -164,14 +173,13 @@ void run(const Job<X>& job, Widths w, int threads, const Write& write, const Run
   const Plan& made = plan;
   float* parts = made.room ? workspace.take<float>(made.room) : nullptr;
   const int64_t heads = job.shape.kv_heads, tasks = made.tasks.size();
-  const int64_t run = std::max<int64_t>(1, tasks / (threads * kRunsOfThread));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     if (job.key.values) {
 #pragma omp for schedule(static)
       for (int64_t head = 0; head < heads; ++head) write(head);
     }
-#pragma omp for schedule(dynamic, run)
+#pragma omp for schedule(dynamic, made.run)
     for (int64_t task = 0; task < tasks; ++task) run_one(made, task, parts);
     if (parts) {
       std::vector<float> sums(w.value);
@@ -192,10 +200,8 @@ Strips<Kind> strips_of(const Job<X>& job, const Item& item, int64_t head, Widths
 
 // Where a task begins to read, if there is one.
 template <typename X, class Kind>
-const char* first_strip(const Job<X>& job, const Plan& plan, size_t number, Widths w) {
-  if (number >= plan.tasks.size()) return nullptr;
-  const Task& task = plan.tasks[number];
-  return strips_of<X, Kind>(job, job.items[task.item], task.head, w).key_at(task.begin);
+const char* first_strip(const Job<X>& job, const Task* task, Widths w) {
+  return task ? strips_of<X, Kind>(job, job.items[task->item], task->head, w).key_at(task->begin) : nullptr;
 }
 
 template <typename X, class Kind>
@@ -218,7 +224,7 @@ void attend_heads(const Job<X>& job, int threads) {
         if (pairs.value == w.value) return run_task<X, Pairs>(job, plan, task, parts, pairs, Restored{strips, pairs});
       }
     }
-    run_task<X, Kind>(job, plan, task, parts, w, InPlace<Kind>{strips, first_strip<X, Kind>(job, plan, number + 1, w)});
+    run_task<X, Kind>(job, plan, task, parts, w, InPlace<Kind>{strips, first_strip<X, Kind>(job, plan.after(number), w)});
   });
 }
 
@@ -244,8 +250,12 @@ void attend_latents(const Job<X>& job, int threads) {
   };
   run<X, Kind>(job, w, threads, write, [&](const Plan& plan, int64_t number, float* parts) {
     const Task& task = plan.tasks[number];
-    const Latents<X> source = latents(job.items[task.item]);
+    Latents<X> source = latents(job.items[task.item]), after;
     if constexpr (kByTiles<Kind>) {
+      if (const Task* next = plan.after(number)) {
+        after = latents(job.items[next->item]);
+        source.next = &after, source.next_begin = next->begin, source.next_end = next->end;
+      }
       if (task.rows >= kFewRows) return run_task<X, RowPairs>(job, plan, task, parts, w, source);
     }
     run_task<X, Kind>(job, plan, task, parts, w, source);

@@ -23,9 +23,11 @@ struct Latents {
   const int64_t* table;
   int64_t value, width, block_size;
   Widths widths;
+  // What is read behind a task's own, if anything.
+  const Latents* next = nullptr;
+  int64_t next_begin = 0, next_end = 0;
 
   static constexpr bool kPacks = true;
-  static constexpr const char* next = nullptr;
   const char* keys(int64_t) const { return nullptr; }
   const char* values(int64_t) const { return nullptr; }
   const T* at(int64_t token) const {
@@ -53,27 +55,16 @@ struct Latents {
       for (int i = 0; i < kPanel; ++i) last[i] = ends[half * kPanel + i];
       pack_pairs(last, 0, panel + whole * kPanel);
     }
-    pack_values(rows, values, nullptr);
-  }
-
-  // Features in the outer loop, for stores a tile apart would fall into few sets of the cache.
-  void pack_values(const bf16* const* rows, bf16* values, const bf16* next) const {
-    const char* ahead = reinterpret_cast<const char*>(next);
-    const int64_t step = round_up(ceil_div(kStrip * width * sizeof(bf16), widths.value / kLanes), 64);
-    for (int64_t d = 0; d < widths.value; d += kLanes, values += kBlockValues) {
-      for (int64_t line = 0; next && line < step; line += 64) prefetch(ahead + line);
-      ahead += step;
+    // Features in the outer loop, for stores a tile apart would fall into few sets of the cache.
+    for (int64_t d = 0; d < widths.value; d += kLanes, values += kBlockValues)
       for (int i = 0; i < kStrip; i += 2)
         pack_value_pair(rows[i] + d, rows[i + 1] + d, std::min<int64_t>(kLanes, value - d), {0, kLanes},
                         values + i * kPanel);
-    }
   }
 
-  // As `pack`, with keys as rows: those of the pool, or copies where a strip's are not together or no whole blocks.
-  const char* pack_rows(int64_t token, int64_t count, bool last, bf16* copies, bf16* values) const {
-    const bf16* rows[kStrip];
+  // Finds a strip's rows, and its keys as rows of whole blocks: those of the pool, or copies where these do not do.
+  const char* key_rows(int64_t token, int64_t count, const bf16** rows, bf16* copies) const {
     const bool together = find_rows(token, count, rows);
-    pack_values(rows, values, last ? nullptr : at(token + kStrip));
     if (together && width == widths.key) return reinterpret_cast<const char*>(rows[0]);
     for (int i = 0; i < kStrip; ++i, copies += widths.key)
       std::fill(std::copy_n(rows[i], width, copies), copies + widths.key, bf16{});
@@ -89,7 +80,6 @@ struct Latents {
     for (int i = 0; i < kStrip; ++i) rows[i] = i >= count ? zeros : together ? first + i * width : at(token + i);
     return together;
   }
-
 
   void pack(int64_t token, int64_t count, float* keys, float* values) const {
     for (int i = 0; i < kStrip; ++i) {
@@ -107,7 +97,6 @@ struct Restored {
   Widths widths;
 
   static constexpr bool kPacks = true;
-  static constexpr const char* next = nullptr;
   const char* keys(int64_t) const { return nullptr; }
   const char* values(int64_t) const { return nullptr; }
 

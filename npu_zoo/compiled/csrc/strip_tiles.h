@@ -47,9 +47,11 @@ inline void score_by_tiles(const bf16* q, const char* strip, const char* next, c
   }
 }
 
-// Scores of a strip of rows by tokens, which are turned to rows by query: q as panels, to out [rows][stride].
-template <bool kTwoGroups>
-inline void score_rows_by_tiles(const bf16* q, const char* strip, Widths w, float* out, int64_t stride) {
+// Scores of a strip of rows by tokens, which are turned to rows by query: q as panels, to out [rows][stride]. Each block
+// begins with what `fetch` does.
+template <bool kTwoGroups, typename Fetch>
+inline void score_rows_by_tiles(
+    const bf16* q, const char* strip, Widths w, float* out, int64_t stride, const Fetch& fetch) {
   const bf16 *first = reinterpret_cast<const bf16*>(strip), *second = first + w.key * kPanel;
   const int bytes = w.key * sizeof(bf16);
   _tile_zero(0);
@@ -57,8 +59,9 @@ inline void score_rows_by_tiles(const bf16* q, const char* strip, Widths w, floa
   _tile_zero(2);
   _tile_zero(3);
   for (int64_t block = 0; block < w.key / kBlock; ++block) {
-    _tile_loadd(4, first + block * kBlock, bytes);
-    _tile_loadd(5, second + block * kBlock, bytes);
+    fetch();
+    _tile_stream_loadd(4, first + block * kBlock, bytes);
+    _tile_stream_loadd(5, second + block * kBlock, bytes);
     _tile_loadd(6, q + block * kBlockValues, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 5, 6);
