@@ -13,6 +13,7 @@ namespace zoo {
 constexpr int kTaskRows = 128, kTileRows = 32;
 constexpr int kChunk = 256;                 // tokens whose scores are held at once
 constexpr int kScoreStride = kChunk + 16;   // else rows would fall into few sets of the cache
+constexpr int64_t kTwoTiles = 2 * kBlockValues * sizeof(bf16);
 constexpr int kFewRows = 4;                 // fewer are multiplied one by one rather than in a matrix unit's tiles
 
 // The first `rows` of [first_row, ...) of an item, tokens [begin, end), rows counted by query token, then head.
@@ -38,7 +39,7 @@ struct Buffers {
         (kByRows ? kTaskRows : kTileRows) * kScoreStride * static_cast<int64_t>(sizeof(Operand)),
         kTileRows * kScoreStride * 4,
         kTaskRows * w.value * 4,
-        packs ? strips * (Kind::key_bytes(w) + Kind::value_bytes(w)) : 0,
+        packs ? strips * (Kind::key_bytes(w) + (kByRows ? kTwoTiles : Kind::value_bytes(w))) : 0,
         kByRows ? kTaskRows * w.key * static_cast<int64_t>(sizeof(Operand)) : 0,
     };
     int64_t offsets[7] = {};

@@ -189,6 +189,23 @@ def test_a_prefix_that_many_share_is_attended_to_once(
     return None
 
 
+@pytest.mark.parametrize("kind", PAGED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_last_token_of_a_block_is_seen_in_its_step(dtype: torch.dtype, kind: type[CompiledPagedAttention]) -> None:
+    """By a row that reads the block before the one that fills it comes."""
+    driver = driver_of(8, 32, (4, 4, 16), dtype, kind)
+    driver.step([("owner", SequenceSlice(0, 31, (5,)))])
+    reader: Row = ("reader", SequenceSlice(32, 1, (5, 6)))
+    owner: Row = ("owner", SequenceSlice(31, 1, (5,)))
+    query, key, value = (driver.random(2, 4, 16) for _ in range(3))
+    out = driver.backend.forward(0, query, key, value, driver.backend.prepare([reader[1], owner[1]]))
+    driver.record([owner], key[1:], value[1:])
+    driver.fork("owner", "reader", 32)
+    driver.record([reader], key[:1], value[:1])
+    expected = driver.expect([reader, owner], query)
+    torch.testing.assert_close(out.double(), expected, rtol=3e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("slot_size", [20, 64, 70, 200])
 @pytest.mark.parametrize("kind", CONTIGUOUS)

@@ -29,6 +29,18 @@ def test_longer_texts_of_many_heads(heads: int, dtype: torch.dtype) -> None:
     driver.step(("b", SequenceSlice(304, 1, [9, 3, 4, 11, 6])), ("a", SequenceSlice(34, 70, [1, 13])))
 
 
+@pytest.mark.parametrize("rank", [16, 32, 40, 80])
+@pytest.mark.parametrize("rope", [8, 16])
+@pytest.mark.parametrize("heads", [8, 40])
+def test_chunks_of_latents_of_any_width(rank: int, rope: int, heads: int) -> None:
+    """Those whose pairs of columns come out even, and those where one is left or is not whole."""
+    mla = MLAConfig(kv_lora_rank=rank, qk_rope_head_dim=rope, qk_nope_head_dim=12, v_head_dim=20)
+    driver = driver_of(mla, torch.bfloat16, block_size=64, num_blocks=14, heads=heads)
+    blocks = [9, 3, 4, 11, 6]
+    driver.step(("a", SequenceSlice(0, 300, blocks)), ("b", SequenceSlice(0, 40, [1])))
+    driver.step(("a", SequenceSlice(300, 1, blocks)), ("b", SequenceSlice(40, 1, [1])))
+
+
 @pytest.mark.parametrize("absorbed", [True, False])
 def test_threads_share_the_work(absorbed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latent_pool, "prefers_absorbed", lambda *_: absorbed)
