@@ -45,7 +45,7 @@ class LatentsAhead {
 };
 
 // Lines that are fetched with a block of keys and with two tokens' values: together somewhat more than these have.
-constexpr int kLinesOfKeys = 16, kLinesOfValues = 2;
+constexpr int kLinesOfKeys = 4, kLinesOfValues = 2;
 
 // 32 features of a strip's tokens as two tiles of pairs; `natural_order` tells which feature a column is.
 inline void pack_two_tiles(const bf16* const* rows, int64_t feature, bf16* tiles, LatentsAhead& ahead) {
