@@ -121,6 +121,9 @@ def _select(pool: Tensor, blocks: Blocks, workspace: Workspace) -> Tensor:
 def allocate_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A zero tensor which, on a CPU, takes up memory only where it has been touched.
 
+    Not in huge pages: blocks are read in pieces of some pages, for which they gain nothing, and where memory is in
+    pieces the first touch of one takes milliseconds, in the middle of a prompt.
+
     Raises:
         HardwareError: there is not that much memory.
     """
@@ -128,19 +131,10 @@ def allocate_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.dev
     try:
         if device.type != "cpu" or not hasattr(mmap, "MAP_PRIVATE"):
             return torch.zeros(shape, dtype=dtype, device=device)
-        return torch.frombuffer(_map_memory(size), dtype=dtype).view(shape)
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return torch.frombuffer(memory, dtype=dtype).view(shape)
     except (MemoryError, OSError, OverflowError, torch.OutOfMemoryError) as error:
         raise HardwareError(
             f"cannot reserve {size / 2**30:.2f} GiB on {device} for keys and values: {error}; "
             "lower kv_cache_memory, max_num_seqs or max_model_len"
         ) from error
-
-
-def _map_memory(size: int) -> mmap.mmap:
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:  # a kernel without huge pages
-            return memory
-    return memory
