@@ -135,16 +135,31 @@ PanelPair gate_and_up(const Step& step, const FeedForward& weights, int64_t pane
   return {weights.gate_up + panel * stride, weights.gate_up + (weights.panels() + panel) * stride};
 }
 
+// Puts activations of rows from panels of a share's gate, the first of which is `first`, and of what it meets.
+struct ActivatePairs {
+  const Step& step;
+  const Share& share;
+  int64_t first;
+
+  bf16* at(int64_t row, int64_t panel) const { return step.activations_of(share, row) + panel * kPanel; }
+
+  void fetch(int64_t pair, int64_t row, int64_t count) const {
+    for (int64_t r = 0; r < count; ++r) prefetch_to_write(at(row + r, first + pair));
+  }
+
+  void operator()(int64_t pair, int64_t row, int rows, const float* gate, const float* up) const {
+    const int64_t panel = first + pair;
+    for (int r = 0; r < rows; ++r)
+      put_activations(at(row + r, panel), load<Floats>(gate + r * kLanes), load<Floats>(up + r * kLanes),
+                      is_half_block(share, panel));
+  }
+};
+
 // As `activate`; `then` is what is read afterwards.
 void activate_tiled(const Step& step, const Share& share, int64_t first, int64_t last, const PanelPair& then) {
   auto row_at = [&](int64_t row) { return step.input(share.slot + row); };
   auto pair_at = [&](int64_t pair) { return gate_and_up(step, share.weights, first + pair); };
-  auto finish = [&](int64_t pair, int64_t row, int rows, const float* gate, const float* up) {
-    const int64_t panel = first + pair;
-    for (int r = 0; r < rows; ++r)
-      put_activations(step.activations_of(share, row + r) + panel * kPanel, load<Floats>(gate + r * kLanes),
-                      load<Floats>(up + r * kLanes), is_half_block(share, panel));
-  };
+  const ActivatePairs finish{step, share, first};
   multiply_pairs(row_at, share.rows, step.x_blocks(), last - first, pair_at, then, finish);
 }
 #endif
@@ -180,10 +195,18 @@ struct WeightedSums {
   const Step& step;
   const Share& share;
 
+  float* at(int64_t row, int64_t panel) const {
+    return step.sums + (panel * step.tokens + step.slot_tokens[share.slot + row]) * kPanel;
+  }
+
+  void fetch(int64_t row, int64_t panel) const {
+    prefetch_to_write(at(row, panel));
+    prefetch_to_write(at(row, panel + 1));
+  }
+
   void put(int64_t row, int64_t panel, Floats sum) const {
-    const int64_t slot = share.slot + row;
-    float* to = step.sums + (panel * step.tokens + step.slot_tokens[slot]) * kPanel;
-    store(to, load<Floats>(to) + sum * step.slot_scales[slot]);
+    float* to = at(row, panel);
+    store(to, load<Floats>(to) + sum * step.slot_scales[share.slot + row]);
   }
 };
 
@@ -201,7 +224,8 @@ void project_share(
     auto row_at = [&](int64_t row) { return rows + row * share.row_values(); };
     auto pair_at = [&](int64_t pair) { return range.at(pair); };
     const PanelPair then = next ? range_of(*next).at(0) : PanelPair{};
-    return multiply_pairs(row_at, share.rows, range.blocks, range.pairs(), pair_at, then, put_pairs(range, out));
+    const PutPairs<Out> finish{range, out};
+    return multiply_pairs(row_at, share.rows, range.blocks, range.pairs(), pair_at, then, finish);
   }
 #endif
   multiply_panels(rows, share.row_values(), share.rows, share.weights.down, share.weights.blocks(), first, last, out);

@@ -173,9 +173,11 @@ inline void finish_step(const Finish& finish, int64_t pair, int64_t row, int64_t
   if (lower) finish(pair, row + kPanel, lower, sums + 2 * kTileValues, sums + 3 * kTileValues);
 }
 
-// Adds what a part's rows, in tiles, come to with a pair of panels to sums [steps][4][16][16].
+// Adds what a part's rows, in tiles, come to with a pair of panels to sums [steps][4][16][16]. `soon` is called with each
+// step before its sums are complete.
+template <typename Soon>
 inline void multiply_part(
-    const bf16* tiles, const Part& part, const PanelPair& panels, const PanelPair& next, float* sums) {
+    const bf16* tiles, const Part& part, const PanelPair& panels, const PanelPair& next, float* sums, const Soon& soon) {
   const Rows x = Rows::tiles(tiles, part.blocks());
   const PanelPair own = panels.from(part.block);
   const int64_t blocks = part.blocks(), pieces = ceil_div(blocks, kNearBlocks), steps = part.steps();
@@ -189,6 +191,7 @@ inline void multiply_part(
       const Ahead ahead{{following.first + passed * kBlock, following.second ? following.second + passed * kBlock : nullptr},
                         reads ? lines : 0};
       float* of_step = sums + step * 4 * kTileValues;
+      if (piece + 1 == pieces) soon(step);
       if (part.block + begin == 0) clear_sums();
       else load_sums(of_step);
       multiply_blocks_of<true>(part.end_row - part.row - row > kPanel, own.second)(x, row, begin, end, own, ahead);
@@ -217,8 +220,9 @@ inline void multiply_step(
 }
 
 // The products of rows with pairs of panels. `row_at` tells where a row of inputs is, `pair_at` the panels of a pair;
-// `finish` takes a pair's number, a row, how many rows follow it (16 at most), and their sums with both panels. What is
-// read after the last pair is `then`, which may be missing.
+// `finish` takes a pair's number, a row, how many rows follow it (16 at most), and their sums with both panels, and has
+// `fetch`, which has the cache fetch where those of some rows go. What is read after the last pair is `then`, which may be
+// missing.
 //
 // As matrix products for caches are: panels are cut into pieces that stay in the first cache, inputs into parts that stay
 // in the second, and sums wait in memory in between (Goto and van de Geijn, Anatomy of high-performance matrix
@@ -251,7 +255,10 @@ inline void multiply_pairs(
         if (pair + 1 < pairs) next = pair_at(pair + 1).from(part.block);
         else if (!last || chunk + 1 < chunks) next = pair_at(0).from(last ? 0 : part.end_block);
         float* of_pair = sums + (cuts > 1 ? pair * room : 0);
-        multiply_part(tiles, part, pair_at(pair), next, of_pair);
+        multiply_part(tiles, part, pair_at(pair), next, of_pair, [&](int64_t step) {
+          const int64_t row = part.row + step * kStepRows;
+          if (last) finish.fetch(pair, row, std::min(kStepRows, part.end_row - row));
+        });
         for (int64_t step = 0; last && step < part.steps(); ++step)
           finish_step(finish, pair, part.row + step * kStepRows, part.end_row, of_pair + step * 4 * kTileValues);
       }
@@ -273,24 +280,32 @@ struct PanelRange {
   }
 };
 
+// Puts sums of rows with two panels of a range.
 template <typename Out>
-inline auto put_pairs(const PanelRange& range, const Out& out) {
-  return [range, &out](int64_t pair, int64_t row, int count, const float* first, const float* second) {
+struct PutPairs {
+  PanelRange range;
+  const Out& out;
+
+  void fetch(int64_t pair, int64_t row, int64_t count) const {
+    for (int64_t r = 0; r < count; ++r) out.fetch(row + r, range.first + 2 * pair);
+  }
+
+  // Both panels of a row at once, since rows that lie apart by a power of two push each other out of the cache.
+  void operator()(int64_t pair, int64_t row, int count, const float* first, const float* second) const {
     const int64_t panel = range.first + 2 * pair;
-    // Both panels of a row at once, since rows that lie apart by a power of two push each other out of the cache.
     for (int r = 0; r < count; ++r) {
       out.put(row + r, panel, load<Floats>(first + r * kLanes));
       if (panel + 1 < range.last) out.put(row + r, panel + 1, load<Floats>(second + r * kLanes));
     }
-  };
-}
+  }
+};
 
 // Rows of inputs, as they are if they are few, with panels.
 template <typename Out>
 inline void multiply_range(const bf16* x, int64_t x_stride, int64_t rows, const PanelRange& range, const Out& out) {
   auto pair_at = [&](int64_t pair) { return range.at(pair); };
   auto row_at = [&](int64_t row) { return x + row * x_stride; };
-  const auto finish = put_pairs(range, out);
+  const PutPairs<Out> finish{range, out};
   if (rows > kPanel) return multiply_pairs(row_at, rows, range.blocks, range.pairs(), pair_at, {}, finish);
   multiply_step(Rows::strided(x, x_stride), rows, range.blocks, range.pairs(), pair_at, {}, finish);
 }

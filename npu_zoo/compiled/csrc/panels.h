@@ -70,6 +70,8 @@ struct Output {
   int64_t stride;
   int64_t channels;
 
+  void fetch(int64_t row, int64_t panel) const { prefetch_to_write(values + row * stride + panel * kPanel); }
+
   void put(int64_t row, int64_t panel, Floats sum) const {
     bf16* to = values + row * stride + panel * kPanel;
     const int64_t left = channels - panel * kPanel;

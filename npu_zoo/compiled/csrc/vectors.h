@@ -90,6 +90,7 @@ inline float sum(Floats value) {
 }
 
 inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 3); }
+inline void prefetch_to_write(const void* address) { __builtin_prefetch(address, 1, 3); }
 // To the second cache alone, which has room for more reads under way than the first.
 inline void prefetch_far(const void* address) { __builtin_prefetch(address, 0, 2); }
 
