@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from npu_zoo.compiled.library import obstacle
 from npu_zoo.core.config import EngineConfig
 from npu_zoo.evaluation.record import Machine
 from npu_zoo.evaluation.work import Work
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 READ_BYTES = 2**30
 """Read by one measurement: far beyond any cache of a processor."""
 
-MATRIX_SHAPES = ((2048, 2048, 5504), (2048, 5504, 2048), (4096, 4096, 4096))
+MATRIX_SHAPES = ((256, 2048, 512), (2048, 2048, 5504), (2048, 5504, 2048), (4096, 4096, 4096))
 """Rows, inputs and outputs of the products that the peak is taken from."""
 
 DEVICE_SHAPE = (8192, 8192, 8192)
@@ -122,14 +123,35 @@ def read_bandwidth(size: int, device: torch.device) -> float:
     """Bytes that are read per second from so many of them."""
     import torch
 
-    data = torch.ones(size // 8, dtype=torch.int64, device=device)
-    data_bytes = data.view(torch.uint8)
-    readers: tuple[Callable[[], object], ...] = (data.max, data_bytes.all) if device.type == "cpu" else (data.max,)
+    if device.type != "cpu":
+        data = torch.ones(size // 8, dtype=torch.int64, device=device)
+        return size / best_seconds(data.max, device)
+    data_bytes = _huge_ones(size)
+    data = data_bytes.view(torch.int64)
+    readers: list[Callable[[], object]] = [data.max, data_bytes.all]
+    if not obstacle():
+        from npu_zoo.nn.kernels.compiled.reading import read
+
+        readers.append(partial(read, data))
     return size / min(best_seconds(reader, device) for reader in readers)
 
 
+def _huge_ones(size: int) -> torch.Tensor:
+    """Bytes of one, in huge pages where weights are."""
+    import torch
+
+    if obstacle():
+        return torch.ones(size, dtype=torch.uint8)
+    from npu_zoo.nn.kernels.compiled.memory import Slabs
+
+    return Slabs().take(size).fill_(1)
+
+
 def matrix_peak(dtype: torch.dtype, device: torch.device, divisor: int = 1) -> float:
-    """Multiplications and additions per second of the fastest of :data:`MATRIX_SHAPES`."""
+    """Multiplications and additions per second of the fastest of :data:`MATRIX_SHAPES`.
+
+    On a CPU the zoo's own product is one of the kernels, where it is built.
+    """
     import torch
 
     best = 0.0
@@ -137,7 +159,12 @@ def matrix_peak(dtype: torch.dtype, device: torch.device, divisor: int = 1) -> f
         rows, inner, columns = (size // divisor for size in shape)
         left = torch.randn(rows, inner, device=device).to(dtype)
         weight = torch.randn(columns, inner, device=device).to(dtype)
-        seconds = best_seconds(partial(torch.nn.functional.linear, left, weight), device)
+        products: list[Callable[[], object]] = [partial(torch.nn.functional.linear, left, weight)]
+        if device.type == "cpu" and dtype == torch.bfloat16 and not obstacle():
+            from npu_zoo.nn.kernels.compiled.linear import PanelLinear
+
+            products.append(partial(PanelLinear.apply, left, PanelLinear.pack(weight)))
+        seconds = min(best_seconds(product, device) for product in products)
         best = max(best, 2 * rows * inner * columns / seconds)
     return best
 

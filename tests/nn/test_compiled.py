@@ -9,6 +9,7 @@ from npu_zoo.compiled.library import obstacle
 from npu_zoo.nn.kernels.compiled.linear import PanelLinear
 from npu_zoo.nn.kernels.compiled.memory import Slabs
 from npu_zoo.nn.kernels.compiled.quantized import CodePanels, PanelInt4Linear, PanelInt8Linear
+from npu_zoo.nn.kernels.compiled.reading import read
 from npu_zoo.nn.kernels.quantized import QuantizedWeight
 
 pytestmark = pytest.mark.skipif(bool(obstacle()), reason=f"the compiled kernels cannot serve: {obstacle()}")
@@ -179,3 +180,9 @@ def test_inputs_of_zeros_give_zeros(bits: int) -> None:
     weight, kernel = quantized(20, 128, 64, bits), KERNELS_BY_BITS[bits]
     for rows in (1, 3, 33):
         assert not kernel.apply(torch.zeros(rows, 128, dtype=torch.bfloat16), kernel.pack(weight)).any()
+
+
+@pytest.mark.parametrize("size", [0, 64, 64 * 37, 1 << 20])
+def test_memory_is_read_to_the_end(size: int) -> None:
+    memory = torch.arange(size // 4, dtype=torch.int32)
+    assert read(memory) == int(memory.sum())

@@ -7,6 +7,7 @@ import torch
 
 from npu_zoo.core.attention import SequenceSlice
 from npu_zoo.core.errors import ConfigError, EngineError
+from npu_zoo.core.model_config import MLAConfig
 from npu_zoo.nn.attention import latent_pool
 from npu_zoo.nn.attention.compiled_latent import CompiledLatentAttention
 
@@ -35,7 +36,7 @@ def test_longer_texts_of_many_heads(heads: int, dtype: torch.dtype) -> None:
 def test_chunks_of_latents_of_any_width(rank: int, rope: int, heads: int) -> None:
     """Those whose pairs of columns come out even, and those where one is left or is not whole."""
     mla = MLAConfig(kv_lora_rank=rank, qk_rope_head_dim=rope, qk_nope_head_dim=12, v_head_dim=20)
-    driver = driver_of(mla, torch.bfloat16, block_size=64, num_blocks=14, heads=heads)
+    driver = Driver(CompiledLatentAttention, mla, torch.bfloat16, block_size=64, num_blocks=14, heads=heads)
     blocks = [9, 3, 4, 11, 6]
     driver.step(("a", SequenceSlice(0, 300, blocks)), ("b", SequenceSlice(0, 40, [1])))
     driver.step(("a", SequenceSlice(300, 1, blocks)), ("b", SequenceSlice(40, 1, [1])))
