@@ -114,6 +114,21 @@ struct CodeWeight {
   CodePanel panel(int64_t number) const {
     return {codes + number * bytes_of_panel, scales + number * groups * kPanel, blocks, blocks_of_group};
   }
+  // Blocks of inputs that may share a scale.
+  int64_t input_group() const { return blocks_of_group % kWidestGroup == 0 || groups == 1 ? kWidestGroup : 1; }
+};
+
+// What a step's inputs as integers take.
+struct IntegerSpace {
+  Workspace halves, scales, offsets;
+
+  Integers take(int64_t rows, int64_t blocks, int64_t blocks_of_group) {
+    const int64_t groups = ceil_div(blocks, blocks_of_group);
+    const int64_t stride = blocks * kCodeBlock + 64;  // not a power of two, whose rows would share sets of the cache
+    int8_t* upper = halves.take<int8_t>(2 * rows * stride);
+    return {upper, upper + rows * stride, stride, scales.take<float>(rows * groups), offsets.take<int32_t>(rows * groups), groups,
+            blocks_of_group};
+  }
 };
 
 // The products of kRows rows with one panel, to sums[row].

@@ -1,14 +1,12 @@
 // Routed experts, SwiGLU feed-forwards in bfloat16, added up by their weights in float32 and rounded once.
 //
 // The shared experts, one feed-forward of their own width, are one more that every token goes to with weight one.
-// Slots, a token's place with one of its experts, are sorted by expert. Threads share every expert's panels, so that they
+// Threads share every expert's panels, so that they
 // have as much to do whatever number of tokens goes where, and each reads its panels one after the other.
-#include <vector>
-
 #include "activation.h"
 #include "products.h"
 #include "replay.h"
-#include "workspace.h"
+#include "slots.h"
 
 namespace {
 
@@ -62,39 +60,16 @@ struct Step {
   }
 };
 
-void add_share(std::vector<Share>& shares, const FeedForward& weights, int64_t rows) {
-  if (!rows) return;
-  if (shares.empty()) return shares.push_back({weights, rows, 0, 0});
-  const Share& last = shares.back();
-  shares.push_back({weights, rows, last.slot + last.rows, last.end()});
-}
-
-// Sorts slots by expert, tokens in order; experts of other ranks, whose ids are too large, are left out.
-void sort_slots(
-    const int64_t* ids, const float* scales, int64_t tokens, int64_t top_k, const Experts& experts,
-    std::vector<Share>& shares, std::vector<int64_t>& next, int64_t* slot_tokens, float* slot_scales) {
-  next.assign(experts.count, 0);
-  for (int64_t at = 0; at < tokens * top_k; ++at)
-    if (ids[at] < experts.count) ++next[ids[at]];
+// The experts that tokens go to, each with its part of the activations.
+void find_shares(const SlotTable& slots, const Experts& experts, std::vector<Share>& shares) {
   shares.clear();
-  int64_t slot = 0;
-  for (int64_t expert = 0; expert < experts.count; ++expert) {
-    const int64_t rows = next[expert];
-    next[expert] = slot;
-    slot += rows;
-    add_share(shares, {experts.gate_up[expert], experts.down[expert], experts.width}, rows);
-  }
-  for (int64_t at = 0; at < tokens * top_k; ++at) {
-    if (ids[at] >= experts.count) continue;
-    const int64_t to = next[ids[at]]++;
-    slot_tokens[to] = at / top_k;
-    slot_scales[to] = scales[at];
-  }
-  if (!experts.shared.gate_up) return;
-  add_share(shares, experts.shared, tokens);
-  for (int64_t token = 0; token < tokens; ++token) {
-    slot_tokens[slot + token] = token;
-    slot_scales[slot + token] = 1.0f;
+  int64_t activations = 0;
+  for (const Slots& group : slots.groups()) {
+    const bool shared = group.expert == experts.count;
+    const FeedForward weights =
+        shared ? experts.shared : FeedForward{experts.gate_up[group.expert], experts.down[group.expert], experts.width};
+    shares.push_back({weights, group.rows, group.first, activations});
+    activations = shares.back().end();
   }
 }
 
@@ -244,9 +219,9 @@ void project(const Step& step, int64_t first, int64_t last, const Output& out) {
       out.put(token, panel, load<Floats>(step.sums + (panel * step.tokens + token) * kPanel));
 }
 
-thread_local Workspace slot_tokens, slot_scales, sums, activations;
+thread_local SlotTable slots;
+thread_local Workspace sums, activations;
 thread_local std::vector<Share> shares;
-thread_local std::vector<int64_t> next_slot;
 
 }  // namespace
 
@@ -258,10 +233,10 @@ void zoo_feed_forward(const bf16* x, int64_t x_stride, int64_t tokens, int64_t h
   if (!tokens) return;
   const int64_t panels = ceil_div(hidden, kPanel);
   const Experts experts{nullptr, nullptr, 0, 0, {gate_up, down, width}};
-  sort_slots(nullptr, nullptr, tokens, 0, experts, shares, next_slot, slot_tokens.take<int64_t>(tokens),
-             slot_scales.take<float>(tokens));
+  slots.sort(nullptr, nullptr, tokens, 0, 0, true);
+  find_shares(slots, experts, shares);
   const Share& share = shares.front();
-  Step step{x, x_stride, tokens, hidden, &shares, slot_tokens.take<int64_t>(tokens)};
+  Step step{x, x_stride, tokens, hidden, &shares, slots.tokens()};
   step.activations = activations.take<bf16>(share.end());
 #pragma omp parallel num_threads(threads)
   {
@@ -281,11 +256,11 @@ void zoo_experts(const bf16* x, int64_t x_stride, int64_t tokens, int64_t hidden
                  const float* scales, int64_t top_k, const bf16* const* gate_up, const bf16* const* down,
                  int64_t count, const bf16* shared_gate_up, const bf16* shared_down, int64_t shared_width, bf16* out,
                  int threads) {
-  const int64_t slots = tokens * (top_k + 1), panels = ceil_div(hidden, kPanel);
+  const int64_t panels = ceil_div(hidden, kPanel);
   const Experts experts{gate_up, down, width, count, {shared_gate_up, shared_down, shared_width}};
-  sort_slots(ids, scales, tokens, top_k, experts, shares, next_slot, slot_tokens.take<int64_t>(slots),
-             slot_scales.take<float>(slots));
-  Step step{x, x_stride, tokens, hidden, &shares, slot_tokens.take<int64_t>(slots), slot_scales.take<float>(slots), nullptr,
+  slots.sort(ids, scales, tokens, top_k, count, shared_gate_up);
+  find_shares(slots, experts, shares);
+  Step step{x, x_stride, tokens, hidden, &shares, slots.tokens(), slots.scales(), nullptr,
             sums.take<float>(tokens * panels * kPanel)};
   if (!shares.empty()) step.activations = activations.take<bf16>(shares.back().end());
 #pragma omp parallel num_threads(threads)

@@ -2,7 +2,6 @@
 #include "code_tiles.h"
 #include "codes.h"
 #include "replay.h"
-#include "workspace.h"
 
 namespace {
 
@@ -77,19 +76,6 @@ void multiply_many(const bf16* x, int64_t x_stride, int64_t rows, const CodeWeig
 }
 #endif
 
-// What a step's inputs as integers take.
-struct IntegerSpace {
-  Workspace halves, scales, offsets;
-
-  Integers take(int64_t rows, int64_t blocks, int64_t blocks_of_group) {
-    const int64_t groups = ceil_div(blocks, blocks_of_group);
-    const int64_t stride = blocks * kCodeBlock + 64;  // not a power of two, whose rows would share sets of the cache
-    int8_t* upper = halves.take<int8_t>(2 * rows * stride);
-    return {upper, upper + rows * stride, stride, scales.take<float>(rows * groups), offsets.take<int32_t>(rows * groups), groups,
-            blocks_of_group};
-  }
-};
-
 template <int kBits>
 void linear(const bf16* x, int64_t x_stride, int64_t rows, const CodeWeight& weight, const Output& out, int threads) {
 #if defined(ZOO_TILES)
@@ -97,8 +83,7 @@ void linear(const bf16* x, int64_t x_stride, int64_t rows, const CodeWeight& wei
 #endif
   static thread_local IntegerSpace space;
   const int64_t panels = ceil_div(out.channels, kPanel);
-  const bool in_pairs = weight.blocks_of_group % kWidestGroup == 0 || weight.groups == 1;
-  const Integers integers = space.take(rows, weight.blocks, in_pairs ? kWidestGroup : 1);
+  const Integers integers = space.take(rows, weight.blocks, weight.input_group());
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for

@@ -57,6 +57,12 @@ COMPILED_KERNELS = (
     ),
     _kernel("route_tokens", "experts:route_tokens", "the zoo's own C++, one call, in float32", _ALL),
     _kernel("experts", "experts:experts", "the zoo's own C++, one call, with the weights in panels", ("bfloat16",)),
+    *(
+        _kernel(
+            f"experts_{scheme}", "code_experts:experts", "the zoo's own C++, one call for few tokens", ("bfloat16",)
+        )
+        for scheme in ("experts_w8a16", "experts_w4a16")
+    ),
 )
 
 
