@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from threading import Thread, Timer
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 """Parameters of glibc's mallopt(3)."""
 
 _NEVER = (1 << 31) - 1
+_GATHERING_DELAY = 0.2
+"""Seconds, in which the first token is on its way."""
+
 _USUAL_TRIM_THRESHOLD, _USUAL_MMAP_MAX = 128 << 10, 65536
 
 
@@ -28,6 +32,20 @@ def return_freed_memory() -> None:
     """The opposite, as processes begin: for another model's weights, among which what was freed would lie in pieces."""
     if _advise(_M_MMAP_MAX, _USUAL_MMAP_MAX) and _advise(_M_TRIM_THRESHOLD, _USUAL_TRIM_THRESHOLD):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def gather_weights_later() -> Thread:
+    """Bring weights of the compiled kernels to huge pages in the background, soon after this.
+
+    Called once the first step is computed: reading weights is a fifth faster from huge pages, but the first token does
+    not wait for them. See :class:`npu_zoo.nn.kernels.compiled.memory.Slabs`.
+    """
+    from npu_zoo.nn.kernels.compiled.memory import gather_pages
+
+    timer = Timer(_GATHERING_DELAY, gather_pages)
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 def _advise(parameter: int, value: int) -> bool:
