@@ -61,7 +61,7 @@ COMPILED_KERNELS = (
         _kernel(
             f"experts_{scheme}", "code_experts:experts", "the zoo's own C++, one call for few tokens", ("bfloat16",)
         )
-        for scheme in ("experts_w8a16", "experts_w4a16")
+        for scheme in ("w8a16", "w4a16")
     ),
 )
 

@@ -57,7 +57,7 @@ class Slabs:
         with self._lock:
             self._finish()
             scattered, self._scattered = self._scattered, []
-        return sum(size for address, size in scattered if _gather_pages(address, size) == 0)
+        return sum(size for address, size in scattered if _gather_pages.call_unrecorded(address, size) == 0)
 
     def _finish(self) -> None:
         """Hand out no more of the slab, so that what is gathered is all written."""
