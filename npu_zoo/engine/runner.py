@@ -21,7 +21,6 @@ from npu_zoo.engine.activations import Activations, largest_step, measure_activa
 from npu_zoo.engine.decode.choice import create_decode_path
 from npu_zoo.engine.decode.path import DecodePath
 from npu_zoo.engine.device import free_memory, open_device, sharing_ranks
-from npu_zoo.engine.host_memory import gather_weights_later
 from npu_zoo.engine.kv_cache import bytes_per_token, create_attention, plan_cache
 from npu_zoo.engine.loading import load_model
 from npu_zoo.engine.outputs import NO_OUTPUTS, Outputs, ResultShape, collect_outputs
@@ -86,8 +85,6 @@ class ModelRunner:
         with torch.inference_mode():
             mine = [row for row in rows if row.replica == self._place.replica]
             outputs = self._compute(rows, mine)
-            if self.num_steps == 1 and self.device.type == "cpu":
-                gather_weights_later()
             return collect_outputs(self._ranks, rows, outputs, self._shape)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ def _huge_ones(size: int) -> torch.Tensor:
         return torch.ones(size, dtype=torch.uint8)
     from npu_zoo.nn.kernels.compiled.memory import Slabs
 
-    return Slabs(gathers=False).take(size).fill_(1)
+    return Slabs().take(size).fill_(1)
 
 
 def matrix_peak(dtype: torch.dtype, device: torch.device, divisor: int = 1) -> float:

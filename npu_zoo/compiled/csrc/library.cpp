@@ -1,6 +1,4 @@
 // What the library is and can do here.
-#include <cerrno>
-
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -30,19 +28,6 @@ int zoo_instructions() {
   return 1;
 #else
   return 0;
-#endif
-}
-
-// Brings what lies on small pages to huge ones, one after the other; gives an error number where the system cannot.
-int zoo_gather_pages(char* address, int64_t bytes) {
-#if defined(__linux__)
-  constexpr int kCollapse = 25;  // MADV_COLLAPSE, which older headers lack
-  constexpr int64_t kHugePage = 2 << 20;
-  for (int64_t at = 0; at + kHugePage <= bytes; at += kHugePage)
-    if (madvise(address + at, kHugePage, kCollapse)) return errno;
-  return 0;
-#else
-  return ENOSYS;
 #endif
 }
 

@@ -67,10 +67,6 @@ class Function:
             Function.listener(self, values)
         return self._call(*values)
 
-    def call_unrecorded(self, *values: int | float | None) -> int:
-        """Call it from beside a step, which is not to hear of it where it is being recorded."""
-        return self._call(*values)
-
     def _first_call(self, *values: int | float | None) -> int:
         function = getattr(load_library(), self.name)
         function.argtypes, function.restype = self.arguments, self._result
