@@ -18,6 +18,7 @@ from transformers import LlamaForCausalLM
 from npu_zoo import LLM, SamplingParams
 from npu_zoo.core.errors import UnsupportedError, WeightsError
 from npu_zoo.nn.kernels.quantized import QuantizedWeight
+from npu_zoo.nn.moe import MoE
 from npu_zoo.testing.agreement import SCORED, agree
 from npu_zoo.testing.checkpoints import write_checkpoint
 from npu_zoo.testing.door import unchecked_config
@@ -292,20 +293,37 @@ def test_no_plain_copy_is_kept(sources: Any, scheme: str, tmp_path: Path) -> Non
     """All tensors that the model's layers keep take no more than their codes, scales and padding."""
     model, source = sources["moe"]
     quantized, _ = quantize_checkpoint(source, tmp_path, **SCHEMES[scheme])
-    runner = launch(model, quantized, dtype="bfloat16").engine.runner
-    bits = SCHEMES[scheme]["bits"]
-    for name, module in runner.model.named_modules():
-        if getattr(module, "quantization", None) is None:
-            continue
-        assert not list(module.parameters()) or sum(p.numel() for p in module.parameters()) == 0, name
-        if module._packed is None:  # an expert's, which its layer holds with the others
-            continue
-        fields = vars(module.stored).values()
-        kept = sum(f.nelement() * f.element_size() for f in fields if isinstance(f, Tensor))
-        rows, width = sum(module.parts.values()), module._in_features
-        groups = width // 32  # torch's int4 product takes a scale and a zero for each 32 inputs of these widths
-        padded = -(-width // 64) * 64  # as far as compiled panels go
-        assert kept <= -(-rows // 64) * 64 * (padded * bits // 8 + 4 * groups) + 16 * rows, name
+    tree = launch(model, quantized, dtype="bfloat16").engine.runner.model
+    layers = [(name, layer) for name, layer in tree.named_modules() if getattr(layer, "quantization", None) is not None]
+    allowed = {name: most_bytes(layer, SCHEMES[scheme]["bits"]) for name, layer in layers}
+    held = {name for name, layer in layers if layer._packed is not None}
+    for name, layer in layers:
+        assert sum(parameter.numel() for parameter in layer.parameters()) == 0, name
+        if name in held:
+            assert bytes_of(layer.stored) <= allowed[name], name
+    for name, moe in tree.named_modules():
+        if isinstance(moe, MoE):
+            together = moe._shared_along
+            theirs = [part for part in allowed if part.startswith(f"{name}.") and (together or part not in held)]
+            assert bytes_of(moe._stacked) <= sum(allowed[part] for part in theirs), name
+            assert theirs or moe._stacked is None, name
+
+
+def most_bytes(layer: Any, bits: int) -> int:
+    """What a quantized layer's codes, scales and padding take at most."""
+    rows, width = sum(layer.parts.values()), layer._in_features
+    groups = width // 32  # torch's int4 product takes a scale and a zero for each 32 inputs of these widths
+    padded = -(-width // 64) * 64  # as far as compiled panels go
+    return int(-(-rows // 64) * 64 * (padded * bits // 8 + 4 * groups) + 16 * rows)
+
+
+def bytes_of(value: Any) -> int:
+    """What all tensors take that an object's fields and members hold."""
+    if isinstance(value, Tensor):
+        return value.nelement() * value.element_size()
+    if isinstance(value, list | tuple):
+        return sum(map(bytes_of, value))
+    return sum(map(bytes_of, vars(value).values())) if hasattr(value, "__dict__") else 0
 
 
 @pytest.mark.parametrize("scheme", ["w8a16", "w4a16", "w8a8"])

@@ -47,6 +47,16 @@ def test_products_larger_than_both_caches(channels: int, inputs: int) -> None:
         assert torch.equal(found[-3:], PanelLinear.apply(x[-3:], packed)), "a row's product depends on other rows"
 
 
+@pytest.mark.parametrize("channels", [1024, 1040, 1000])
+def test_results_that_no_cache_keeps(channels: int) -> None:
+    """They go past the caches line by line, where they are lines, and are there for other threads at once."""
+    weight = noise(channels, 64, seed=1).bfloat16()
+    packed, x = PanelLinear.pack(weight), noise(700, 64).bfloat16()
+    due = x.float() @ weight.float().T
+    for _ in range(3):
+        assert_close(PanelLinear.apply(x, packed), due)
+
+
 def test_weights_share_slabs_and_leave_each_other_alone() -> None:
     slabs = Slabs()
     taken = [slabs.take(size) for size in (100, 64, 1, 3 << 20, 100 << 20, 5)]

@@ -96,6 +96,16 @@ def test_one_expert_has_every_token_and_others_none(tokens: int) -> None:
     assert_close(model(x, ids, weights), model.due(x, ids, weights))
 
 
+@pytest.mark.parametrize("width", [384, 400])
+def test_activations_that_no_cache_keeps(width: int) -> None:
+    """Lines go past the caches when both of their halves are there; the last half has none beside it."""
+    model, x = Experts(3, 32, width), noise(1400, 32).bfloat16()
+    ids, weights = chosen(1400, 3, 2)
+    first, *others = with_threads(lambda: model(x, ids, weights))
+    assert_close(first, model.due(x, ids, weights))
+    assert all(torch.equal(first, other) for other in others)
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 def test_experts_of_other_ranks_add_nothing(tokens: int) -> None:
     model, x = Experts(4, 64, 32), noise(tokens, 64).bfloat16()

@@ -52,11 +52,12 @@ void zoo_pack_linear(const bf16* weight, int64_t stride, int64_t channels, int64
 // x: [rows, inputs], rows `x_stride` values apart, inputs a multiple of 32; out: [rows, channels].
 void zoo_linear(const bf16* x, int64_t x_stride, int64_t rows, const bf16* packed, int64_t channels, int64_t inputs,
                 bf16* out, int threads) {
-  const int64_t panels = ceil_div(channels, kPanel), blocks = ceil_div(inputs, kBlock);
-  const Output output{out, channels, channels};
+  const int64_t panels = ceil_div(channels, kPanel), pairs = ceil_div(panels, 2), blocks = ceil_div(inputs, kBlock);
+  const Output output = Output::of_rows(out, rows, channels);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (int part = 0; part < threads; ++part)
-    multiply_panels(x, x_stride, rows, packed, blocks, panels * part / threads, panels * (part + 1) / threads, output);
+    multiply_panels(x, x_stride, rows, packed, blocks, 2 * (pairs * part / threads),
+                    std::min(panels, 2 * (pairs * (part + 1) / threads)), output);
 }
 }
 

@@ -32,10 +32,21 @@ inline Floats add_pairs(Floats sum, const bf16* weights, const bf16* x) {
 #endif
 }
 
+constexpr int64_t kPageBytes = 4096, kPageBlocks = kPageBytes / (kBlockValues * sizeof(bf16));
+
+// Processors read ahead by themselves, but not past the end of a page: two lines of the next one set them off again.
+inline void touch_page(const void* address) {
+  if (reinterpret_cast<uintptr_t>(address) % kPageBytes) return;
+  const char* next = static_cast<const char*>(address) + kPageBytes;
+  prefetch_far(next);
+  prefetch_far(next + 64);
+}
+
 // The products of one row of inputs with one panel.
 inline Floats multiply_row(const bf16* x, const bf16* panel, int64_t blocks) {
   Floats sums[4] = {};
   for (int64_t block = 0; block < blocks; ++block, panel += kBlockValues, x += kBlock) {
+    touch_page(panel);
     for (int pair = 0; pair < kBlock / 2; ++pair) {
       prefetch(reinterpret_cast<const char*>(panel + pair * 2 * kPanel) + kPrefetch);
       sums[pair % 4] = add_pairs(sums[pair % 4], panel + pair * 2 * kPanel, x + 2 * pair);
@@ -50,11 +61,12 @@ inline void multiply_rows(
     const bf16* const* x, const bf16* panels, int64_t stride, int64_t blocks, Floats (*sums)[kPanels]) {
   Floats totals[kRows][kPanels] = {};
   for (int64_t block = 0; block < blocks; ++block) {
+    for (int p = 0; p < kPanels; ++p) touch_page(panels + p * stride + block * kBlockValues);
     for (int pair = 0; pair < kBlock / 2; ++pair) {
       const int64_t at = block * kBlockValues + pair * 2 * kPanel;
       for (int p = 0; p < kPanels; ++p) {
         const bf16* weights = panels + p * stride + at;
-        prefetch(reinterpret_cast<const char*>(weights) + kPrefetch);
+        prefetch(reinterpret_cast<const char*>(weights) + 2 * kPrefetch);
         for (int row = 0; row < kRows; ++row)
           totals[row][p] = add_pairs(totals[row][p], weights, x[row] + block * kBlock + 2 * pair);
       }
@@ -69,16 +81,31 @@ struct Output {
   bf16* values;
   int64_t stride;
   int64_t channels;
+  bool past_caches = false;  // results of many rows, which caches do not keep until they are read
 
-  void fetch(int64_t row, int64_t panel) const { prefetch_to_write(values + row * stride + panel * kPanel); }
+  static Output of_rows(bf16* values, int64_t rows, int64_t channels) {
+    constexpr int64_t kCached = 1 << 19;  // values
+    const bool by_lines = reinterpret_cast<uintptr_t>(values) % 64 == 0 && channels % kBlock == 0;
+    return {values, channels, channels, by_lines && rows * channels > kCached};
+  }
+
+  bf16* at(int64_t row, int64_t panel) const { return values + row * stride + panel * kPanel; }
 
   void put(int64_t row, int64_t panel, Floats sum) const {
-    bf16* to = values + row * stride + panel * kPanel;
+    bf16* to = at(row, panel);
     const int64_t left = channels - panel * kPanel;
     if (left >= kPanel) return store_bf16(to, sum);
     bf16 lanes[kLanes];
     store_bf16(lanes, sum);
     std::copy_n(lanes, left, to);
+  }
+
+  // Puts sums with a panel and the one after it.
+  void put_two(int64_t row, int64_t panel, Floats first, Floats second) const {
+    if ((panel + 2) * kPanel <= channels)
+      return store_bf16_line(at(row, panel), first, second, past_caches && panel % 2 == 0);
+    put(row, panel, first);
+    put(row, panel + 1, second);
   }
 };
 

@@ -1,7 +1,7 @@
 // Products of any number of rows with panels.
 #pragma once
 
-#include "panel_tiles.h"
+#include "panel_products.h"
 
 namespace zoo {
 

@@ -13,11 +13,13 @@ int64_t zoo_read(const char* from, int64_t bytes, int threads) {
     Words sums[4] = {};
     const int64_t lines = bytes / 64, last = lines * (part + 1) / threads;
     int64_t line = lines * part / threads;
-    for (; line + 4 <= last; line += 4)
+    for (; line + 4 <= last; line += 4) {
+      touch_page(from + line * 64);
       for (int i = 0; i < 4; ++i) {
         prefetch(from + (line + i) * 64 + kPrefetch);
         sums[i] += load<Words>(from + (line + i) * 64);
       }
+    }
     for (; line < last; ++line) sums[0] += load<Words>(from + line * 64);
     const Words all = sums[0] + sums[1] + sums[2] + sums[3];
     for (int lane = 0; lane < kLanes; ++lane) total += all[lane];

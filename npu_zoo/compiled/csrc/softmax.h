@@ -37,9 +37,11 @@ void weigh(
     for (int64_t at = 0; at < width; at += kLanes) store(sums + at, load<Floats>(sums + at) * factor);
   }
   state.largest = largest_now;
+  constexpr float kLog2e = 1.44269504f;
+  const float to_powers = scale * kLog2e, largest_power = largest_now * kLog2e;
   Floats total{};
   for (i = 0; i < visible; i += kLanes) {
-    Floats weight = exponential_of_negative(load<Floats>(scores + i) * scale - largest_now);
+    Floats weight = power_of_two<sizeof(Operand) == 2>(load<Floats>(scores + i) * to_powers - largest_power);
     Floats stored = weight * weight_scales(i);
     if (i + kLanes > visible) {
       const auto seen = lanes_from(i) < splat(visible);

@@ -76,6 +76,25 @@ inline void store_bf16(bf16* to, Floats value) {
 #endif
 }
 
+// Rounds 32 values and stores them side by side, past the caches if `past` and the processor can; `to` is then the
+// beginning of a line, and `settle_stores` comes before another thread reads it.
+inline void store_bf16_line(bf16* to, Floats first, Floats second, bool past) {
+#if defined(ZOO_BF16_DOT)
+  const __m512i line = (__m512i)_mm512_cvtne2ps_pbh(load<__m512>(&second), load<__m512>(&first));
+  if (past) _mm512_stream_si512(reinterpret_cast<__m512i*>(to), line);
+  else _mm512_storeu_si512(to, line);
+#else
+  store_bf16(to, first);
+  store_bf16(to + kLanes, second);
+#endif
+}
+
+inline void settle_stores() {
+#if defined(ZOO_BF16_DOT)
+  _mm_sfence();
+#endif
+}
+
 inline bf16 narrow(float value) {
   bf16 lanes[kLanes];
   store_bf16(lanes, splat(value));
@@ -89,9 +108,17 @@ inline float sum(Floats value) {
   return total;
 }
 
-inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 3); }
-inline void prefetch_to_write(const void* address) { __builtin_prefetch(address, 1, 3); }
+// GCC takes functions that only prefetch for ones without effect and drops calls of them, but no volatile statement.
+#if defined(__x86_64__)
+#define ZOO_PREFETCH(INSTRUCTION, WRITE, LOCALITY) \
+  asm volatile(INSTRUCTION " %0" : : "m"(*static_cast<const char*>(address)))
+#else
+#define ZOO_PREFETCH(INSTRUCTION, WRITE, LOCALITY) __builtin_prefetch(address, WRITE, LOCALITY)
+#endif
+
+inline void prefetch(const void* address) { ZOO_PREFETCH("prefetcht0", 0, 3); }
+inline void prefetch_to_write(const void* address) { ZOO_PREFETCH("prefetchw", 1, 3); }
 // To the second cache alone, which has room for more reads under way than the first.
-inline void prefetch_far(const void* address) { __builtin_prefetch(address, 0, 2); }
+inline void prefetch_far(const void* address) { ZOO_PREFETCH("prefetcht1", 0, 2); }
 
 }  // namespace zoo

@@ -169,8 +169,8 @@ class CompiledLatentAttention(LatentPoolAttention[CompiledLatentMetadata], Repla
         query, query_rope, latent, key_rope = tokens
         if {query.dtype, query_rope.dtype, latent.dtype, key_rope.dtype} != {self.pool.dtype}:
             raise EngineError(f"{type(self).__name__} was made for {self.pool.dtype}, not {query.dtype}")
-        latent, key_rope = values_together(latent), values_together(key_rope)
-        added = latent.unsqueeze(1), key_rope.unsqueeze(1)
+        tokens = LatentTokens(query, query_rope, values_together(latent), values_together(key_rope))
+        added = tokens.latent.unsqueeze(1), tokens.key_rope.unsqueeze(1)
         if metadata.chosen is None and metadata.absorbed is not None:
             return self._attend_absorbed(layer, query, query_rope, added, projection, metadata.absorbed)
         attend(self._shape, metadata.every, self._places[layer], None, None, *added, None, self.scale)
@@ -180,7 +180,7 @@ class CompiledLatentAttention(LatentPoolAttention[CompiledLatentMetadata], Repla
             parts = query.index_select(0, chosen), query_rope.index_select(0, chosen)
             result = self._attend_absorbed(layer, *parts, (None, None), projection, metadata.absorbed)
             out.index_copy_(0, chosen, result)
-        self._attend_expanded(layer, query, query_rope, latent, key_rope, projection, metadata.expanded, out)
+        self._attend_expanded(layer, tokens, projection, metadata.expanded, out)
         return out
 
     def _attend_absorbed(
@@ -201,18 +201,15 @@ class CompiledLatentAttention(LatentPoolAttention[CompiledLatentMetadata], Repla
     def _attend_expanded(
         self,
         layer: int,
-        query: Tensor,
-        query_rope: Tensor,
-        latent: Tensor,
-        key_rope: Tensor,
+        tokens: LatentTokens,
         projection: LatentProjection,
         rows: list[ExpandedRow],
         out: Tensor,
     ) -> None:
         """Attend from rows to their own tokens, and where there are some to those before, piece by piece."""
-        queries = values_together(query), values_together(query_rope)
-        lse = torch.empty(query.shape[:2], dtype=torch.float32)
-        self._strips.fill(projection, latent, key_rope, [row.tokens for row in rows])
+        queries = values_together(tokens.query), values_together(tokens.query_rope)
+        lse = torch.empty(tokens.query.shape[:2], dtype=torch.float32)
+        self._strips.fill(projection, tokens.latent, tokens.key_rope, [row.tokens for row in rows])
         self._strips.attend(queries, [row.tokens for row in rows], self.scale, out, lse, causal=True)
         for row in rows:
             if len(row.before):
