@@ -147,6 +147,7 @@ inline void multiply_codes(const Integers& x, int64_t row, const CodePanel& pane
 #pragma GCC unroll 16  // or sums would live in memory, at an address that depends on the vector
         for (int vector = 0; vector < Layout::kVectors; ++vector) {
           const uint8_t* at = panel.codes + block * Layout::kBytes + vector * 64;
+          touch_page(at);
           prefetch(at + kPrefetch);
           const Words bits = load<Words>(at);
 #pragma GCC unroll 2
