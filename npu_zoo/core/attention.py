@@ -105,11 +105,14 @@ class ReplayAttention(StepAttention):
         """Metadata of ``batch`` rows of one token, of up to ``max_context`` keys, to be written by :meth:`refill`."""
 
     @abstractmethod
-    def refill(self, metadata: AttentionMetadata, rows: list[SequenceSlice]) -> bool:
+    def refill(self, metadata: AttentionMetadata, rows: list[SequenceSlice], count: int) -> None:
         """Write a step's rows, as many as it was made for, into the metadata of :meth:`replay_metadata`.
 
-        Returns:
-            False where a step does better than its rows one by one, such as where they share a prefix.
+        Args:
+            count: how many rows the step has. Each of those behind repeats one of them, and writes what that one does.
+
+        Raises:
+            EngineError: a row's blocks do not cover its tokens.
         """
 
 

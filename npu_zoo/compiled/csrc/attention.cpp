@@ -62,6 +62,7 @@ void make_plan(const Job<X>& job, int64_t width, int threads, Plan& plan) {
   for (int64_t i = 0; i < job.num_items; ++i) {
     const Item& item = job.items[i];
     const int64_t rows = job.rows_of(item);
+    if (!rows) continue;  // room for a prefix that no rows share in this step
     const int64_t tiles = ceil_div(std::min<int64_t>(rows, kTaskRows), kTileRows);
     const int64_t most = std::max<int64_t>(1, item.keys / kLeastPart);
     const int64_t parts = std::min(most, ceil_div(item.keys * tiles, share));

@@ -1,6 +1,8 @@
 """Decode steps of a CPU replayed: what a step of a batch size does is written down once, and done again for the next.
 
 The first step of each batch size is computed as ever, and recorded meanwhile. See :mod:`npu_zoo.nn.kernels.recording`.
+A step of another size is filled up to the next one with copies of the row that has the least to read. They write what
+that row writes, go to the same experts, and are left out of the results.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from npu_zoo.nn.context import ForwardContext
 from npu_zoo.nn.kernels.recording import NotReplayableError, Recording, record
 from npu_zoo.nn.model import CausalLM
 
-SIZES = frozenset({*range(1, 9), 16, 32})
-"""Rows of steps that are replayed. Each size keeps its activations, so they are few."""
+SIZES = (*range(1, 9), 12, 16, 24, 32, 48, 64)
+"""Rows of steps that are recorded. Each size keeps its activations, so they are few."""
 
 
 @dataclass
@@ -63,29 +65,37 @@ class DecodeReplays(DecodePath):
         """See :meth:`DecodePath.run`.
 
         Returns:
-            None where the step has another size, its rows share a prefix, it is the first of all, which computes tables
+            None where the step has more rows than any that is recorded, it is the first of all, which computes tables
             that later ones read, or the model's steps cannot be recorded, for which ``obstacle`` says why.
         """
-        if self.obstacle or len(rows) not in SIZES:
+        count = len(rows)
+        size = next((size for size in SIZES if size >= count), None)
+        if self.obstacle or size is None:
             return None
         if not self._warm:
             self._warm = True
             return None
-        entry = self._replays.get(len(rows)) or self._make(len(rows))
-        if not self._attention.refill(entry.metadata, rows):
+        least = min(range(count), key=lambda number: rows[number].start)
+        order = [*range(count), *[least] * (size - count)]
+        filled = [rows[number] for number in order]
+        entry = self._replays.get(size) or self._make(size)
+        self._attention.refill(entry.metadata, filled, count)
+        entry.inputs.copy_(torch.tensor([[given[number] for number in order], [row.start for row in filled]]))
+        if entry.recording is not None:
+            entry.recording.replay()
+        elif not self._record(entry):
             return None
-        entry.inputs.copy_(torch.tensor([given, [row.start for row in rows]]))
-        if entry.recording is None:
-            return self._record(entry)
-        entry.recording.replay()
-        return _results(entry)
+        assert entry.logits is not None
+        assert entry.hidden is not None
+        return entry.logits[:count], entry.hidden[:count]
 
     def _make(self, size: int) -> DecodeReplay:
         inputs = torch.zeros(2, size, dtype=torch.long)
         self._replays[size] = DecodeReplay(inputs, self._attention.replay_metadata(size, self._longest))
         return self._replays[size]
 
-    def _record(self, entry: DecodeReplay) -> tuple[Tensor, Tensor] | None:
+    def _record(self, entry: DecodeReplay) -> bool:
+        """Compute a step and write down what it does, if that is possible."""
         context = ForwardContext(self._attention, entry.metadata, 0, (entry.inputs.shape[1],))
         try:
             with record() as recording:
@@ -94,12 +104,6 @@ class DecodeReplays(DecodePath):
         except NotReplayableError as error:
             self.obstacle = str(error)
             self._replays.clear()
-            return None
+            return False
         entry.recording = recording
-        return _results(entry)
-
-
-def _results(entry: DecodeReplay) -> tuple[Tensor, Tensor]:
-    assert entry.hidden is not None
-    assert entry.logits is not None
-    return entry.logits, entry.hidden
+        return True

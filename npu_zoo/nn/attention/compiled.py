@@ -106,16 +106,18 @@ class CompiledPagedAttention(AttentionBackend, ReplayAttention):
         """See :class:`ReplayAttention`."""
         return fixed_metadata(batch, -(-max_context // self.block_size))
 
-    def refill(self, metadata: AttentionMetadata, rows: list[SequenceSlice]) -> bool:
+    def refill(self, metadata: AttentionMetadata, rows: list[SequenceSlice], count: int) -> None:
         """See :class:`ReplayAttention`.
 
         Raises:
-            EngineError: a row's blocks do not cover its tokens.
+            EngineError: a row's blocks do not cover its tokens, or the metadata is another backend's.
         """
-        if self._shared(rows) or not isinstance(metadata, CompiledMetadata):
-            return False
-        refill_rows(metadata, rows, self.block_size)
-        return True
+        refill_rows(self._own(metadata), rows, self.block_size, self._shared(rows[:count]))
+
+    def _own(self, metadata: AttentionMetadata) -> CompiledMetadata:
+        if not isinstance(metadata, CompiledMetadata):
+            raise EngineError(f"{type(self).__name__} takes what its prepare() made, not {type(metadata).__name__}")
+        return metadata
 
     def _tables(
         self, rows: list[SequenceSlice], totals: NDArray[np.int64]
@@ -134,13 +136,12 @@ class CompiledPagedAttention(AttentionBackend, ReplayAttention):
         Raises:
             EngineError: the metadata is another backend's, or a tensor has another dtype than the cache was made for.
         """
-        if not isinstance(metadata, CompiledMetadata):
-            raise EngineError(f"{type(self).__name__} takes what its prepare() made, not {type(metadata).__name__}")
+        step = self._own(metadata)
         if query.dtype != self._dtype or key.dtype != self._dtype or value.dtype != self._dtype:
             raise EngineError(f"{type(self).__name__} was made for {self._dtype}, not {query.dtype}")
         out = torch.empty(query.shape, dtype=query.dtype)
         query, key, value = values_together(query), values_together(key), values_together(value)
-        attend(self._shape, metadata, self._places[layer], query, None, key, value, out, self.scale)
+        attend(self._shape, step, self._places[layer], query, None, key, value, out, self.scale)
         return out
 
 

@@ -133,17 +133,14 @@ class CompiledLatentAttention(LatentPoolAttention[CompiledLatentMetadata], Repla
         every = fixed_metadata(batch, -(-max_context // self.layout.slot_size))
         return CompiledLatentMetadata([], batch, every, every, None, [])
 
-    def refill(self, metadata: AttentionMetadata, rows: list[SequenceSlice]) -> bool:
+    def refill(self, metadata: AttentionMetadata, rows: list[SequenceSlice], count: int) -> None:
         """See :class:`ReplayAttention`.
 
         Raises:
-            EngineError: a row's blocks do not cover its tokens.
+            EngineError: a row's blocks do not cover its tokens, or the metadata is another backend's.
         """
         size = self.layout.slot_size
-        if find_shared_prefixes(rows, size, 1) or not isinstance(metadata, CompiledLatentMetadata):
-            return False
-        refill_rows(metadata.every, rows, size)
-        return True
+        refill_rows(self.own(metadata).every, rows, size, find_shared_prefixes(rows[:count], size, 1))
 
     def _metadata(
         self, rows: list[SequenceSlice], starts: NDArray[np.int64], lengths: NDArray[np.int64], *, share: bool

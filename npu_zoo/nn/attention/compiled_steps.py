@@ -24,6 +24,9 @@ _attend = Function("zoo_attend", ADDRESS, ADDRESS, SIZE, *[ADDRESS] * 4, *_VIEW 
 strip_bytes = Function("zoo_strip_bytes", SIZE, SIZE, COUNT, result=SIZE)
 """Bytes of a strip of one head's keys, or of its values, by kind and width."""
 
+_FIRST, _TOKENS, _TABLE, _KEYS, _PREFIX, _PREFIX_ROW, _FIELDS = 0, 1, 2, 3, 4, 5, 8
+"""Where an item has what, and how many numbers it has; see ``csrc/cache.h``."""
+
 Member = tuple[list[int], int]
 """Rows that share a prefix, and how many blocks it has."""
 
@@ -33,10 +36,10 @@ class CompiledMetadata(AttentionMetadata):
     """A step's rows as the library takes them.
 
     Attributes:
-        items: [shared prefixes and rows, 8], as ``csrc/cache.h`` has them.
+        items: [prefixes and rows, 8], as ``csrc/cache.h`` has them.
         tables: the blocks of all rows, one row's after the other's.
         members: the tokens of shared prefixes.
-        shared: how many prefixes are attended to once for several rows.
+        shared: how many items are prefixes that are attended to once for several rows, or room for them.
         addresses: of the three arrays.
     """
 
@@ -45,6 +48,11 @@ class CompiledMetadata(AttentionMetadata):
     members: NDArray[np.int64]
     shared: int
     addresses: tuple[int, int, int]
+
+    @property
+    def own(self) -> NDArray[np.int64]:
+        """The items that are rows."""
+        return self.items[self.shared :]
 
 
 def make_metadata(
@@ -63,38 +71,27 @@ def make_metadata(
         tables: all rows' blocks, ``counts`` of each.
         shared: prefixes that several rows have in common.
     """
-    first_tokens = np.cumsum(lengths) - lengths
-    first_blocks = np.cumsum(counts) - counts
-    items = np.zeros((len(shared) + len(rows), 8), dtype=np.int64)
-    own = items[len(shared) :]
-    own[:, 0], own[:, 1], own[:, 2], own[:, 3], own[:, 4] = first_tokens, lengths, first_blocks, starts + lengths, -1
-    members = []
-    done = 0
-    for number, (numbers, blocks) in enumerate(shared):
-        tokens = np.concatenate([first_tokens[row] + np.arange(lengths[row]) for row in numbers])
-        items[number] = done, len(tokens), first_blocks[numbers[0]], blocks * block_size, -1, 0, 1, 1
-        own[numbers, 2] += blocks
-        own[numbers, 3] -= blocks * block_size
-        own[numbers, 4] = number
-        own[numbers, 5] = np.cumsum(lengths[numbers]) - lengths[numbers]
-        members.append(tokens)
-        done += len(tokens)
-    joined = np.concatenate(members) if members else np.empty(0, dtype=np.int64)
-    addresses = items.ctypes.data, tables.ctypes.data, joined.ctypes.data
-    return CompiledMetadata(rows, int(lengths.sum()), items, tables, joined, len(shared), addresses)
+    first_tokens, first_blocks = np.cumsum(lengths) - lengths, np.cumsum(counts) - counts
+    items = np.zeros((len(shared) + len(rows), _FIELDS), dtype=np.int64)
+    members = np.zeros(sum(int(lengths[numbers].sum()) for numbers, _ in shared), dtype=np.int64)
+    made = _metadata(rows, int(lengths.sum()), items, tables, members, len(shared))
+    made.own[:, _FIRST], made.own[:, _TOKENS] = first_tokens, lengths
+    _fill(made, first_blocks, starts + lengths, block_size, shared)
+    return made
 
 
 def fixed_metadata(batch: int, blocks: int) -> CompiledMetadata:
     """Room for rows of one token each, with up to ``blocks`` blocks, that :func:`refill_rows` writes."""
-    items = np.zeros((batch, 8), dtype=np.int64)
-    items[:, 0], items[:, 1], items[:, 2], items[:, 4] = np.arange(batch), 1, np.arange(batch) * blocks, -1
-    tables, members = np.zeros(batch * blocks, dtype=np.int64), np.empty(0, dtype=np.int64)
-    addresses = items.ctypes.data, tables.ctypes.data, members.ctypes.data
-    return CompiledMetadata([], batch, items, tables, members, 0, addresses)
+    prefixes = batch // 2  # each of two rows at least
+    items = np.zeros((prefixes + batch, _FIELDS), dtype=np.int64)
+    tables, members = np.zeros(batch * blocks, dtype=np.int64), np.zeros(batch, dtype=np.int64)
+    made = _metadata([], batch, items, tables, members, prefixes)
+    made.own[:, _FIRST], made.own[:, _TOKENS] = np.arange(batch), 1
+    return made
 
 
-def refill_rows(metadata: CompiledMetadata, rows: list[SequenceSlice], block_size: int) -> None:
-    """Write rows of one token each.
+def refill_rows(metadata: CompiledMetadata, rows: list[SequenceSlice], block_size: int, shared: list[Member]) -> None:
+    """Write rows of one token each, as many as there is room for.
 
     Raises:
         EngineError: a row's blocks do not cover its tokens.
@@ -102,10 +99,46 @@ def refill_rows(metadata: CompiledMetadata, rows: list[SequenceSlice], block_siz
     totals = np.array([row.context_len for row in rows], dtype=np.int64)
     counts = -(-totals // block_size)
     check_tables(rows, counts)
-    metadata.items[:, 3] = totals
     tables = metadata.tables.reshape(len(rows), -1)
     for table, row, count in zip(tables, rows, counts.tolist(), strict=True):
         table[:count] = first_blocks(row.slots, count)
+    _fill(metadata, np.arange(len(rows)) * tables.shape[1], totals, block_size, shared)
+
+
+def _metadata(
+    rows: list[SequenceSlice],
+    num_tokens: int,
+    items: NDArray[np.int64],
+    tables: NDArray[np.int64],
+    members: NDArray[np.int64],
+    prefixes: int,
+) -> CompiledMetadata:
+    addresses = items.ctypes.data, tables.ctypes.data, members.ctypes.data
+    return CompiledMetadata(rows, num_tokens, items, tables, members, prefixes, addresses)
+
+
+def _fill(
+    metadata: CompiledMetadata,
+    first_blocks: NDArray[np.int64],
+    totals: NDArray[np.int64],
+    block_size: int,
+    shared: list[Member],
+) -> None:
+    """Tell what rows of known first tokens and lengths read: their own blocks, and prefixes that they share."""
+    own, prefixes = metadata.own, metadata.items[: metadata.shared]
+    own[:, _TABLE], own[:, _KEYS], own[:, _PREFIX] = first_blocks, totals, -1
+    prefixes[:] = 0, 0, 0, 0, -1, 0, 1, 1
+    done = 0
+    for number, (numbers, blocks) in enumerate(shared):
+        lengths = own[numbers, _TOKENS]
+        tokens = np.concatenate([first + np.arange(n) for first, n in own[numbers, :_TABLE].tolist()])
+        prefixes[number, :_PREFIX] = done, len(tokens), first_blocks[numbers[0]], blocks * block_size
+        own[numbers, _TABLE] += blocks
+        own[numbers, _KEYS] -= blocks * block_size
+        own[numbers, _PREFIX] = number
+        own[numbers, _PREFIX_ROW] = np.cumsum(lengths) - lengths
+        metadata.members[done : done + len(tokens)] = tokens
+        done += len(tokens)
 
 
 def values_together(x: Tensor) -> Tensor:
