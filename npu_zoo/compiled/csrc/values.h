@@ -21,6 +21,12 @@ inline Floats load_floats(const int8_t* from) {
 inline void store_floats(float* to, Floats value) { store(to, value); }
 inline void store_floats(bf16* to, Floats value) { store_bf16(to, value); }
 
+inline void store_two(bf16* to, Floats first, Floats second) { store_bf16_line(to, first, second, false); }
+inline void store_two(float* to, Floats first, Floats second) {
+  store(to, first);
+  store(to + kLanes, second);
+}
+
 // `left` values at most; zeros behind them.
 template <typename T>
 inline Floats load_floats(const T* from, int64_t left) {
@@ -38,12 +44,24 @@ inline void store_floats(T* to, Floats value, int64_t left) {
   std::copy_n(lanes, left, to);
 }
 
-inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+// Of two where one is no number, the second.
+inline Floats larger(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  const __m512 most = _mm512_max_ps(load<__m512>(&a), load<__m512>(&b));
+  return load<Floats>(&most);
+#else
+  return a > b ? a : b;
+#endif
+}
 
 inline float largest(Floats value) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(load<__m512>(&value));
+#else
   float lanes[kLanes];
   store(lanes, value);
   return *std::max_element(lanes, lanes + kLanes);
+#endif
 }
 
 }  // namespace zoo

@@ -102,10 +102,14 @@ inline bf16 narrow(float value) {
 }
 
 inline float sum(Floats value) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(load<__m512>(&value));
+#else
   float lanes[kLanes], total = 0;
   store(lanes, value);
   for (float lane : lanes) total += lane;
   return total;
+#endif
 }
 
 // GCC takes functions that only prefetch for ones without effect and drops calls of them, but no volatile statement.
