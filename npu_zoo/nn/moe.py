@@ -13,7 +13,7 @@ from npu_zoo.core.errors import WeightsError
 from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.nn.context import BuildContext, ForwardContext
 from npu_zoo.nn.expert_dispatch import AllGather, AllToAll, Dispatch
-from npu_zoo.nn.kernels.table import ExpertsKernel, Product, Stored
+from npu_zoo.nn.kernels.table import ExpertsKernel, LinearKernel, Product, Stored
 from npu_zoo.nn.layer import Layer
 from npu_zoo.nn.linear import Linear
 from npu_zoo.nn.mlp import MLP
@@ -25,15 +25,28 @@ class Router(nn.Module):
 
     Args:
         has_bias: whether the checkpoint has a correction bias per expert, ``e_score_correction_bias``.
+        linear: what multiplies in the model's dtype.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int, has_bias: bool) -> None:
+    def __init__(self, hidden_size: int, num_experts: int, has_bias: bool, linear: LinearKernel) -> None:
         super().__init__()
         self.weight = _float32(num_experts, hidden_size)
         self.e_score_correction_bias = _float32(num_experts) if has_bias else None
+        self._linear = linear
+        self._packed: Stored | None = None
+        self._apply_in_float32: Callable[[Tensor, Stored], Tensor] | None = getattr(linear, "apply_in_float32", None)
+
+    def finish_loading(self) -> None:
+        """Let the kernel multiply where it gives its sums as they are and nothing of the weight is rounded for it."""
+        if self._apply_in_float32 is not None and self._packed is None:
+            rounded = self.weight.bfloat16()
+            if torch.equal(rounded.float(), self.weight):
+                self._packed = self._linear.pack(rounded)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, hidden_size] to [T, num_experts], float32."""
+        if self._apply_in_float32 is not None and self._packed is not None:
+            return self._apply_in_float32(x, self._packed)
         return F.linear(x.float(), self.weight)
 
 
@@ -54,7 +67,7 @@ class MoE(Layer):
         self.routing = Routing.from_config(moe)
         self._kernels, self._tp = context.kernels, context.tp
         held = context.ranks.place.experts(moe.n_routed_experts)
-        self.gate = Router(config.hidden_size, moe.n_routed_experts, self.routing.has_bias)
+        self.gate = Router(config.hidden_size, moe.n_routed_experts, self.routing.has_bias, context.kernels.linear)
 
         def make_mlp(num_experts: int, context: BuildContext) -> MLP:
             width = num_experts * moe.moe_intermediate_size

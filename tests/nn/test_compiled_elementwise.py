@@ -48,6 +48,26 @@ def test_norms_of_many_rows(dtype: torch.dtype, width: int) -> None:
 
 
 @pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_that_no_cache_keeps(dtype: torch.dtype) -> None:
+    """They go past the caches, more than a megabyte of them."""
+    rows, width = 1100, 1024
+    x, residual = (noise(rows, width, dtype=dtype, seed=seed) for seed in (1, 2))
+    weight = noise(width, dtype=dtype, seed=3)
+    for _ in range(2):
+        normed, total = elementwise.add_rms_norm(x, residual, weight, 1e-5)
+        assert torch.equal(total, x + residual)
+        assert_close(normed, reference.rms_norm(total.float(), weight.float(), 1e-5))
+    heads = noise(rows, 25, 64, dtype=dtype)
+    query, key = heads[:, :16], heads[:, 16:24]
+    cos, sin = noise(rows, 32, dtype=dtype, seed=4), noise(rows, 32, dtype=dtype, seed=5)
+    found = elementwise.rotary_embedding(query, key, cos, sin)
+    due = reference.rotary_embedding(query.float(), key.float(), cos.float(), sin.float())
+    for one, other in zip(found, due, strict=True):
+        torch.testing.assert_close(one.float(), other, rtol=2 * TOLERANCE[dtype], atol=2 * TOLERANCE[dtype])
+
+
+@pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_norm_of_a_part_of_each_row(dtype: torch.dtype, width: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -20,7 +21,7 @@ from npu_zoo.nn.kernels.compiled.linear import PanelLinear
 from npu_zoo.nn.kernels.table import bind_kernels
 from npu_zoo.nn.linear import Linear
 from npu_zoo.nn.mlp import MLP
-from npu_zoo.nn.moe import MoE
+from npu_zoo.nn.moe import MoE, Router
 from npu_zoo.nn.routing import Routing
 from npu_zoo.registry import get_registry
 from npu_zoo.selection import select_kernels
@@ -161,6 +162,7 @@ def finish(layer: MoE) -> MoE:
         if isinstance(module, Linear):
             module.pack()
     layer.finish_loading()
+    layer.gate.finish_loading()
     return layer
 
 
@@ -184,6 +186,23 @@ def test_the_shared_experts_are_computed_along(shared: int, width: int, monkeypa
         due += F.linear(reference.silu_and_mul(F.linear(x.float(), both[0])), both[1])
         assert_close(found, due)
     assert called == ([] if width % 16 == 0 else [1, 2, 16, 50])
+
+
+@pytest.mark.parametrize("experts_of_a_layer", [3, 16, 40, 65])
+def test_a_router_gives_its_sums_unrounded(experts_of_a_layer: int) -> None:
+    """By the kernel where nothing of its weight is rounded for it, in float32 where something would be."""
+    for rounded in (True, False):
+        gate = Router(100, experts_of_a_layer, has_bias=False, linear=PanelLinear())
+        weight = noise(experts_of_a_layer, 100)
+        gate.weight.copy_(weight.bfloat16().float() if rounded else weight)
+        gate.finish_loading()
+        assert (gate._packed is not None) == rounded
+        for tokens in (1, 2, 17, 33, 300):
+            x = noise(tokens, 100, seed=tokens).bfloat16()
+            due = x.double() @ gate.weight.double().T
+            for found in with_threads(functools.partial(gate, x)):
+                assert found.dtype == torch.float32
+                assert (found - due).abs().max() < 2e-5
 
 
 def with_threads(call: Callable[[], Tensor]) -> list[Tensor]:

@@ -1,6 +1,7 @@
 // Norms, rotations and activations: float32 inside, rounded where the reference rounds.
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "exponential.h"
 #include "replay.h"
@@ -26,6 +27,31 @@ inline Floats rounded<float>(Floats value) {
   return value;
 }
 
+// A thread's way to rows of results. Those that no cache keeps until they are read are put together in a row of its own
+// and go past the caches: else their memory would be fetched only to be overwritten.
+template <typename T>
+class ResultRows {
+ public:
+  ResultRows(T* values, int64_t rows, int64_t width) : values_(values), width_(width) {
+    constexpr int64_t kCachedBytes = 1 << 20;
+    const int64_t bytes = width * sizeof(T);
+    if (bytes % 64 == 0 && reinterpret_cast<uintptr_t>(values) % 64 == 0 && rows * bytes > kCachedBytes) row_.resize(width);
+  }
+  ~ResultRows() { settle_stores(); }
+
+  bool past_caches() const { return !row_.empty(); }
+  T* begin(int64_t row) { return row_.empty() ? values_ + row * width_ : row_.data(); }
+
+  void end(int64_t row) const {
+    if (!row_.empty()) copy_lines(values_ + row * width_, row_.data(), width_ * sizeof(T));
+  }
+
+ private:
+  T* values_;
+  int64_t width_;
+  std::vector<T> row_;
+};
+
 template <typename T>
 void norm_row(const T* x, const T* weight, int64_t width, float eps, T* out) {
   Floats squares{};
@@ -42,21 +68,35 @@ void norm_row(const T* x, const T* weight, int64_t width, float eps, T* out) {
 
 template <typename T>
 void norm(const T* x, int64_t stride, const T* weight, int64_t rows, int64_t width, float eps, T* out, int threads) {
-#pragma omp parallel for num_threads(forked(rows * width, threads))
-  for (int64_t row = 0; row < rows; ++row) norm_row(x + row * stride, weight, width, eps, out + row * width);
+#pragma omp parallel num_threads(forked(rows * width, threads))
+  {
+    ResultRows<T> results(out, rows, width);
+#pragma omp for
+    for (int64_t row = 0; row < rows; ++row) {
+      norm_row(x + row * stride, weight, width, eps, results.begin(row));
+      results.end(row);
+    }
+  }
 }
 
 template <typename T>
 void add_norm(const T* x, const T* residual, const T* weight, int64_t rows, int64_t width, float eps, T* out, T* total,
               int threads) {
-#pragma omp parallel for num_threads(forked(rows * width, threads))
-  for (int64_t row = 0; row < rows; ++row) {
-    const int64_t at = row * width;
-    for (int64_t i = 0; i < width; i += kLanes) {
-      const int64_t left = width - i;
-      store_floats(total + at + i, load_floats(x + at + i, left) + load_floats(residual + at + i, left), left);
+#pragma omp parallel num_threads(forked(rows * width, threads))
+  {
+    ResultRows<T> results(out, rows, width), totals(total, rows, width);
+#pragma omp for
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t at = row * width;
+      T* sums = totals.begin(row);
+      for (int64_t i = 0; i < width; i += kLanes) {
+        const int64_t left = width - i;
+        store_floats(sums + i, load_floats(x + at + i, left) + load_floats(residual + at + i, left), left);
+      }
+      norm_row(sums, weight, width, eps, results.begin(row));
+      results.end(row);
+      totals.end(row);
     }
-    norm_row(total + at, weight, width, eps, out + at);
   }
 }
 
@@ -92,16 +132,33 @@ void turn(const T* first, const T* second, const T* cos, const T* sin, int64_t h
   }
 }
 
+// A row of heads that is soon read; those of long steps lie too far apart for the processor to see it by itself.
+template <typename T>
+void fetch_heads(const Heads<T>& heads, int64_t row, int64_t width) {
+  for (int64_t head = 0; head < heads.count; ++head)
+    for (int64_t at = 0; at < width; at += 64 / static_cast<int64_t>(sizeof(T)))
+      prefetch_far(heads.values + row * heads.row + head * heads.head + at);
+}
+
 template <typename T>
 void rotate(const Heads<T>* parts, int64_t rows, const T* cos, const T* sin, int64_t half, int threads) {
-#pragma omp parallel for num_threads(forked(rows * (parts[0].count + parts[1].count) * half * 2, threads))
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int part = 0; part < 2; ++part) {
-      const Heads<T>& heads = parts[part];
-      for (int64_t head = 0; head < heads.count; ++head) {
-        const T* from = heads.values + row * heads.row + head * heads.head;
-        T* to = heads.out + (row * heads.count + head) * 2 * half;
-        turn(from, from + half, cos + row * half, sin + row * half, half, to);
+  constexpr int64_t kAhead = 2;
+#pragma omp parallel num_threads(forked(rows * (parts[0].count + parts[1].count) * half * 2, threads))
+  {
+    ResultRows<T> queries(parts[0].out, rows, parts[0].count * 2 * half);
+    ResultRows<T> keys(parts[1].out, rows, parts[1].count * 2 * half);
+#pragma omp for
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int part = 0; part < 2; ++part) {
+        const Heads<T>& heads = parts[part];
+        ResultRows<T>& results = part ? keys : queries;
+        if (results.past_caches() && row + kAhead < rows) fetch_heads(heads, row + kAhead, 2 * half);
+        T* to = results.begin(row);
+        for (int64_t head = 0; head < heads.count; ++head, to += 2 * half) {
+          const T* from = heads.values + row * heads.row + head * heads.head;
+          turn(from, from + half, cos + row * half, sin + row * half, half, to);
+        }
+        results.end(row);
       }
     }
   }

@@ -2,6 +2,7 @@
 #include "products.h"
 #include "replay.h"
 #include "transpose.h"
+#include "values.h"
 
 namespace {
 
@@ -31,6 +32,21 @@ void pack_panel(const bf16* weight, int64_t stride, int64_t channels, int64_t in
   }
 }
 
+// Where sums go that are not rounded: [row][channel].
+struct Sums {
+  float* values;
+  int64_t channels;
+
+  void put(int64_t row, int64_t panel, Floats sum) const {
+    store_floats(values + row * channels + panel * kPanel, sum, channels - panel * kPanel);
+  }
+
+  void put_two(int64_t row, int64_t panel, Floats first, Floats second) const {
+    put(row, panel, first);
+    put(row, panel + 1, second);
+  }
+};
+
 }  // namespace
 
 extern "C" {
@@ -59,6 +75,21 @@ void zoo_linear(const bf16* x, int64_t x_stride, int64_t rows, const bf16* packe
     multiply_panels(x, x_stride, rows, packed, blocks, 2 * (pairs * part / threads),
                     std::min(panels, 2 * (pairs * (part + 1) / threads)), output);
 }
+
+// As `zoo_linear`, with sums that are not rounded, of weights so small that each thread takes some of the rows.
+void zoo_linear_sums(const bf16* x, int64_t x_stride, int64_t rows, const bf16* packed, int64_t channels,
+                     int64_t inputs, float* out, int threads) {
+  constexpr int64_t kRowsOfThread = 32;
+  const int64_t panels = ceil_div(channels, kPanel), blocks = ceil_div(inputs, kBlock);
+  const int parts = std::clamp<int64_t>(rows / kRowsOfThread, 1, threads);
+#pragma omp parallel for num_threads(parts) schedule(static, 1)
+  for (int part = 0; part < parts; ++part) {
+    const int64_t first = rows * part / parts, last = rows * (part + 1) / parts;
+    multiply_panels(x + first * x_stride, x_stride, last - first, packed, blocks, 0, panels,
+                    Sums{out + first * channels, channels});
+  }
+}
 }
 
 ZOO_REPLAYABLE(zoo_linear)
+ZOO_REPLAYABLE(zoo_linear_sums)

@@ -5,6 +5,7 @@
 
 #include "activation.h"
 #include "replay.h"
+#include "values.h"
 
 namespace {
 
@@ -38,7 +39,7 @@ struct Scratch {
 };
 
 // Places of the `count` largest values, the best first and of equal ones the foremost.
-void find_largest(const float* values, int64_t size, int64_t count, char* taken, int64_t* places) {
+void find_one_by_one(const float* values, int64_t size, int64_t count, char* taken, int64_t* places) {
   std::fill_n(taken, size, 0);
   for (int64_t n = 0; n < count; ++n) {
     int64_t best = -1;
@@ -47,6 +48,36 @@ void find_largest(const float* values, int64_t size, int64_t count, char* taken,
     taken[best] = 1;
     places[n] = best;
   }
+}
+
+// As the other, of values that are all numbers and of which `count` are more than negative infinity; whether they are.
+bool find_together(const float* values, int64_t size, int64_t count, int64_t* places) {
+  constexpr int64_t kMost = 512;
+  if (size > kMost) return false;
+  const int64_t vectors = (size + kLanes - 1) / kLanes;
+  alignas(64) float left[kMost];
+  std::fill(std::copy_n(values, size, left), left + vectors * kLanes, kNever);
+  Floats spoilt{};
+  for (int64_t i = 0; i < vectors; ++i) {
+    const Floats value = load<Floats>(left + i * kLanes);
+    spoilt += value == value ? Floats{} : splat(1);
+  }
+  if (sum(spoilt) > 0) return false;
+  for (int64_t n = 0; n < count; ++n) {
+    Floats most = load<Floats>(left);
+    for (int64_t i = 1; i < vectors; ++i) most = larger(most, load<Floats>(left + i * kLanes));
+    const float best = largest(most);
+    if (best == kNever) return false;
+    places[n] = std::find(left, left + size, best) - left;
+    left[places[n]] = kNever;
+  }
+  return true;
+}
+
+void find_largest(const float* values, int64_t size, int64_t count, char* taken, int64_t* places) {
+  if (!find_together(values, size, count, places)) return find_one_by_one(values, size, count, taken, places);
+  std::fill_n(taken, size, 0);
+  for (int64_t n = 0; n < count; ++n) taken[places[n]] = 1;
 }
 
 void score(const float* logits, const Routing& routing, float* scores) {

@@ -89,6 +89,17 @@ inline void store_bf16_line(bf16* to, Floats first, Floats second, bool past) {
 #endif
 }
 
+// Copies lines, to where a line begins, past the caches if the processor can.
+inline void copy_lines(void* to, const void* from, int64_t bytes) {
+#if defined(ZOO_BF16_DOT)
+  for (int64_t at = 0; at < bytes; at += 64)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(static_cast<char*>(to) + at),
+                        _mm512_loadu_si512(static_cast<const char*>(from) + at));
+#else
+  std::memcpy(to, from, bytes);
+#endif
+}
+
 inline void settle_stores() {
 #if defined(ZOO_BF16_DOT)
   _mm_sfence();

@@ -21,7 +21,8 @@ Stored = Any
 class LinearKernel(Protocol):
     """A matrix product with a weight in the kernel's own layout; see :class:`npu_zoo.nn.kernels.reference.Linear`.
 
-    One that can compute a whole SwiGLU feed-forward has ``feed_forward(x, gate_up, down)``, with both stored weights.
+    One that can compute a whole SwiGLU feed-forward has ``feed_forward(x, gate_up, down)``, with both stored weights;
+    one that can give its sums as they are, ``apply_in_float32(x, packed)``.
     """
 
     def packs(self, dtype: torch.dtype) -> bool:

@@ -20,6 +20,7 @@ INPUTS_OF_A_BLOCK = 32
 _packed_bytes = Function("zoo_packed_bytes", SIZE, SIZE, result=SIZE)
 _pack = Function("zoo_pack_linear", ADDRESS, SIZE, SIZE, SIZE, ADDRESS, COUNT)
 _linear = Function("zoo_linear", ADDRESS, SIZE, SIZE, ADDRESS, SIZE, SIZE, ADDRESS, COUNT)
+_linear_sums = Function("zoo_linear_sums", ADDRESS, SIZE, SIZE, ADDRESS, SIZE, SIZE, ADDRESS, COUNT)
 _feed_forward = Function("zoo_feed_forward", ADDRESS, *[SIZE] * 4, *[ADDRESS] * 3, COUNT)
 
 
@@ -68,19 +69,12 @@ class PanelLinear:
     @staticmethod
     def apply(x: Tensor, packed: Panels) -> Tensor:
         """[..., in] to [..., out]."""
-        out = x.new_empty(*x.shape[:-1], packed.channels)
-        rows = as_rows(x, packed.inputs)
-        _linear(
-            rows.data_ptr(),
-            rows.stride(0),
-            len(rows),
-            packed.address,
-            packed.channels,
-            packed.inputs,
-            out.data_ptr(),
-            torch.get_num_threads(),
-        )
-        return out
+        return _multiply(_linear, x, packed, x.dtype)
+
+    @staticmethod
+    def apply_in_float32(x: Tensor, packed: Panels) -> Tensor:
+        """[..., in] in bfloat16 to [..., out] in float32: the sums as they are. For weights of few channels."""
+        return _multiply(_linear_sums, x, packed, torch.float32)
 
     @staticmethod
     def feed_forward(x: Tensor, gate_up: Panels, down: Panels) -> Tensor:
@@ -101,6 +95,22 @@ class PanelLinear:
             torch.get_num_threads(),
         )
         return out
+
+
+def _multiply(function: Function, x: Tensor, packed: Panels, dtype: torch.dtype) -> Tensor:
+    out = x.new_empty(*x.shape[:-1], packed.channels, dtype=dtype)
+    rows = as_rows(x, packed.inputs)
+    function(
+        rows.data_ptr(),
+        rows.stride(0),
+        len(rows),
+        packed.address,
+        packed.channels,
+        packed.inputs,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
 
 
 def as_rows(x: Tensor, inputs: int, block: int = INPUTS_OF_A_BLOCK) -> Tensor:
