@@ -23,7 +23,6 @@ import sys
 import time
 from pathlib import Path
 
-from harness.memory import touch_free_memory
 from harness.shapes import SHAPES, Shape
 from harness.suite import CASES, FEWER, GROUPS, Group, Setting, correctness, parse_fewer, prepare
 from harness.targets import Verdict, verdicts
@@ -187,8 +186,6 @@ def measure(options: argparse.Namespace) -> list[Verdict]:
     load, found = os.getloadavg()[0], []
     if load > BUSY:
         _say(f"warning: a load of {load:.1f} before the start; other work on this machine distorts all figures")
-    touched = touch_free_memory()
-    _say(f"wrote to {touched / 1e9:.1f} GB of free memory once, so that all starts find it alike")
     for group in (GROUPS[name] for name in options.groups):
         cases = group.cases(options.cases)
         if not cases or (group.scheme and setting.llama_python is None):
@@ -203,11 +200,7 @@ def measure(options: argparse.Namespace) -> list[Verdict]:
         if file.exists() and file.stat().st_size:
             run.resume()
         else:
-            state = [
-                f"a load of {load:.1f} before the start",
-                f"{touched / 1e9:.0f} GB of free memory were written to once",
-            ]
-            run.session.body.notes += [*state, *options.note]
+            run.session.body.notes += [f"a load of {load:.1f} before the start", *options.note]
         _report(run.measure())
         found += verdicts(run.record())
     return found
