@@ -56,7 +56,7 @@ void activate_part(const Step& step, int part, int parts, bool past_caches) {
       PanelPair then{};
       if (i + 1 < shares.size())
         then = gate_and_up(step, shares[i + 1].weights, Channels::of_gate(shares[i + 1], part, parts).first);
-        activate_tiled(step, shares[i], channels.first, channels.last, past_caches, then);
+      activate_tiled(step, shares[i], channels.first, channels.last, past_caches, then);
       continue;
     }
 #endif
