@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,16 +14,13 @@ from npu_zoo.nn.kernels.compiled.code_experts import FEW_TOKENS, StackedCodes, e
 from npu_zoo.nn.kernels.compiled.quantized import CodePanels, PanelInt4Linear, PanelInt8Linear
 from npu_zoo.nn.kernels.quantized import QuantizedWeight
 
-pytestmark = pytest.mark.skipif(bool(obstacle()), reason=f"the compiled kernels cannot serve: {obstacle()}")
+pytestmark = [
+    pytest.mark.skipif(bool(obstacle()), reason=f"the compiled kernels cannot serve: {obstacle()}"),
+    pytest.mark.usefixtures("inference"),
+]
 
 LINEAR = {8: PanelInt8Linear, 4: PanelInt4Linear}
 TOKENS = (1, 2, 3, 5, 8, 16, 17, FEW_TOKENS, FEW_TOKENS + 1)
-
-
-@pytest.fixture(autouse=True)
-def _without_gradients() -> Iterator[None]:
-    with torch.inference_mode():
-        yield
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

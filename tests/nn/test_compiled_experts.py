@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -26,13 +26,10 @@ from npu_zoo.nn.routing import Routing
 from npu_zoo.registry import get_registry
 from npu_zoo.selection import select_kernels
 
-pytestmark = pytest.mark.skipif(bool(obstacle()), reason=f"the compiled kernels cannot serve: {obstacle()}")
-
-
-@pytest.fixture(autouse=True)
-def _without_gradients() -> Iterator[None]:
-    with torch.inference_mode():
-        yield
+pytestmark = [
+    pytest.mark.skipif(bool(obstacle()), reason=f"the compiled kernels cannot serve: {obstacle()}"),
+    pytest.mark.usefixtures("inference"),
+]
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,8 @@ from npu_zoo.registry import get_registry
 from npu_zoo.selection import select_kernels
 from npu_zoo.weights.load import load_weights
 from npu_zoo.weights.safetensors import SafetensorsLoader
+
+pytestmark = pytest.mark.usefixtures("inference")
 
 CPU = torch.device("cpu")
 NO_YARN = {"rope_type": "default", "rope_theta": 10000.0}
@@ -63,12 +64,6 @@ CLASSES: dict[str, tuple[Any, Any, Any]] = {
     "v2": (DeepseekV2Config, DeepseekV2Attention, DeepseekV2RotaryEmbedding),
 }
 TABLES = {"a": [7, 2, 5, 0, 6], "b": [1, 9, 3], "c": [4, 8]}
-
-
-@pytest.fixture(autouse=True)
-def _without_gradients() -> Iterator[None]:
-    with torch.inference_mode():
-        yield
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,8 @@ from npu_zoo.testing.checkpoints import write_checkpoint
 from npu_zoo.weights.load import load_weights
 from npu_zoo.weights.safetensors import SafetensorsLoader
 
+pytestmark = pytest.mark.usefixtures("inference")
+
 HIDDEN, WIDTH = 32, 24
 ROUTE, EXPERTS = (
     [
@@ -45,12 +46,6 @@ ROUTE, EXPERTS = (
     ]
     for operation in ("route_tokens", "experts")
 )
-
-
-@pytest.fixture(autouse=True)
-def _without_gradients() -> Iterator[None]:
-    with torch.inference_mode():
-        yield
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
