@@ -7,6 +7,7 @@
 #include "products.h"
 #include "replay.h"
 #include "slots.h"
+#include "token_sums.h"
 
 namespace {
 
@@ -87,17 +88,15 @@ void activate(const CodeStep& step, int part, int parts) {
 // Output channels of panels [first, last) for all tokens.
 template <int kBits>
 void project(const CodeStep& step, int64_t first, int64_t last, const Output& out) {
-  std::fill(step.sums + first * step.tokens * kPanel, step.sums + last * step.tokens * kPanel, 0.0f);
+  const TokenSums sums{step.sums, step.tokens};
+  sums.clear(first, last);
   const std::vector<Slots>& groups = step.slots->groups();
   for (size_t i = 0; i < groups.size(); ++i)
     for (int64_t panel = first; panel < last; ++panel)
       multiply_group<kBits>(step.activated, groups[i], step.experts[i].down.panel(panel), [&](int64_t slot, Floats sum) {
-        float* to = step.sums + (panel * step.tokens + step.slots->tokens()[slot]) * kPanel;
-        store(to, load<Floats>(to) + sum * step.slots->scales()[slot]);
+        sums.add(panel, step.slots->tokens()[slot], sum * step.slots->scales()[slot]);
       });
-  for (int64_t panel = first; panel < last; ++panel)
-    for (int64_t token = 0; token < step.tokens; ++token)
-      out.put(token, panel, load<Floats>(step.sums + (panel * step.tokens + token) * kPanel));
+  sums.put(first, last, out);
 }
 
 template <int kBits>

@@ -33,9 +33,9 @@ template <typename T>
 class ResultRows {
  public:
   ResultRows(T* values, int64_t rows, int64_t width) : values_(values), width_(width) {
-    constexpr int64_t kCachedBytes = 1 << 20;
     const int64_t bytes = width * sizeof(T);
-    if (bytes % 64 == 0 && reinterpret_cast<uintptr_t>(values) % 64 == 0 && rows * bytes > kCachedBytes) row_.resize(width);
+    const bool by_lines = bytes % 64 == 0 && reinterpret_cast<uintptr_t>(values) % 64 == 0;
+    if (by_lines && outgrows_caches(rows * bytes)) row_.resize(width);
   }
   ~ResultRows() { settle_stores(); }
 

@@ -6,6 +6,7 @@
 #include "activation.h"
 #include "products.h"
 #include "slots.h"
+#include "token_sums.h"
 
 namespace zoo {
 
@@ -78,26 +79,6 @@ inline void put_activations(bf16* to, Floats gate, Floats up, bool last) {
   if (last) store_bf16(to + kPanel, Floats{});
 }
 
-// What experts come to, in float32: [panels][tokens][16].
-struct TokenSums {
-  float* values;
-  int64_t tokens;
-
-  float* at(int64_t panel, int64_t token) const { return values + (panel * tokens + token) * kPanel; }
-
-  void clear(int64_t panel, int64_t last) const { std::fill(at(panel, 0), at(last, 0), 0.0f); }
-
-  // Puts panels [panel, last) to where they go.
-  void put(int64_t panel, int64_t last, const Output& out) const {
-    for (; panel + 1 < last; panel += 2)
-      for (int64_t token = 0; token < tokens; ++token)
-        out.put_two(token, panel, load<Floats>(at(panel, token)), load<Floats>(at(panel + 1, token)));
-    for (int64_t token = 0; panel < last && token < tokens; ++token)
-      out.put(token, panel, load<Floats>(at(panel, token)));
-    settle_stores();
-  }
-};
-
 // Adds what a share comes to, by its weights.
 struct WeightedSums {
   const Step& step;
@@ -105,8 +86,7 @@ struct WeightedSums {
   TokenSums sums;
 
   void put(int64_t row, int64_t panel, Floats sum) const {
-    float* to = sums.at(panel, step.slot_tokens[share.slot + row]);
-    store(to, load<Floats>(to) + sum * step.slot_scales[share.slot + row]);
+    sums.add(panel, step.slot_tokens[share.slot + row], sum * step.slot_scales[share.slot + row]);
   }
 
   void put_two(int64_t row, int64_t panel, Floats first, Floats second) const {

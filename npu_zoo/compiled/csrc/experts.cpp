@@ -91,8 +91,6 @@ void project(const Step& step, int64_t first, int64_t last, const Output& out) {
   sums.put(first, last, out);
 }
 
-constexpr int64_t kCachedActivations = 1 << 20;  // values; more are not in any cache when they are read
-
 thread_local SlotTable slots;
 thread_local Workspace sums, activations;
 thread_local std::vector<Share> shares;
@@ -115,7 +113,7 @@ void zoo_feed_forward(const bf16* x, int64_t x_stride, int64_t tokens, int64_t h
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static, 1)
-    for (int part = 0; part < threads; ++part) activate_part(step, part, threads, share.end() > kCachedActivations);
+    for (int part = 0; part < threads; ++part) activate_part(step, part, threads, outgrows_caches(share.end() * sizeof(bf16)));
 #pragma omp for schedule(static, 1)
     for (int part = 0; part < threads; ++part) {
       const Channels channels(panels, part, threads);
@@ -143,7 +141,7 @@ void zoo_experts(const bf16* x, int64_t x_stride, int64_t tokens, int64_t hidden
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static, 1)
-    for (int part = 0; part < threads; ++part) activate_part(step, part, threads, room > kCachedActivations);
+    for (int part = 0; part < threads; ++part) activate_part(step, part, threads, outgrows_caches(room * sizeof(bf16)));
 #pragma omp for schedule(static, 1)
     for (int part = 0; part < threads; ++part) {
       const Channels channels(panels, part, threads);

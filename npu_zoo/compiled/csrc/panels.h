@@ -84,9 +84,8 @@ struct Output {
   bool past_caches = false;  // results of many rows, which caches do not keep until they are read
 
   static Output of_rows(bf16* values, int64_t rows, int64_t channels) {
-    constexpr int64_t kCached = 1 << 19;  // values
     const bool by_lines = reinterpret_cast<uintptr_t>(values) % 64 == 0 && channels % kBlock == 0;
-    return {values, channels, channels, by_lines && rows * channels > kCached};
+    return {values, channels, channels, by_lines && outgrows_caches(rows * channels * sizeof(bf16))};
   }
 
   bf16* at(int64_t row, int64_t panel) const { return values + row * stride + panel * kPanel; }

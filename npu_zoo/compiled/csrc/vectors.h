@@ -100,6 +100,9 @@ inline void copy_lines(void* to, const void* from, int64_t bytes) {
 #endif
 }
 
+// Whether results are more than caches keep until they are read.
+inline bool outgrows_caches(int64_t bytes) { return bytes > 1 << 20; }
+
 inline void settle_stores() {
 #if defined(ZOO_BF16_DOT)
   _mm_sfence();
