@@ -428,6 +428,7 @@ def _hardware_fields(args: EngineArgs, request: Request, chosen: _Chosen) -> dic
         "enforce_eager": bool(args.enforce_eager),
         "threads": args.threads,
         "deterministic": bool(args.deterministic),
+        "packed_weights": args.packed_weights or "auto",
         "environment": {
             **presets(presets_of_family, chosen.attention.reads),
             **(DETERMINISTIC if args.deterministic and chip.device == "npu" else {}),

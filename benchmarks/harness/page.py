@@ -53,10 +53,11 @@ METHOD = f"""\
   cache), a fresh process each; a first one, which may write caches, is not counted. Memory is the peak resident size of
   a fresh process that loads the model and does the work, with room for keys and values of that work; what an engine
   maps from a file and reads counts.
-- npu-zoo and vLLM run with their defaults, which batch continuously and share prefixes (vLLM not for latents).
-  transformers and llama.cpp run static batches; those of llama.cpp compute a common prefix once, sequences leave them
-  when they are done, and keys and values are float16. llama.cpp's files have the same weights (q8_0 and q4_0 made by
-  its own quantizer, a scale for 32 values; w8a16 and w4a16 by `npu-zoo convert`).
+- npu-zoo and vLLM run with their defaults, which batch continuously and share prefixes (vLLM not for latents), and
+  npu-zoo with `--packed-weights keep`, whose file a start writes that is not counted. transformers
+  and llama.cpp run static batches; those of llama.cpp compute a common prefix once, sequences leave them when they are
+  done, and keys and values are float16. llama.cpp's files have the same weights (q8_0 and q4_0 made by its own
+  quantizer, a scale for 32 values; w8a16 and w4a16 by `npu-zoo convert`).
 - Targets: on the dense shape those of the table, and not behind any other peer; on the others {OTHER_RATIO} of every
   peer in every rate; {OTHER_RATIO} of llama.cpp on quantized weights; {START_SECONDS:g} s from process start to the
   first token; at batch 1 at most {MEMORY_WEIGHTS} times the weights of memory.

@@ -116,6 +116,7 @@ def prepare(setting: Setting, shape: Shape, group: Group, names: Sequence[str]) 
         max_model_len=shape.max_model_len,
         kv_cache_memory=shape.kv_cache_memory,
         threads=setting.threads,
+        packed_weights="keep" if setting.hardware == "cpu" else None,
         # Neither every scheme of every family nor a CUDA device is in the families' own sources.
         allow_experimental=True,
     )

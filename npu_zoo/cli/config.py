@@ -58,6 +58,7 @@ DEFAULTS: dict[str, str] = {
     "enforce_eager": "false; only NPUs have graphs",
     "strict_kernels": "false",
     "deterministic": "false",
+    "packed_weights": "auto: taken where an earlier run kept them",
     "skip_tokenizer_init": "false",
     "trust_remote_code": "false",
 }

@@ -47,6 +47,7 @@ _METAVARS = {
     "attention": "paged|flash",
     "bind": "auto|none|MAP",
     "expert_dispatch": "auto|all_gather|all_to_all",
+    "packed_weights": "auto|keep|off",
     "collective_timeout": "SECONDS",
     "speculative_method": "none|prompt_lookup|mtp",
     "kv_cache_memory": "SIZE",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,9 +13,10 @@ from npu_zoo.cli.byte_progress import ByteProgress
 from npu_zoo.cli.download_progress import size_text
 from npu_zoo.cli.help import ZooCommand, ZooGroup, json_output
 from npu_zoo.cli.options import JsonFlag
-from npu_zoo.cli.output import count_text, print_fields, print_json, print_table
+from npu_zoo.cli.output import count_text, note, print_fields, print_json, print_table
 from npu_zoo.core.errors import HardwareError, WeightsError
 from npu_zoo.selection import is_importable
+from npu_zoo.weights.packed import PackedFile, list_packed, packed_folder, remove_packed
 
 if TYPE_CHECKING:
     from npu_zoo.weights.tensors import Source
@@ -44,6 +46,18 @@ VERIFY_KEYS: dict[str, str] = {
     "faults": "What differs from the manifest; empty where nothing does.",
 }
 """What ``weights verify --json`` writes."""
+
+PACKED_KEYS: dict[str, str] = {
+    "folder": "Where files of packed weights lie.",
+    "files": "Each of them.",
+    "files[].path": "The file.",
+    "files[].bytes": "Its size.",
+    "files[].weights": "The checkpoint's directory.",
+    "files[].exists": "Whether that is still there.",
+    "files[].request": "The model, dtype, quantization and part of it.",
+    "removed": "Whether they were removed.",
+}
+"""What ``weights packed --json`` writes."""
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="The checkpoint's directory.")]
 group = typer.Typer(cls=ZooGroup, help="Look at checkpoints.", rich_markup_mode=None)
@@ -95,6 +109,51 @@ def verify(directory: Directory, as_json: JsonFlag = False) -> None:
         raise WeightsError(f"{directory} is not as it was written:\n  {shown}{more}\nconvert or copy it again")
     if not as_json:
         print(f"{directory} is as it was written: {found.tensors} tensors, {size_text(found.bytes)}")
+
+
+@group.command(cls=ZooCommand)
+@json_output(PACKED_KEYS)
+def packed(
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", help="Of this checkpoint alone.", show_default=False)
+    ] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove them.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """List weights that runs with --packed-weights keep have kept as kernels lay them out, or remove them.
+
+    A run that takes them starts without laying weights out anew; one that finds them out of date does not take them.
+    """
+    due = str(directory.resolve()) if directory else None
+    found = [file for file in list_packed() if due in (None, file.source.weights)]
+    for file in found if remove else ():
+        remove_packed(file)
+    if as_json:
+        print_json({"folder": str(packed_folder()), "files": list(map(_packed_fields, found)), "removed": remove})
+        return
+    if not found:
+        where = f" of {directory}" if directory else ""
+        print(f"no packed weights{where} in {packed_folder()}; a run with --packed-weights keep writes some")
+        return
+    rows = [_packed_row(_packed_fields(file)) for file in found]
+    print_table(("weights", "of", "size", "file"), rows)
+    if remove:
+        note(f"removed {len(rows)} of them, {size_text(sum(file.bytes for file in found))}")
+
+
+def _packed_fields(file: PackedFile) -> dict[str, Any]:
+    exists = Path(file.source.weights).is_dir()
+    shown = {"path": str(file.path), "bytes": file.bytes, "weights": file.source.weights, "exists": exists}
+    return {**shown, "request": json.loads(file.source.request)}
+
+
+def _packed_row(fields: dict[str, Any]) -> tuple[str, ...]:
+    request = fields["request"]
+    made_of = [request["dtype"], request["quantization"], "with MTP" if request["mtp"] else None]
+    ranks = max(request["split"].values())
+    made_of += [f"part {'-'.join(map(str, request['part']))}"] if ranks > 1 else []
+    weights = fields["weights"] + ("" if fields["exists"] else " (gone)")
+    return weights, ", ".join(filter(None, made_of)), size_text(fields["bytes"]), Path(fields["path"]).name
 
 
 def _need_torch() -> None:

@@ -26,6 +26,9 @@ ExpertDispatch = Literal["all_gather", "all_to_all"]
 each token travels to its experts' ranks and back."""
 
 
+PackedWeights = Literal["auto", "keep", "off"]
+"""Of weights as kernels lay them out: take those that an earlier run kept, keep them as well, or do neither."""
+
 SpeculativeMethod = Literal["none", "prompt_lookup", "mtp"]
 """Where drafts of next tokens come from: earlier text of the same sequence, or the checkpoint's own further layers."""
 
@@ -95,6 +98,9 @@ class EngineArgs(BaseModel):
     strict_kernels: bool | None = Field(None, description="Refuse to fall back to a reference kernel.")
     deterministic: bool | None = Field(
         None, description="Sum in the same order in every run, which takes longer; for comparisons of accuracy."
+    )
+    packed_weights: PackedWeights | None = Field(
+        None, description="Weights as kernels lay them out, in a file: auto (where kept), keep (write them too) or off."
     )
     skip_tokenizer_init: bool | None = Field(None, description="Take and give token ids only; no tokenizer is read.")
     trust_remote_code: bool | None = Field(None, description="Allow the checkpoint's own Python code; off by default.")
@@ -172,6 +178,7 @@ class EngineConfig:
         quantization_method: the code reference of what reads them then.
         expert_dispatch: how tokens reach experts of other ranks in steps that are not captured.
         deterministic: whether operators are asked to sum in the same order in every run.
+        packed_weights: whether weights are read as an earlier run's kernels laid them out, and kept so for later ones.
         collective_timeout: seconds that a rank waits for the others in one operation.
         speculation: how next tokens are guessed; None where they are not.
         notes: what the user should know, such as that the demo checkpoint runs.
@@ -229,6 +236,7 @@ class EngineConfig:
     data_parallel_size: int = 1
     expert_dispatch: ExpertDispatch = "all_gather"
     deterministic: bool = False
+    packed_weights: PackedWeights = "auto"
     collective_timeout: float = DEFAULT_COLLECTIVE_TIMEOUT_S
     speculation: SpeculationConfig | None = None
     notes: tuple[str, ...] = ()

@@ -168,6 +168,7 @@ class NativeEngine(Engine):
             "kernels": {choice.operation: choice.kernel for choice in self.config.kernels},
             "decode": self.runner.decode_form,
             "parameter_bytes": self.runner.parameter_bytes,
+            "packed_weights": str(self.runner.packed_weights) if self.runner.packed_weights else None,
             "activation_bytes": activations.allocated if activations else None,
             "reserved_bytes": activations.reserved if activations else None,
             "kv_cache_bytes": cache.num_bytes,

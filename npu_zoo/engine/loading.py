@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from npu_zoo.core.parallel import Ranks
 from npu_zoo.core.weights import WeightLoader
 from npu_zoo.engine.device import default_threads, free_memory, sharing_ranks
 from npu_zoo.engine.host_memory import keep_freed_memory, return_freed_memory
+from npu_zoo.engine.packing import Packing
 from npu_zoo.engine.speculation.layer import require_mtp, require_stored
 from npu_zoo.nn.context import BuildContext
 from npu_zoo.nn.kernels.table import Kernels
@@ -25,17 +27,28 @@ from npu_zoo.registry import get_registry, load_code
 from npu_zoo.weights.load import compare_shapes, load_weights
 
 
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that is ready to compute.
+
+    Attributes:
+        parameter_bytes: of its parameters, as the checkpoint has them.
+        packed: the file that packed weights were taken from or kept in; None where they were not.
+    """
+
+    model: CausalLM
+    parameter_bytes: int
+    packed: Path | None
+
+
 def load_model(
     config: EngineConfig, kernels: Kernels, device: torch.device, ranks: Ranks, progress: Progress | None = None
-) -> tuple[CausalLM, int]:
+) -> LoadedModel:
     """Build a rank's share of the model and copy its weights in.
-
-    Returns:
-        The model, ready to compute, and the bytes of its parameters.
 
     Raises:
         ConfigError: the model has no layer to draft with, which the run asks for.
-        WeightsError: the checkpoint is not the model's, or has to be converted first.
+        WeightsError: the checkpoint is not the model's, or has to be converted first; or packed weights cannot be kept.
         HardwareError: there is not enough memory.
     """
     model = _build(config, kernels, ranks)
@@ -50,10 +63,13 @@ def load_model(
     _check_memory(config, device, parameter_bytes)
     _set_up_torch(config, device, parameter_bytes, sharing_ranks(device, ranks))
     model.allocate(device)
+    packing = Packing(config, ranks, progress)
+    held = packing.restore(model)
     load_weights(
         model.checkpoint_tensors(),
         loader,
         **scope,
+        held=held,
         adopt=model.adopt,
         storage=model.storage_of,
         on_loaded=model.tensor_loaded,
@@ -62,7 +78,7 @@ def load_model(
     model.finish_loading()
     if device.type == "cpu":
         keep_freed_memory()
-    return model.eval(), parameter_bytes
+    return LoadedModel(model.eval(), parameter_bytes, packing.path)
 
 
 def _build(config: EngineConfig, kernels: Kernels, ranks: Ranks) -> CausalLM:

@@ -43,6 +43,7 @@ class ModelRunner:
 
     Attributes:
         parameter_bytes: of its share of the weights.
+        packed_weights: the file that they were taken from or kept in, as kernels take them; None where they were not.
         decode_path: the prepared way to decode; None where every step goes through the model's code.
         num_steps: that were computed, or begun; all ranks count alike.
         drafter: guesses next tokens with the model's own layer for it; None where the run does not.
@@ -56,7 +57,8 @@ class ModelRunner:
         self.device = open_device(config, ranks.local_rank)
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self.kernels = bind_kernels(config.kernels)
-        self.model, self.parameter_bytes = load_model(config, self.kernels, self.device, ranks, progress)
+        loaded = load_model(config, self.kernels, self.device, ranks, progress)
+        self.model, self.parameter_bytes, self.packed_weights = loaded.model, loaded.parameter_bytes, loaded.packed
         ranks.minimum(0)  # some load for longer than others may wait in one operation
         self.activations = self._measure_activations()
         free = max(0, free_memory(self.device) - (self.activations.reserved if self.activations else 0))

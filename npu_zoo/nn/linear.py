@@ -12,7 +12,7 @@ from npu_zoo.core.errors import HardwareError, WeightsError
 from npu_zoo.core.quantization import QuantizationConfig
 from npu_zoo.core.weights import Shard
 from npu_zoo.nn.context import BuildContext
-from npu_zoo.nn.kernels.table import Product, Stored, apply_parts, pack_parts
+from npu_zoo.nn.kernels.table import Product, Stored, apply_parts, from_packed_parts, pack_parts, packed_parts
 from npu_zoo.nn.layer import Layer
 from npu_zoo.nn.quantization import Quantization, require_shapes, split_parts, stacked_shape
 from npu_zoo.nn.staging import Staging
@@ -77,6 +77,7 @@ class Linear(Layer):
         self._packed: Stored | None = None
         self._staging: Staging | None = None
         self._adopted: dict[str, Tensor] = {}
+        self._restored = False
 
     def quantize(self, quantization: Quantization) -> None:
         """Hold a quantized weight from now on; called before anything is allocated.
@@ -205,11 +206,15 @@ class Linear(Layer):
 
     def tie(self, weight: nn.Parameter) -> None:
         """Take another layer's [rows, in_features] weight; one that was loaded for this layer does not count."""
-        self.weight, self._packed = weight, None
+        self.weight = weight
+        if not self._restored:
+            self._packed = None
 
     def pack(self) -> None:
         """Bring the loaded weight into the kernel's layout, once; a layout that copies replaces the weight."""
         if self._packed is not None:
+            if self._restored:
+                self._release()
             return
         if self._adopted:
             self._pack_adopted()
@@ -227,6 +232,20 @@ class Linear(Layer):
         self._packed = self._kernel.pack(weight)
         if self._packed is not weight:
             self._release()
+
+    def packed_parts(self) -> Mapping[str, Tensor]:
+        """What the packed weight consists of, to be kept in a file; none where it cannot be, or is not packed yet."""
+        return packed_parts(self._product, self._packed) if self._packed is not None and self.packs else {}
+
+    def restore(self, parts: Mapping[str, Tensor]) -> None:
+        """Take the weight as :meth:`packed_parts` gave it in an earlier run, in place of loading one.
+
+        Raises:
+            WeightsError: it is not this layer's.
+        """
+        rows = sum(self.parts.values()) + self._padding
+        self._packed = from_packed_parts(self._product, parts, rows, self._in_features)
+        self._restored = True
 
     def _pack_adopted(self) -> None:
         parts = [self._adopted[f"{part}.weight"] for part in self.parts]

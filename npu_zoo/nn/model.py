@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,7 @@ class CausalLM(nn.Module, ABC):
         self.config = config
         self._awaited: dict[str, _Awaited] = {}
         self._staging: Staging | None = None
+        self._on_packed: Callable[[dict[str, Tensor]], None] | None = None
 
     @abstractmethod
     def forward(self, x: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
@@ -139,6 +141,38 @@ class CausalLM(nn.Module, ABC):
             if not awaited.missing:
                 awaited.linear.pack()
 
+    def restore_packed(self, tensors: Mapping[str, Tensor]) -> frozenset[str]:
+        """Take linear layers' weights as :meth:`on_packed` gave them in an earlier run; called before loading.
+
+        Returns:
+            The names of the checkpoint's tensors that need not be loaded.
+
+        Raises:
+            WeightsError: they are not this model's.
+        """
+        by_layer: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            path, _, part = name.rpartition(".")
+            by_layer.setdefault(path, {})[part] = tensor
+        held: set[str] = set()
+        for path, module in self.named_modules():
+            parts = by_layer.pop(path, None)
+            if parts is not None and isinstance(module, Linear):
+                module.restore(parts)
+                held.update(_beside(path, view) for view in module.checkpoint_views())
+        if by_layer:
+            raise WeightsError(f"there are packed weights of {', '.join(by_layer)}, which the model does not have")
+        for name in held:
+            self._awaited.pop(name, None)
+        return frozenset(held)
+
+    def on_packed(self, keep: Callable[[dict[str, Tensor]], None]) -> None:
+        """Have linear layers' weights, by name and as kernels laid them out, given to a function once all are in.
+
+        Layers whose kernels have no such form are left out.
+        """
+        self._on_packed = keep
+
     def finish_loading(self) -> None:
         """Called once after the weights are in: packs what :meth:`tensor_loaded` has not.
 
@@ -148,10 +182,20 @@ class CausalLM(nn.Module, ABC):
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack()
+        if self._on_packed is not None:
+            self._on_packed(self._packed_tensors())
         for module in self.modules():
             finish = getattr(module, "finish_loading", None)
             if finish is not None and module is not self:
                 finish()
+
+    def _packed_tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{path}.{part}": tensor
+            for path, module in self.named_modules()
+            if isinstance(module, Linear)
+            for part, tensor in module.packed_parts().items()
+        }
 
     def _linear_parts(self) -> dict[str, _Awaited]:
         """Every linear layer and the names it waits for, by each of those names."""

@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING
 from npu_zoo.core.errors import WeightsError
 from npu_zoo.weights.convert_journal import Journal, UnitRecord
 from npu_zoo.weights.manifest import write_result
+from npu_zoo.weights.mapping import bytes_of
 from npu_zoo.weights.plan import ConversionPlan
 from npu_zoo.weights.quantize import quantize_rows
 from npu_zoo.weights.reading import Digest, Piece, Reader
 from npu_zoo.weights.tensors import LogicalTensor, Placement, Rows, Segments
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 BLOCK_BYTES = 2 << 20
 """Of the source, that are read at once where rows can be cut anywhere."""
@@ -259,7 +260,7 @@ class _Conversion:
         if first >= last or (placement.takes == "none" and start):
             return
         encoded = placement.encode(_cut(rows, first - start, last - start))
-        data = _bytes_of(encoded)
+        data = bytes_of(encoded)
         if digest is not None:
             digest.update(data)
         skipped = (first - placement.rows[0]) * len(data) // (last - first) if placement.takes == "rows" else 0
@@ -293,12 +294,6 @@ def _cut(rows: Rows, first: int, last: int) -> Rows:
     if rows.values.dim() == 0 or (first == 0 and last == len(rows.values)):
         return rows
     return Rows(rows.values[first:last], None if rows.scales is None else rows.scales[first:last])
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    import torch
-
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
 
 
 def _spread(segments: Segments, skipped: int, data: memoryview) -> Iterator[tuple[int, memoryview]]:

@@ -150,6 +150,7 @@ def load_weights(
     ignored: Sequence[str] = (),
     shards: Mapping[str, Shard] | None = None,
     elsewhere: Collection[str] = (),
+    held: Collection[str] = (),
     adopt: Callable[[str, Tensor], bool] | None = None,
     storage: Callable[[str], Tensor] | None = None,
     on_loaded: Callable[[str], None] | None = None,
@@ -161,6 +162,7 @@ def load_weights(
         destinations: the checkpoint's tensor names and the views they are copied into; a fused parameter gives its
             parts as views of its rows. Entries are removed as they are filled, so that their storage can be given up.
         optional, ignored, shards, elsewhere: as for :func:`compare_shapes`.
+        held: destinations that have their values already, and are not read.
         adopt: offered a tensor whose destination is on the meta device, where the loader's tensors last; True where it
             was taken as it is, and need not be copied.
         storage: asked, just before it is filled, for the storage of a destination that is on the meta device.
@@ -180,6 +182,7 @@ def load_weights(
     )
     comparison.require(loader.directory)
     others = frozenset(name for name in shapes if name not in destinations and _is_under(name, elsewhere))
+    others |= frozenset(held)
     total = int(loader.total_bytes() * _share(shapes, shards or {}, others))
     done, count, started = 0, 0, time.monotonic()
     with torch.no_grad():

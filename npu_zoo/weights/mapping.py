@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,10 @@ from npu_zoo.weights.header import TensorEntry
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_READ_AT_ONCE = 64 << 20
+_MADV_POPULATE_READ = 22
+"""Linux's, since 5.14: maps and reads every page; :mod:`mmap` does not name it."""
 
 
 def map_file(path: Path) -> mmap.mmap:
@@ -27,6 +33,23 @@ def map_file(path: Path) -> mmap.mmap:
         raise WeightsError(f"{path}: cannot be mapped: {error}") from error
 
 
+def read_ahead(buffer: mmap.mmap, progress: Callable[[int, int], None] | None = None) -> None:
+    """Have a mapped file in memory before it is used, in large pages where the system has them for files.
+
+    Args:
+        progress: called with the bytes done and the bytes in all.
+    """
+    size = len(buffer)
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # hints, which not every system knows
+        buffer.madvise(mmap.MADV_HUGEPAGE)
+    for first in range(0, size, _READ_AT_ONCE):
+        last = min(size, first + _READ_AT_ONCE)
+        with contextlib.suppress(OSError, ValueError):
+            buffer.madvise(_MADV_POPULATE_READ, first, last - first)
+        if progress is not None:
+            progress(last, size)
+
+
 def view_tensor(buffer: mmap.mmap, entry: TensorEntry) -> Tensor:
     """A tensor of a mapped file, read-only: writing into it ends the process. One that is not aligned is copied."""
     import torch
@@ -40,3 +63,10 @@ def view_tensor(buffer: mmap.mmap, entry: TensorEntry) -> Tensor:
     if flat.data_ptr() % entry.itemsize:  # no format promises alignment
         flat = flat.clone()
     return flat.view(dtype).view(entry.shape)
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """A tensor's values in memory, as they are written to a file."""
+    import torch
+
+    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from npu_zoo.cli.convert import CONVERT_KEYS
-from npu_zoo.cli.weights import INSPECT_KEYS, VERIFY_KEYS
+from npu_zoo.cli.weights import INSPECT_KEYS, PACKED_KEYS, VERIFY_KEYS
 from npu_zoo.testing.checkpoints import write_checkpoint
+from npu_zoo.weights.packed import PackedSource, list_packed, write_packed
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +92,25 @@ def test_a_source_that_is_not_there(tmp_path: Path, cli: Callable) -> None:
     ran = cli("convert", str(tmp_path / "gone"), str(tmp_path / "out"), "--to", "hf-bin")
     assert ran.code == 5
     assert "config.json" in ran.err
+
+
+def test_packed_weights_are_listed_and_removed(
+    source: Path, tmp_path: Path, cli: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert "a run with --packed-weights keep writes some" in cli("weights", "packed").out
+    split = {"tp": 2, "pp": 1, "ep": 1, "dp": 1}
+    request = {"dtype": "bfloat16", "quantization": "w8a16", "mtp": True, "split": split, "part": [0, 1]}
+    for weights in (source, tmp_path / "elsewhere"):
+        write_packed(PackedSource(str(weights.resolve()), json.dumps(request), ""), {"a": torch.zeros(64)})
+    listed = cli("weights", "packed").out
+    assert all(word in listed for word in ("bfloat16", "w8a16", "with MTP", "part 0-1"))
+    assert listed.count("(gone)") == 1
+    found = json.loads(cli("weights", "packed", str(source), "--json").out)
+    assert set(found) == {key for key in PACKED_KEYS if "[" not in key}
+    assert [(file["weights"], file["exists"]) for file in found["files"]] == [(str(source.resolve()), True)]
+    assert {f"files[].{key}" for key in found["files"][0]} == {key for key in PACKED_KEYS if "[" in key}
+    assert found["removed"] is False
+    removed = cli("weights", "packed", str(source), "--remove")
+    assert "removed 1 of them" in removed.err
+    assert [file.source.weights for file in list_packed()] == [str((tmp_path / "elsewhere").resolve())]

@@ -50,6 +50,16 @@ def children_of(parent: int) -> set[int]:
     return found
 
 
+@contextmanager
+def inherited(number: signal.Signals, handler: signal.Handlers) -> Iterator[None]:
+    """What processes that are started meanwhile do with a signal, whatever this one was told, by nohup for one."""
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
 def wait_until(condition: Callable[[], Any], seconds: float = SECONDS) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := condition()):
@@ -292,7 +302,7 @@ def test_a_rank_that_is_killed_ends_its_engine(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.long), signal.SIGHUP])
 def test_running_requests_may_finish(number: signal.Signals, tmp_path: Path) -> None:
-    with server_of(tmp_path) as server:
+    with inherited(number, signal.SIG_DFL), server_of(tmp_path) as server:
         server.wait_ready()
         answers = load(server, 2, ENOUGH)
         children = children_of(server.process.pid)
@@ -307,17 +317,13 @@ def test_running_requests_may_finish(number: signal.Signals, tmp_path: Path) -> 
 
 
 def test_a_server_that_was_started_to_outlive_its_terminal_does(tmp_path: Path) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with server_of(tmp_path) as server:
-            server.wait_ready()
-            server.process.send_signal(signal.SIGHUP)
-            assert list(server.generate("a", SHORT))[-1]["finished"]
-            server.process.send_signal(signal.SIGTERM)
-            assert server.wait() == 0
-            assert not server.heard("SIGHUP")
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    with inherited(signal.SIGHUP, signal.SIG_IGN), server_of(tmp_path) as server:
+        server.wait_ready()
+        server.process.send_signal(signal.SIGHUP)
+        assert list(server.generate("a", SHORT))[-1]["finished"]
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait() == 0
+        assert not server.heard("SIGHUP")
 
 
 @pytest.mark.long  # with the real front end in test_drain.py, as are the next two

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from npu_zoo.core.config import KernelChoice
-from npu_zoo.core.errors import PluginError
+from npu_zoo.core.errors import PluginError, WeightsError
 from npu_zoo.nn.routing import Routing
 from npu_zoo.registry import load_code
 
@@ -22,7 +22,8 @@ class LinearKernel(Protocol):
     """A matrix product with a weight in the kernel's own layout; see :class:`npu_zoo.nn.kernels.reference.Linear`.
 
     One that can compute a whole SwiGLU feed-forward has ``feed_forward(x, gate_up, down)``, with both stored weights;
-    one that can give its sums as they are, ``apply_in_float32(x, packed)``.
+    one that can give its sums as they are, ``apply_in_float32(x, packed)``. For one whose layout may be kept in a file,
+    see :func:`packed_parts`; kernels of quantized weights may have the same.
     """
 
     def packs(self, dtype: torch.dtype) -> bool:
@@ -44,6 +45,28 @@ def pack_parts(kernel: LinearKernel, parts: Sequence[Tensor]) -> Stored:
     if own is not None:
         return own(parts)
     return kernel.pack(parts[0] if len(parts) == 1 else torch.cat(list(parts)))
+
+
+def packed_parts(kernel: object, packed: Stored) -> Mapping[str, Tensor]:
+    """The tensors that a stored weight consists of, by name; none where it cannot be kept in a file.
+
+    A kernel whose stored weights can has ``packed_parts(packed)``, and ``from_packed_parts(parts, channels, inputs)``
+    for the way back. Every tensor fills whole cache lines.
+    """
+    own: Callable[[Stored], Mapping[str, Tensor]] | None = getattr(kernel, "packed_parts", None)
+    return {} if own is None else own(packed)
+
+
+def from_packed_parts(kernel: object, parts: Mapping[str, Tensor], channels: int, inputs: int) -> Stored:
+    """The stored form of a [channels, inputs] weight of what :func:`packed_parts` gave, which lies elsewhere now.
+
+    Raises:
+        WeightsError: the parts are not such a weight's.
+    """
+    own: Callable[[Mapping[str, Tensor], int, int], Stored] | None = getattr(kernel, "from_packed_parts", None)
+    if own is None:
+        raise WeightsError(f"{kernel} takes no weights that were laid out before")
+    return own(parts, channels, inputs)
 
 
 class Product(Protocol):

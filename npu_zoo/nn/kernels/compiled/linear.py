@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from npu_zoo.core.errors import WeightsError
 from npu_zoo.nn.kernels.compiled.binding import ADDRESS, COUNT, SIZE, Function
 from npu_zoo.nn.kernels.compiled.elementwise import silu_and_mul
 from npu_zoo.nn.kernels.compiled.memory import allocate
@@ -67,6 +68,17 @@ class PanelLinear:
         return Panels(values, values.data_ptr(), channels, inputs)
 
     @staticmethod
+    def packed_parts(packed: Panels) -> dict[str, Tensor]:
+        """See :func:`npu_zoo.nn.kernels.table.packed_parts`."""
+        return {"panels": packed.values}
+
+    @staticmethod
+    def from_packed_parts(parts: Mapping[str, Tensor], channels: int, inputs: int) -> Panels:
+        """See :func:`npu_zoo.nn.kernels.table.from_packed_parts`."""
+        values = require_bytes(parts, "panels", _packed_bytes(channels, inputs))
+        return Panels(values, values.data_ptr(), channels, inputs)
+
+    @staticmethod
     def apply(x: Tensor, packed: Panels) -> Tensor:
         """[..., in] to [..., out]."""
         return _multiply(_linear, x, packed, x.dtype)
@@ -95,6 +107,18 @@ class PanelLinear:
             torch.get_num_threads(),
         )
         return out
+
+
+def require_bytes(parts: Mapping[str, Tensor], name: str, due: int) -> Tensor:
+    """A part of a packed weight.
+
+    Raises:
+        WeightsError: it is missing, or does not have the bytes that are due.
+    """
+    if name not in parts or parts[name].nbytes != due:
+        found = f"{parts[name].nbytes} bytes of" if name in parts else "no"
+        raise WeightsError(f"there are {found} {name}, and {due} bytes were due")
+    return parts[name]
 
 
 def _multiply(function: Function, x: Tensor, packed: Panels, dtype: torch.dtype) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from npu_zoo.nn.kernels import cpu_quantized
 from npu_zoo.nn.kernels.compiled.binding import ADDRESS, COUNT, SIZE, Function
-from npu_zoo.nn.kernels.compiled.linear import as_rows
+from npu_zoo.nn.kernels.compiled.linear import as_rows, require_bytes
 from npu_zoo.nn.kernels.compiled.memory import allocate
 from npu_zoo.nn.kernels.quantized import QuantizedLinearKernel, QuantizedWeight
 
@@ -48,6 +49,7 @@ class _PanelCodesLinear:
     """A kernel for codes of some bits; groups that are no multiple of 64 inputs are left to another."""
 
     otherwise: ClassVar[QuantizedLinearKernel]
+    bits: ClassVar[int]
 
     @classmethod
     def pack(cls, weight: QuantizedWeight) -> CodePanels | Any:
@@ -62,6 +64,21 @@ class _PanelCodesLinear:
         scales = _scales_by_panel(weight.scale)
         addresses = values.data_ptr(), scales.data_ptr()
         return CodePanels(values, scales, addresses, channels, inputs, weight.group_size, weight.bits)
+
+    @staticmethod
+    def packed_parts(packed: CodePanels | Any) -> dict[str, Tensor]:
+        """See :func:`npu_zoo.nn.kernels.table.packed_parts`; none of weights that are left to the other kernel."""
+        return {"panels": packed.values, "scales": packed.scales} if isinstance(packed, CodePanels) else {}
+
+    @classmethod
+    def from_packed_parts(cls, parts: Mapping[str, Tensor], channels: int, inputs: int) -> CodePanels:
+        """See :func:`npu_zoo.nn.kernels.table.from_packed_parts`."""
+        values = require_bytes(parts, "panels", _packed_bytes(channels, inputs, cls.bits))
+        panels = -(-channels // CHANNELS_OF_A_PANEL)
+        groups = parts["scales"].shape[1] if "scales" in parts else 0
+        scales = require_bytes(parts, "scales", panels * max(1, groups) * CHANNELS_OF_A_PANEL * 4)
+        addresses = values.data_ptr(), scales.data_ptr()
+        return CodePanels(values, scales, addresses, channels, inputs, inputs // groups, cls.bits)
 
     @classmethod
     def apply(cls, x: Tensor, packed: CodePanels | Any) -> Tensor:
@@ -89,12 +106,14 @@ class PanelInt8Linear(_PanelCodesLinear):
     """w8a16 in bfloat16."""
 
     otherwise = cpu_quantized.WeightOnlyInt8Linear
+    bits = 8
 
 
 class PanelInt4Linear(_PanelCodesLinear):
     """w4a16 in bfloat16."""
 
     otherwise = cpu_quantized.WeightOnlyInt4Linear
+    bits = 4
 
 
 def _scales_by_panel(scale: Tensor) -> Tensor:
