@@ -33,7 +33,8 @@ def loaded(config: EngineConfig) -> Iterator[LLM]:
             explained = llm.engine.explain()
             _tell_port(explained["master_port"])
             _tell_memory(explained, config)
-        _tell_packed(llm, config)
+        if remark := llm.engine.explain().get("packed_weights", {}).get("remark"):
+            note(remark)
         yield llm
 
 
@@ -52,12 +53,6 @@ def tell_notes(config: EngineConfig) -> None:
     """Write a checked request's remarks."""
     for text in config.notes:
         note(text)
-
-
-def _tell_packed(llm: LLM, config: EngineConfig) -> None:
-    """That nothing was kept, where it was asked for."""
-    if config.packed_weights == "keep" and llm.engine.explain()["packed_weights"] is None:
-        note("no packed weights were kept: the kernels of this run take weights as they are (`npu-zoo explain`)")
 
 
 def _tell_port(port: int | None) -> None:

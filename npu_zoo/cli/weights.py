@@ -16,7 +16,7 @@ from npu_zoo.cli.options import JsonFlag
 from npu_zoo.cli.output import count_text, note, print_fields, print_json, print_table
 from npu_zoo.core.errors import HardwareError, WeightsError
 from npu_zoo.selection import is_importable
-from npu_zoo.weights.packed import PackedFile, list_packed, packed_folder, remove_packed
+from npu_zoo.weights.packed import PackedFile, list_packed, packed_folder, remove_abandoned, remove_packed
 
 if TYPE_CHECKING:
     from npu_zoo.weights.tensors import Source
@@ -52,9 +52,9 @@ PACKED_KEYS: dict[str, str] = {
     "files": "Each of them.",
     "files[].path": "The file.",
     "files[].bytes": "Its size.",
-    "files[].weights": "The checkpoint's directory.",
+    "files[].weights": "The checkpoint's directory; null where the file cannot be read.",
     "files[].exists": "Whether that is still there.",
-    "files[].request": "The model, dtype, quantization and part of it.",
+    "files[].made_of": "The model, dtype, quantization and part of it; null where the file cannot be read.",
     "removed": "Whether they were removed.",
 }
 """What ``weights packed --json`` writes."""
@@ -125,35 +125,42 @@ def packed(
     A run that takes them starts without laying weights out anew; one that finds them out of date does not take them.
     """
     due = str(directory.resolve()) if directory else None
-    found = [file for file in list_packed() if due in (None, file.source.weights)]
+    found = [file for file in list_packed() if due is None or (file.request and file.request.weights == due)]
+    fields = [_packed_fields(file) for file in found]
+    rows = [_packed_row(entry) for entry in fields]
     for file in found if remove else ():
         remove_packed(file)
+    if remove:
+        remove_abandoned()
     if as_json:
-        print_json({"folder": str(packed_folder()), "files": list(map(_packed_fields, found)), "removed": remove})
+        print_json({"folder": str(packed_folder()), "files": fields, "removed": remove})
         return
     if not found:
         where = f" of {directory}" if directory else ""
         print(f"no packed weights{where} in {packed_folder()}; a run with --packed-weights keep writes some")
         return
-    rows = [_packed_row(_packed_fields(file)) for file in found]
     print_table(("weights", "of", "size", "file"), rows)
     if remove:
         note(f"removed {len(rows)} of them, {size_text(sum(file.bytes for file in found))}")
 
 
 def _packed_fields(file: PackedFile) -> dict[str, Any]:
-    exists = Path(file.source.weights).is_dir()
-    shown = {"path": str(file.path), "bytes": file.bytes, "weights": file.source.weights, "exists": exists}
-    return {**shown, "request": json.loads(file.source.request)}
+    shown: dict[str, Any] = {"path": str(file.path), "bytes": file.bytes, "weights": None, "exists": False}
+    if file.request is None:
+        return {**shown, "made_of": None}
+    weights = file.request.weights
+    return {**shown, "weights": weights, "exists": Path(weights).is_dir(), "made_of": json.loads(file.request.made_of)}
 
 
 def _packed_row(fields: dict[str, Any]) -> tuple[str, ...]:
-    request = fields["request"]
-    made_of = [request["dtype"], request["quantization"], "with MTP" if request["mtp"] else None]
-    ranks = max(request["split"].values())
-    made_of += [f"part {'-'.join(map(str, request['part']))}"] if ranks > 1 else []
-    weights = fields["weights"] + ("" if fields["exists"] else " (gone)")
-    return weights, ", ".join(filter(None, made_of)), size_text(fields["bytes"]), Path(fields["path"]).name
+    size, name = size_text(fields["bytes"]), Path(fields["path"]).name
+    made_of = fields["made_of"]
+    if made_of is None:
+        return "cannot be read", "", size, name
+    shown = [made_of.get("dtype"), made_of.get("quantization"), "with MTP" if made_of.get("mtp") else None]
+    if max(made_of.get("split", {}).values(), default=1) > 1:
+        shown.append(f"part {'-'.join(map(str, made_of.get('part', [])))}")
+    return fields["weights"] + ("" if fields["exists"] else " (gone)"), ", ".join(filter(None, shown)), size, name
 
 
 def _need_torch() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -72,3 +73,8 @@ class WeightLoader(ABC):
     @abstractmethod
     def total_bytes(self) -> int:
         """The size of all tensors."""
+
+    def files(self) -> list[Path]:
+        """The files that tensors are read from: every one beneath the directory, unless a loader knows better."""
+        walked = os.walk(self.directory, followlinks=True)
+        return sorted(Path(folder, name) for folder, _, names in walked for name in names)

@@ -160,7 +160,7 @@ class NativeEngine(Engine):
     def explain(self) -> dict[str, Any]:
         """See :meth:`Engine.explain`."""
         cache, attention = self.runner.cache, self.config.attention_choice
-        activations = self.runner.activations
+        activations, packed = self.runner.activations, self.runner.packed_weights
         return {
             "engine": self.config.engine,
             "device": str(self.runner.device),
@@ -168,7 +168,7 @@ class NativeEngine(Engine):
             "kernels": {choice.operation: choice.kernel for choice in self.config.kernels},
             "decode": self.runner.decode_form,
             "parameter_bytes": self.runner.parameter_bytes,
-            "packed_weights": str(self.runner.packed_weights) if self.runner.packed_weights else None,
+            "packed_weights": {"file": packed.file and str(packed.file), "remark": packed.remark},
             "activation_bytes": activations.allocated if activations else None,
             "reserved_bytes": activations.reserved if activations else None,
             "kv_cache_bytes": cache.num_bytes,

@@ -17,7 +17,7 @@ from npu_zoo.core.parallel import Ranks
 from npu_zoo.core.weights import WeightLoader
 from npu_zoo.engine.device import default_threads, free_memory, sharing_ranks
 from npu_zoo.engine.host_memory import keep_freed_memory, return_freed_memory
-from npu_zoo.engine.packing import Packing
+from npu_zoo.engine.packing import PackedWeights, Packing
 from npu_zoo.engine.speculation.layer import require_mtp, require_stored
 from npu_zoo.nn.context import BuildContext
 from npu_zoo.nn.kernels.table import Kernels
@@ -33,12 +33,12 @@ class LoadedModel:
 
     Attributes:
         parameter_bytes: of its parameters, as the checkpoint has them.
-        packed: the file that packed weights were taken from or kept in; None where they were not.
+        packed: what was taken of an earlier run, or kept for later ones.
     """
 
     model: CausalLM
     parameter_bytes: int
-    packed: Path | None
+    packed: PackedWeights
 
 
 def load_model(
@@ -63,8 +63,8 @@ def load_model(
     _check_memory(config, device, parameter_bytes)
     _set_up_torch(config, device, parameter_bytes, sharing_ranks(device, ranks))
     model.allocate(device)
-    packing = Packing(config, ranks, progress)
-    held = packing.restore(model)
+    packing = Packing(config, ranks, loader, progress)
+    held = packing.restore(model, parameter_bytes)
     load_weights(
         model.checkpoint_tensors(),
         loader,
@@ -78,7 +78,7 @@ def load_model(
     model.finish_loading()
     if device.type == "cpu":
         keep_freed_memory()
-    return LoadedModel(model.eval(), parameter_bytes, packing.path)
+    return LoadedModel(model.eval(), parameter_bytes, packing.result)
 
 
 def _build(config: EngineConfig, kernels: Kernels, ranks: Ranks) -> CausalLM:

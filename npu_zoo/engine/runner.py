@@ -43,7 +43,7 @@ class ModelRunner:
 
     Attributes:
         parameter_bytes: of its share of the weights.
-        packed_weights: the file that they were taken from or kept in, as kernels take them; None where they were not.
+        packed_weights: what was taken of an earlier run as kernels take it, or kept for later ones.
         decode_path: the prepared way to decode; None where every step goes through the model's code.
         num_steps: that were computed, or begun; all ranks count alike.
         drafter: guesses next tokens with the model's own layer for it; None where the run does not.
@@ -64,7 +64,9 @@ class ModelRunner:
         free = max(0, free_memory(self.device) - (self.activations.reserved if self.activations else 0))
         self._token_bytes = bytes_per_token(config, self._place)
         largest = -ranks.minimum(-self._token_bytes)
-        self.cache = plan_cache(config, largest, ranks.minimum(free // sharing_ranks(self.device, ranks)))
+        # The system takes what is mapped from a file for memory that it could give away.
+        share = max(0, free // sharing_ranks(self.device, ranks) - loaded.packed.mapped_bytes)
+        self.cache = plan_cache(config, largest, ranks.minimum(share))
         place, slots = self._place, (self.cache.num_slots, self.cache.slot_size)
         self.attention = create_attention(config, place, self.device, *slots)
         parts = self.model, self.attention
@@ -83,6 +85,8 @@ class ModelRunner:
             rows; and the hidden states of every row whose prompt is asked for, in that order too. On others
             their own share of it, or nothing.
         """
+        if self.num_steps == 1:  # a first token is out
+            self.packed_weights.settle()
         self.num_steps += 1
         with torch.inference_mode():
             mine = [row for row in rows if row.replica == self._place.replica]

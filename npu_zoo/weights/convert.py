@@ -15,7 +15,6 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from npu_zoo.core.errors import WeightsError
 from npu_zoo.weights.convert_journal import Journal, UnitRecord
@@ -25,9 +24,6 @@ from npu_zoo.weights.plan import ConversionPlan
 from npu_zoo.weights.quantize import quantize_rows
 from npu_zoo.weights.reading import Digest, Piece, Reader
 from npu_zoo.weights.tensors import LogicalTensor, Placement, Rows, Segments
-
-if TYPE_CHECKING:
-    pass
 
 BLOCK_BYTES = 2 << 20
 """Of the source, that are read at once where rows can be cut anywhere."""

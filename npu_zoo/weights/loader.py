@@ -56,6 +56,10 @@ class SourceLoader(WeightLoader):
                     part, encoded = wanted.get(placement.name), placement.encode(rows)
                     yield placement.name, encoded if part is None else part.of(encoded)
 
+    def files(self) -> list[Path]:
+        """See :meth:`WeightLoader.files`."""
+        return self._source.files()
+
     @functools.cached_property
     def _source(self) -> Source:
         return self.open(self.directory)

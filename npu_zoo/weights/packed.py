@@ -7,20 +7,20 @@ that processes with the same weights share their memory.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import secrets
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from npu_zoo.core.errors import WeightsError
-from npu_zoo.weights.header import MAX_HEADER_BYTES, SAFETENSORS_DTYPES, read_safetensors_header
+from npu_zoo.weights.header import MAX_HEADER_BYTES, SAFETENSORS_DTYPES, TensorEntry, parse_safetensors_header
 from npu_zoo.weights.mapping import bytes_of, map_file, read_ahead, view_tensor
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ _LINE = 64
 _PAGE = 4096
 _WRITTEN_AT_ONCE = 64 << 20
 _ROOM_LEFT = 1 << 30
-_ABANDONED_S = 3600.0
 _SUFFIX = ".safetensors"
 _SCRATCH = ".new-"
 _DTYPES = {name: key for key, (name, _) in SAFETENSORS_DTYPES.items()}
@@ -40,29 +39,22 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class PackedSource:
-    """What packed weights are made of, and so when they are out of date.
+class PackedRequest:
+    """What packed weights are of.
 
     Attributes:
         weights: the checkpoint's directory.
-        request: which model is made of it, by which kernels, for which rank.
-        state: of the checkpoint's files, of the zoo's code and of the processor; they change, the request does not.
+        made_of: which model is made of it, and which part of that, as JSON.
     """
 
     weights: str
-    request: str
-    state: str
+    made_of: str
 
     @property
     def path(self) -> Path:
         """Where the file lies, whether it exists or not."""
-        digest = hashlib.sha256(f"{self.weights}\0{self.request}".encode()).hexdigest()[:24]
+        digest = hashlib.sha256(os.fsencode(self.weights) + b"\0" + self.made_of.encode()).hexdigest()[:24]
         return packed_folder() / f"{digest}{_SUFFIX}"
-
-    def is_kept(self) -> bool:
-        """Whether the file is there and up to date."""
-        found = _read_source(self.path)
-        return found == self
 
 
 @dataclass(frozen=True)
@@ -70,12 +62,12 @@ class PackedFile:
     """A file of packed weights.
 
     Attributes:
-        source: what it was made of.
+        request: what it is of; None where it cannot be read, as after a write that was cut short.
         bytes: its size.
     """
 
     path: Path
-    source: PackedSource
+    request: PackedRequest | None
     bytes: int
 
 
@@ -85,47 +77,70 @@ def packed_folder() -> Path:
     return cache / "npu-zoo" / "packed"
 
 
-def files_state(directory: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of the last change, in nanoseconds, of every file of a checkpoint."""
-    found = []
-    for path in sorted(directory.rglob("*")):
-        with suppress(OSError):
-            stat = path.stat()
-            if path.is_file():
-                found.append((str(path.relative_to(directory)), stat.st_size, stat.st_mtime_ns))
-    return found
+def file_states(paths: Iterable[Path], base: Path) -> list[tuple[str, int, int]]:
+    """Of files, by their paths from a directory, each with its size and the time of its last change in nanoseconds.
+
+    It is the system's own time (ctime): that of writing may be any, as where images of containers are made again.
+    """
+    return [(os.path.relpath(path, base), stat.st_size, stat.st_ctime_ns) for path, stat in _stats(paths)]
 
 
-def read_packed(source: PackedSource, progress: Progress | None = None) -> dict[str, Tensor] | None:
+def _stats(paths: Iterable[Path]) -> Iterator[tuple[Path, os.stat_result]]:
+    for path in paths:
+        with suppress(OSError):  # one that is gone by now is missing from the state
+            yield path, path.stat()
+
+
+@dataclass(frozen=True)
+class MappedTensors:
+    """What was kept, where it is mapped.
+
+    Attributes:
+        tensors: by name, views of the memory.
+        memory: uint8 [bytes of the file].
+    """
+
+    tensors: dict[str, Tensor]
+    memory: Tensor
+
+
+def read_packed(request: PackedRequest, state: str, progress: Progress | None = None) -> MappedTensors | None:
     """The tensors that were kept, as views of the mapped file; None where none are, or none that can be taken.
 
-    They cannot where they are out of date, or the file is damaged.
+    They cannot where they were made of another state of things, or the file is not whole.
     """
-    if not source.is_kept():
-        return None
     try:
-        entries = read_safetensors_header(source.path)
-        buffer = map_file(source.path)
+        buffer = map_file(request.path)
+        raw = buffer[8 : 8 + int.from_bytes(buffer[:8], "little")]
+        if _source_of(raw) != (request, state):
+            return None
+        entries = parse_safetensors_header(raw, len(buffer) - 8 - len(raw), request.path)
     except WeightsError:
         return None
     read_ahead(buffer, progress)
-    return {entry.name: view_tensor(buffer, entry) for entry in entries}
+    whole = TensorEntry("", "uint8", 1, (len(buffer),), 0, len(buffer))
+    return MappedTensors({entry.name: view_tensor(buffer, entry) for entry in entries}, view_tensor(buffer, whole))
 
 
-def write_packed(source: PackedSource, tensors: Mapping[str, Tensor], progress: Progress | None = None) -> Path:
+def write_packed(
+    request: PackedRequest, state: str, tensors: Mapping[str, Tensor], progress: Progress | None = None
+) -> Path:
     """Keep tensors, in place of what was kept before; the file is there whole or not at all.
+
+    Args:
+        state: what :func:`read_packed` has to be given to get them back.
 
     Raises:
         WeightsError: a tensor does not fill whole cache lines, or the file cannot be written; says what to do.
     """
-    path = source.path
+    path = request.path
     total = sum(tensor.nbytes for tensor in tensors.values())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(path)
+        remove_abandoned()
         require_room(total)
         with _replacing(path) as file:
-            _write(file, memoryview(_header(source, tensors)))
+            _write(file, memoryview(_header(request, state, tensors)))
             done = 0
             for tensor in tensors.values():
                 data = bytes_of(tensor)
@@ -157,12 +172,11 @@ def require_room(num_bytes: int) -> None:
 
 
 def list_packed() -> list[PackedFile]:
-    """Every file that was kept."""
+    """Every file that was kept, and those that nobody can read."""
     found = []
-    for path in sorted(packed_folder().glob(f"*{_SUFFIX}")):
+    for path, stat in _stats(sorted(packed_folder().glob(f"*{_SUFFIX}"))):
         source = _read_source(path)
-        if source is not None:
-            found.append(PackedFile(path, source, path.stat().st_size))
+        found.append(PackedFile(path, source[0] if source else None, stat.st_size))
     return found
 
 
@@ -178,21 +192,35 @@ def remove_packed(file: PackedFile) -> None:
         raise WeightsError(f"{file.path}: cannot be removed: {error.strerror or error}") from error
 
 
-def _read_source(path: Path) -> PackedSource | None:
+def remove_abandoned() -> None:
+    """Remove what runs left that were killed while they wrote: those who still write hold a lock."""
+    for scratch in packed_folder().glob(f"*{_SUFFIX}{_SCRATCH}*"):
+        with suppress(OSError), scratch.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            scratch.unlink()
+
+
+def _read_source(path: Path) -> tuple[PackedRequest, str] | None:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            metadata = json.loads(file.read(min(length, MAX_HEADER_BYTES)))["__metadata__"]
-        return PackedSource(metadata["weights"], metadata["request"], metadata["state"])
-    except (OSError, ValueError, KeyError, TypeError):
+            return _source_of(file.read(min(length, MAX_HEADER_BYTES)))
+    except OSError:
         return None
 
 
-def _header(source: PackedSource, tensors: Mapping[str, Tensor]) -> bytes:
+def _source_of(header: bytes) -> tuple[PackedRequest, str] | None:
+    try:
+        metadata = json.loads(header)["__metadata__"]
+        return PackedRequest(metadata["weights"], metadata["made_of"]), metadata["state"]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _header(request: PackedRequest, state: str, tensors: Mapping[str, Tensor]) -> bytes:
     """Filled up to a whole page."""
-    header: dict[str, object] = {
-        "__metadata__": {"weights": source.weights, "request": source.request, "state": source.state}
-    }
+    metadata = {"weights": request.weights, "made_of": request.made_of, "state": state}
+    header: dict[str, object] = {"__metadata__": metadata}
     position = 0
     for name, tensor in tensors.items():
         if tensor.nbytes % _LINE:
@@ -222,16 +250,9 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
     scratch = path.with_name(f"{path.name}{_SCRATCH}{secrets.token_hex(6)}")
     try:
         with scratch.open("xb", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
             yield file
             os.fsync(file.fileno())
-        scratch.replace(path)
+            scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
-
-
-def _remove_abandoned(path: Path) -> None:
-    """Remove what a run left that was killed while it wrote."""
-    for scratch in path.parent.glob(f"*{_SUFFIX}{_SCRATCH}*"):
-        with suppress(OSError):
-            if time.time() - scratch.stat().st_mtime > _ABANDONED_S:
-                scratch.unlink()

@@ -44,6 +44,10 @@ class SafetensorsLoader(WeightLoader):
         """The size of all tensors."""
         return sum(entry.stop - entry.start for entries in self._files.values() for entry in entries)
 
+    def files(self) -> list[Path]:
+        """See :meth:`WeightLoader.files`."""
+        return list(self._files)
+
     def tensors(
         self, shards: Mapping[str, Shard] | None = None, without: Collection[str] = ()
     ) -> Iterator[tuple[str, Tensor]]:

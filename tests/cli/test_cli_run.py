@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,9 @@ MODEL = ("--model", "deepseek_coder:demo", "--hardware", "cpu")
 FROM_CONFIG = LLM.__dict__["from_config"]
 
 
+REMARK = "nothing was kept"
+
+
 class EchoLLM:
     """Answers every prompt with itself in capitals, the last prompt first."""
 
@@ -28,6 +32,7 @@ class EchoLLM:
         self.config = config
         self.calls: list[tuple[str, Any, SamplingParams]] = []
         self.partial_outputs: list[RequestOutput] = []
+        self.engine = SimpleNamespace(explain=lambda: {"packed_weights": {"remark": REMARK}})
 
     def __enter__(self) -> EchoLLM:
         return self
@@ -93,7 +98,7 @@ def results(text: str) -> list[dict[str, Any]]:
 def test_one_prompt_writes_its_completion_alone(cli: Callable, started: list[EchoLLM]) -> None:
     ran = cli("run", *MODEL, "--prompt", "ab")
     assert (ran.code, ran.out) == (0, "AB\n")
-    assert "note: " in ran.err
+    assert f"note: {REMARK}\n" in ran.err
     assert "tokens/s" in ran.err.splitlines()[-1]
     assert cli("run", *MODEL, "--prompt", "ab", "--echo").out == "abAB\n"
 

@@ -12,7 +12,7 @@ import torch
 from npu_zoo.cli.convert import CONVERT_KEYS
 from npu_zoo.cli.weights import INSPECT_KEYS, PACKED_KEYS, VERIFY_KEYS
 from npu_zoo.testing.checkpoints import write_checkpoint
-from npu_zoo.weights.packed import PackedSource, list_packed, write_packed
+from npu_zoo.weights.packed import PackedRequest, list_packed, write_packed
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +100,9 @@ def test_packed_weights_are_listed_and_removed(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert "a run with --packed-weights keep writes some" in cli("weights", "packed").out
     split = {"tp": 2, "pp": 1, "ep": 1, "dp": 1}
-    request = {"dtype": "bfloat16", "quantization": "w8a16", "mtp": True, "split": split, "part": [0, 1]}
+    made_of = {"dtype": "bfloat16", "quantization": "w8a16", "mtp": True, "split": split, "part": [0, 1]}
     for weights in (source, tmp_path / "elsewhere"):
-        write_packed(PackedSource(str(weights.resolve()), json.dumps(request), ""), {"a": torch.zeros(64)})
+        write_packed(PackedRequest(str(weights.resolve()), json.dumps(made_of)), "", {"a": torch.zeros(64)})
     listed = cli("weights", "packed").out
     assert all(word in listed for word in ("bfloat16", "w8a16", "with MTP", "part 0-1"))
     assert listed.count("(gone)") == 1
@@ -113,4 +113,21 @@ def test_packed_weights_are_listed_and_removed(
     assert found["removed"] is False
     removed = cli("weights", "packed", str(source), "--remove")
     assert "removed 1 of them" in removed.err
-    assert [file.source.weights for file in list_packed()] == [str((tmp_path / "elsewhere").resolve())]
+    assert [file.request and file.request.weights for file in list_packed()] == [
+        str((tmp_path / "elsewhere").resolve())
+    ]
+
+
+def test_packed_weights_that_nobody_can_read_are_removed_too(
+    tmp_path: Path, cli: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for made_of in ("{}", '{"split": {}, "of another version": 1}'):
+        write_packed(PackedRequest("/nowhere", made_of), "", {"a": torch.zeros(64)})
+    path = list_packed()[0].path
+    path.write_bytes(path.read_bytes()[:9])
+    path.with_name(f"{path.name}.new-abandoned").write_bytes(b"half of it")
+    listed = cli("weights", "packed").out
+    assert listed.count("cannot be read") == listed.count("(gone)") == 1
+    assert "removed 2 of them" in cli("weights", "packed", "--remove").err
+    assert list(path.parent.iterdir()) == []

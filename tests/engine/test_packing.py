@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from npu_zoo.core.config import EngineArgs
 from npu_zoo.core.errors import WeightsError
 from npu_zoo.core.parallel import Ranks, Split
 from npu_zoo.dispatch import resolve
-from npu_zoo.engine.packing import packed_source
+from npu_zoo.engine import packing, runner
+from npu_zoo.engine.packing import packed_request
 from npu_zoo.nn.kernels.compiled.linear import PanelLinear
 from npu_zoo.nn.kernels.compiled.quantized import PanelInt4Linear, PanelInt8Linear
 from npu_zoo.nn.kernels.quantized import QuantizedWeight
@@ -24,15 +25,17 @@ from npu_zoo.testing.checkpoints import write_checkpoint
 from npu_zoo.testing.door import unchecked_config
 from npu_zoo.weights import packed
 from npu_zoo.weights.convert import convert
-from npu_zoo.weights.header import read_safetensors_header
-from npu_zoo.weights.packed import list_packed
+from npu_zoo.weights.loader import BinLoader
+from npu_zoo.weights.packed import MappedTensors, list_packed
 from npu_zoo.weights.plan import ConvertOptions, plan_conversion
 from npu_zoo.weights.quantize import Scheme
+from npu_zoo.weights.safetensors import SafetensorsLoader
 
 pytestmark = pytest.mark.skipif(bool(obstacle()), reason=f"the compiled kernels cannot serve: {obstacle()}")
 
 FAMILIES = ["deepseek_coder", "deepseek_moe", "deepseek_v3", "wizardcoder"]
 PROMPTS = ["def add(a, b):", "import os\n"]
+NO_LAYOUT = "no kernel of this run has a layout that can be"
 GREEDY = SamplingParams(temperature=0, max_tokens=16, logprobs=1, ignore_eos=True)
 
 
@@ -46,7 +49,7 @@ def run(mode: str, **options: Any) -> tuple[Any, str | None]:
     """What an engine writes, and the file of packed weights that it tells of."""
     with LLM(dtype="bfloat16", allow_experimental=True, packed_weights=mode, **options) as llm:
         written = [(o.outputs[0].token_ids, o.outputs[0].logprobs) for o in llm.generate(PROMPTS, GREEDY)]
-        return written, llm.engine.explain()["packed_weights"]
+        return written, llm.engine.explain()["packed_weights"]["file"]
 
 
 @pytest.fixture
@@ -82,20 +85,46 @@ def test_what_was_kept_gives_the_same_tokens_and_is_not_packed_again(family: str
     assert len(packings) == count
 
 
-def test_the_checkpoint_is_not_read_again(tmp_path: Path) -> None:
+@pytest.fixture
+def left_out(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
+    """What loaders were told not to read."""
+    told: list[set[str]] = []
+    for loader in (SafetensorsLoader, BinLoader):
+        plain = loader.tensors
+
+        def spied(self: Any, shards: Any = None, without: Any = (), plain: Any = plain) -> Any:
+            told.append(set(without))
+            return plain(self, shards, without)
+
+        monkeypatch.setattr(loader, "tensors", spied)
+    return told
+
+
+@pytest.mark.parametrize("form", ["hf-safetensors", "hf-bin"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_checkpoint_is_not_read_again(form: str, tied: bool, tmp_path: Path, left_out: list[set[str]]) -> None:
     """Of what was kept; the embedding and norms are."""
-    weights = write_checkpoint(tmp_path / "weights")
-    options = {"model": "deepseek_coder:custom", "weights": str(weights)}
-    due, _ = run("keep", **options)
-    file = weights / "model.safetensors"
-    stat, data = file.stat(), bytearray(file.read_bytes())
-    for entry in read_safetensors_header(file):
-        if "_proj" in entry.name or "lm_head" in entry.name:
-            data[entry.start : entry.stop] = bytes(entry.stop - entry.start)
-    file.write_bytes(data)
-    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert run("auto", **options)[0] == due
-    assert run("off", **options)[0] != due
+    source = write_checkpoint(tmp_path / "source", tie_word_embeddings=tied)
+    convert(plan_conversion(source, ConvertOptions(form)), tmp_path / "weights")
+    options = {"model": "deepseek_coder:custom", "weights": str(tmp_path / "weights")}
+    due, path = run("keep", **options)
+    assert run("auto", **options) == (due, path)
+    assert run("off", **options) == (due, None)
+    assert left_out[0] == left_out[2] == set()
+    assert {name.split(".")[-2] for name in left_out[1]} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+    }
+
+
+def test_drafts_of_a_layer_that_was_kept(packings: list[int]) -> None:
+    """A run that drafts with the model's own layer has a file of its own."""
+    options = {"model": "deepseek_v3", "speculative_method": "mtp"}
+    plain, path = run("keep", model="deepseek_v3")
+    due, drafting = run("keep", **options)
+    assert path != drafting
+    packings.clear()
+    assert run("auto", **options) == (due, drafting)
+    assert run("auto", model="deepseek_v3") == (plain, path)
 
 
 def test_another_state_of_the_checkpoint_is_packed_anew(tmp_path: Path) -> None:
@@ -107,32 +136,104 @@ def test_another_state_of_the_checkpoint_is_packed_anew(tmp_path: Path) -> None:
     second, none = run("auto", **options)
     assert none is None
     assert second != first
+    with LLM(dtype="bfloat16", allow_experimental=True, **options) as llm:
+        assert "are out of date; --packed-weights keep renews them" in llm.engine.explain()["packed_weights"]["remark"]
     assert run("keep", **options) == (second, path)
     assert run("auto", **options) == (second, path)
     assert len(list_packed()) == 1
 
 
 @pytest.mark.parametrize("scheme", ["w8a16", "w4a16"])
-def test_quantized_weights(scheme: str, tmp_path: Path) -> None:
-    source = write_checkpoint(tmp_path / "plain")
+@pytest.mark.parametrize("family", ["deepseek_coder", "deepseek_moe"])
+def test_quantized_weights(family: str, scheme: str, tmp_path: Path) -> None:
+    config = resolve(EngineArgs(model=family, dtype="bfloat16"))
     weights = tmp_path / scheme
-    convert(plan_conversion(source, ConvertOptions("hf-safetensors", scheme=Scheme.of(scheme))), weights)
-    options = {"model": "deepseek_coder:custom", "weights": str(weights)}
+    plan = plan_conversion(Path(config.weights), ConvertOptions("hf-safetensors", scheme=Scheme.of(scheme)))
+    convert(plan, weights)
+    options = {"model": family, "weights": str(weights)}
     due, path = run("keep", **options)
     assert path is not None
     assert run("auto", **options) == (due, path)
     assert run("off", **options) == (due, None)
 
 
-def test_kernels_that_take_weights_as_they_are_keep_nothing() -> None:
+def test_kernels_without_a_layout_that_can_be_kept() -> None:
     with LLM(model="deepseek_coder", dtype="float32", packed_weights="keep") as llm:
-        assert llm.engine.explain()["packed_weights"] is None
+        told = llm.engine.explain()["packed_weights"]
+    assert told == {"file": None, "remark": f"no packed weights were kept: {NO_LAYOUT}"}
     assert list_packed() == []
+
+
+def test_a_checkpoint_that_changes_while_it_is_loaded_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = iter(["before", "after"])
+    monkeypatch.setattr(packing, "packed_state", lambda *_: next(states))
+    with LLM(model="deepseek_coder", dtype="bfloat16", packed_weights="keep") as llm:
+        told = llm.engine.explain()["packed_weights"]
+    assert told["remark"] == "no packed weights were kept: the checkpoint changed while it was loaded"
+    assert list_packed() == []
+
+
+def test_code_that_cannot_be_watched_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert packing._package_state("__main__") is None
+    assert packing._package_state("no_such_package") is None
+    monkeypatch.setattr(packing, "_package_state", lambda name: None)
+    with LLM(model="deepseek_coder", dtype="bfloat16", packed_weights="keep") as llm:
+        told = llm.engine.explain()["packed_weights"]
+    assert told["remark"] == "no packed weights were kept: the sources of the model's code cannot be found"
+    assert list_packed() == []
+
+
+def test_code_that_changes_is_another_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "zoo_of_somebody"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "layers.py").write_text("LAYOUT = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = packing._package_state.__wrapped__("zoo_of_somebody")
+    assert [name for name, *_ in before] == ["__init__.py", "layers.py"]
+    (package / "layers.py").write_text("LAYOUT = 2\n")
+    assert packing._package_state.__wrapped__("zoo_of_somebody") != before
+
+
+def test_mapped_weights_are_no_room_for_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the system counts their pages among those that it could give away."""
+    monkeypatch.setattr(runner, "free_memory", lambda device: 24 << 20)
+    options: dict[str, Any] = {"model": "deepseek_coder", "dtype": "bfloat16"}
+    sizes = []
+    for mode in ("off", "keep", "auto"):
+        with LLM(packed_weights=mode, **options) as llm:
+            sizes.append(llm.engine.explain()["kv_cache_bytes"])
+            mapped = llm.engine.runner.packed_weights.mapped_bytes  # type: ignore[attr-defined]
+    assert sizes[0] == sizes[1]
+    assert mapped > 1 << 20
+    assert sizes[0] - sizes[2] == pytest.approx(mapped / 2, rel=0.1)
+
+
+def test_what_was_mapped_comes_to_huge_pages_after_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    due, path = run("keep", model="deepseek_coder")
+    moved, steps = threading.Event(), []
+    plain = packing.move_to_huge_pages
+
+    def told(memory: torch.Tensor) -> int:
+        steps.append(llm.engine.runner.num_steps)  # type: ignore[attr-defined]
+        moved.set()
+        return plain(memory)
+
+    monkeypatch.setattr(packing, "move_to_huge_pages", told)
+    with LLM(model="deepseek_coder", dtype="bfloat16") as llm:
+        assert llm.engine.explain()["packed_weights"]["file"] == path
+        written = [(o.outputs[0].token_ids, o.outputs[0].logprobs) for o in llm.generate(PROMPTS, GREEDY)]
+        assert moved.wait(60)
+        assert llm.generate(PROMPTS, GREEDY)[0].outputs[0].token_ids == written[0][0]
+    assert written == due
+    assert len(steps) == 1
+    assert steps[0] >= 1
 
 
 def test_a_file_of_another_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     run("keep", model="deepseek_coder")
-    monkeypatch.setattr("npu_zoo.engine.packing.read_packed", lambda *_: {"model.nothing.panels": torch.zeros(64)})
+    other = MappedTensors({"model.nothing.panels": torch.zeros(64)}, torch.zeros(64, dtype=torch.uint8))
+    monkeypatch.setattr(packing, "read_packed", lambda *_: other)
     with pytest.raises(WeightsError, match=r"packed weights of model\.nothing, which the model does not have; remove"):
         run("auto", model="deepseek_coder")
 
@@ -145,7 +246,7 @@ def test_every_part_of_a_model_has_a_file_and_replicas_share_it() -> None:
         changed = unchecked_config(
             config, tensor_parallel_size=split.tp, data_parallel_size=split.dp, world_size=split.world_size
         )
-        found = {packed_source(changed, Ranks(split.place(rank))).path for rank in range(split.world_size)}
+        found = {packed_request(changed, Ranks(split.place(rank))).path for rank in range(split.world_size)}
         assert len(found) == due
         paths += found
     assert len(set(paths)) == len(paths)

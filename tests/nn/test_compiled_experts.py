@@ -104,7 +104,7 @@ def test_activations_that_no_cache_keeps(width: int) -> None:
     assert all(torch.equal(first, other) for other in others)
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("tokens", [1, 3, 40, 9000])
 def test_experts_of_other_ranks_add_nothing(tokens: int) -> None:
     model, x = Experts(4, 64, 32), noise(tokens, 64).bfloat16()
     ids, weights = chosen(tokens, 6, 3)
@@ -133,17 +133,17 @@ def test_a_token_that_is_not_a_number_leaves_others_alone(tokens: int) -> None:
     assert torch.equal(found[1:], due[1:])
 
 
-def moe_layer(shared: int, width: int) -> MoE:
+def moe_layer(shared: int, width: int, hidden: int = 40) -> MoE:
     """A layer of the kernels that a run takes, with random weights."""
     moe = MoEConfig(n_routed_experts=5, moe_intermediate_size=width, num_experts_per_tok=2, n_shared_experts=shared)
     config = ModelConfig(
         moe=moe,
-        hidden_size=40,
+        hidden_size=hidden,
         intermediate_size=40,
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=2,
-        head_dim=20,
+        head_dim=hidden // 2,
         vocab_size=64,
         max_position_embeddings=64,
     )
@@ -163,15 +163,20 @@ def finish(layer: MoE) -> MoE:
     return layer
 
 
-@pytest.mark.parametrize(("shared", "width"), [(1, 32), (2, 48), (3, 16), (1, 24)])
-def test_the_shared_experts_are_computed_along(shared: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or by themselves, where panels are not whole; with the same result."""
-    due_layer, layer = moe_layer(shared, width).float(), finish(moe_layer(shared, width))
+@pytest.mark.parametrize(
+    ("shared", "width", "hidden", "counts"),
+    [*((*sizes, 40, (1, 2, 16, 50)) for sizes in [(1, 32), (2, 48), (3, 16), (1, 24)]), (2, 32, 64, (8000, 8500))],
+)
+def test_the_shared_experts_are_computed_along(
+    shared: int, width: int, hidden: int, counts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or by themselves, where panels are not whole; with the same result, of few tokens and of many."""
+    due_layer, layer = moe_layer(shared, width, hidden).float(), finish(moe_layer(shared, width, hidden))
     called: list[int] = []
     plain = MLP.forward
     monkeypatch.setattr(MLP, "__call__", lambda self, x, *more: (called.append(len(x)), plain(self, x, *more))[1])
-    for tokens in (1, 2, 16, 50):
-        x = noise(tokens, 40, seed=tokens).bfloat16()
+    for tokens in counts:
+        x = noise(tokens, hidden, seed=tokens).bfloat16()
         found = layer(x)
         weights, ids = reference.route_tokens(due_layer.gate(x), None, due_layer.routing)
         parts = [[e.gate_up_proj.weight, e.down_proj.weight] for e in due_layer.experts.values()]
@@ -182,7 +187,7 @@ def test_the_shared_experts_are_computed_along(shared: int, width: int, monkeypa
         both = [due_layer.shared_experts.gate_up_proj.weight, due_layer.shared_experts.down_proj.weight]
         due += F.linear(reference.silu_and_mul(F.linear(x.float(), both[0])), both[1])
         assert_close(found, due)
-    assert called == ([] if width % 16 == 0 else [1, 2, 16, 50])
+    assert called == ([] if width % 16 == 0 else list(counts))
 
 
 @pytest.mark.parametrize("experts_of_a_layer", [3, 16, 40, 65])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-import time
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,16 +15,18 @@ from safetensors.torch import load_file
 from npu_zoo.core.errors import WeightsError
 from npu_zoo.weights import packed
 from npu_zoo.weights.packed import (
-    PackedSource,
-    files_state,
+    MappedTensors,
+    PackedRequest,
+    file_states,
     list_packed,
     packed_folder,
     read_packed,
+    remove_abandoned,
     remove_packed,
     write_packed,
 )
 
-SOURCE = PackedSource("/models/a", "{}", "one")
+REQUEST, STATE = PackedRequest("/models/a", "{}"), "one"
 
 
 @pytest.fixture(autouse=True)
@@ -39,107 +43,147 @@ def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
     }
 
 
-def equal(found: dict[str, torch.Tensor] | None, due: dict[str, torch.Tensor]) -> bool:
-    return found is not None and found.keys() == due.keys() and all(torch.equal(found[name], due[name]) for name in due)
+def equal(mapped: MappedTensors | None, due: dict[str, torch.Tensor]) -> bool:
+    return mapped is not None and same(mapped.tensors, due)
+
+
+def same(found: dict[str, torch.Tensor], due: dict[str, torch.Tensor]) -> bool:
+    return found.keys() == due.keys() and all(torch.equal(found[name], due[name]) for name in due)
 
 
 def test_what_was_kept_comes_back_at_cache_lines() -> None:
-    assert read_packed(SOURCE) is None
+    assert read_packed(REQUEST, STATE) is None
     seen: list[tuple[int, int]] = []
-    path = write_packed(SOURCE, tensors(), lambda done, total: seen.append((done, total)))
+    path = write_packed(REQUEST, STATE, tensors(), lambda done, total: seen.append((done, total)))
     assert seen[-1] == (4096 + 192 + 384, 4096 + 192 + 384)
-    found = read_packed(SOURCE)
+    found = read_packed(REQUEST, STATE)
     assert equal(found, tensors())
     assert found is not None
-    assert all(tensor.data_ptr() % 64 == 0 for tensor in found.values())
-    assert equal(load_file(path), tensors())  # it is a file that others read too
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in found.tensors.values())
+    assert found.memory.numpy().tobytes() == path.read_bytes()
+    assert same(load_file(path), tensors())  # it is a file that others read too
 
 
-def test_a_change_of_what_it_was_made_of_puts_it_out_of_date() -> None:
-    path = write_packed(SOURCE, tensors())
-    changed = PackedSource(SOURCE.weights, SOURCE.request, "two")
-    assert changed.path == path
-    assert read_packed(changed) is None
-    write_packed(changed, tensors(1))
-    assert equal(read_packed(changed), tensors(1))
-    assert read_packed(SOURCE) is None
-    assert [file.source for file in list_packed()] == [changed]
+def test_another_state_puts_it_out_of_date() -> None:
+    path = write_packed(REQUEST, STATE, tensors())
+    assert read_packed(REQUEST, "two") is None
+    assert write_packed(REQUEST, "two", tensors(1)) == path
+    assert equal(read_packed(REQUEST, "two"), tensors(1))
+    assert read_packed(REQUEST, STATE) is None
+    assert [file.request for file in list_packed()] == [REQUEST]
 
 
 def test_other_requests_have_files_of_their_own() -> None:
-    others = [PackedSource("/models/b", "{}", "one"), PackedSource("/models/a", '{"tp": 2}', "one")]
-    paths = {write_packed(source, tensors(number)) for number, source in enumerate([SOURCE, *others])}
+    requests = [REQUEST, PackedRequest("/models/b", "{}"), PackedRequest("/models/a", '{"tp": 2}')]
+    paths = {write_packed(request, STATE, tensors(number)) for number, request in enumerate(requests)}
     assert len(paths) == 3
-    assert all(equal(read_packed(source), tensors(number)) for number, source in enumerate([SOURCE, *others]))
+    assert all(equal(read_packed(request, STATE), tensors(number)) for number, request in enumerate(requests))
+
+
+def test_a_file_in_another_place_is_not_taken() -> None:
+    path = write_packed(REQUEST, STATE, tensors())
+    other = PackedRequest("/models/b", "{}")
+    path.rename(other.path)
+    assert read_packed(other, STATE) is None
+
+
+def test_what_is_compared_is_what_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where somebody replaces the file between both."""
+    write_packed(REQUEST, STATE, tensors())
+    plain = packed.map_file
+
+    def replaced(path: Path) -> Any:
+        found = plain(path)
+        monkeypatch.setattr(packed, "map_file", plain)
+        write_packed(REQUEST, "two", tensors(1))
+        return found
+
+    monkeypatch.setattr(packed, "map_file", replaced)
+    assert equal(read_packed(REQUEST, STATE), tensors())
 
 
 def test_a_file_that_is_replaced_stays_with_those_who_mapped_it() -> None:
-    write_packed(SOURCE, tensors())
-    mapped = read_packed(SOURCE)
-    write_packed(SOURCE, tensors(1))
+    write_packed(REQUEST, STATE, tensors())
+    mapped = read_packed(REQUEST, STATE)
+    write_packed(REQUEST, STATE, tensors(1))
     assert equal(mapped, tensors())
-    assert equal(read_packed(SOURCE), tensors(1))
+    assert equal(read_packed(REQUEST, STATE), tensors(1))
 
 
 @pytest.mark.parametrize("kept", [0, 7, 100, 4096, 5000])
-def test_a_damaged_file_is_not_taken(kept: int) -> None:
-    path = write_packed(SOURCE, tensors())
+def test_a_file_that_was_cut_short_is_not_taken(kept: int) -> None:
+    path = write_packed(REQUEST, STATE, tensors())
     path.write_bytes(path.read_bytes()[:kept])
-    assert read_packed(SOURCE) is None
+    assert read_packed(REQUEST, STATE) is None
+    assert [file.path for file in list_packed()] == [path]
 
 
 def test_a_write_that_fails_leaves_what_there_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    write_packed(SOURCE, tensors())
+    write_packed(REQUEST, STATE, tensors())
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(WeightsError, match=r"No space left on device; --packed-weights auto runs without"):
-        write_packed(SOURCE, tensors(1))
-    assert equal(read_packed(SOURCE), tensors())
+        write_packed(REQUEST, STATE, tensors(1))
+    assert equal(read_packed(REQUEST, STATE), tensors())
     assert len(list(packed_folder().iterdir())) == 1
 
 
 def test_a_disk_without_room_is_not_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "_ROOM_LEFT", 1 << 60)
     with pytest.raises(WeightsError, match=r"GB free; free some \(`npu-zoo weights packed` lists"):
-        write_packed(SOURCE, tensors())
+        write_packed(REQUEST, STATE, tensors())
     assert list_packed() == []
 
 
-def test_what_a_killed_run_left_is_removed_in_time() -> None:
-    path = write_packed(SOURCE, tensors())
-    old, new = (path.with_name(f"{path.name}.new-{name}") for name in ("old", "new"))
-    for scratch in (old, new):
-        scratch.write_bytes(b"half of it")
-    os.utime(old, (time.time() - 7200, time.time() - 7200))
-    write_packed(SOURCE, tensors())
-    assert not old.exists()
-    assert new.exists()  # somebody may be writing it
-    assert len(list_packed()) == 1
+_WRITER = """
+import sys, torch
+from npu_zoo.weights import packed
+def wait(*_):
+    print("writing", flush=True)
+    sys.stdin.read()
+packed.write_packed(packed.PackedRequest("/models/b", "{}"), "one", {"a": torch.zeros(64)}, wait)
+"""
+
+
+def test_what_a_killed_run_left_is_removed_and_what_another_writes_is_not() -> None:
+    with subprocess.Popen([sys.executable, "-c", _WRITER], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        write_packed(REQUEST, STATE, tensors())
+        assert len(list(packed_folder().iterdir())) == 2
+        writer.kill()
+    assert len(list(packed_folder().iterdir())) == 2
+    remove_abandoned()
+    assert list(packed_folder().iterdir()) == [REQUEST.path]
 
 
 def test_tensors_that_fill_no_whole_lines_are_refused() -> None:
     with pytest.raises(WeightsError, match="b has 63 bytes"):
-        write_packed(SOURCE, {"b": torch.zeros(63, dtype=torch.uint8)})
+        write_packed(REQUEST, STATE, {"b": torch.zeros(63, dtype=torch.uint8)})
     assert list_packed() == []
 
 
 def test_removing_one_leaves_the_others() -> None:
-    other = PackedSource("/models/b", "{}", "one")
-    write_packed(SOURCE, tensors())
-    write_packed(other, tensors(1))
-    remove_packed(next(file for file in list_packed() if file.source == SOURCE))
-    assert [file.source for file in list_packed()] == [other]
+    other = PackedRequest("/models/b", "{}")
+    write_packed(REQUEST, STATE, tensors())
+    write_packed(other, STATE, tensors(1))
+    remove_packed(next(file for file in list_packed() if file.request == REQUEST))
+    assert [file.request for file in list_packed()] == [other]
 
 
-def test_a_checkpoint_whose_files_change_is_another_one(tmp_path: Path) -> None:
-    folder = tmp_path / "weights"
-    (folder / "rank_0").mkdir(parents=True)
-    file = folder / "rank_0" / "model.safetensors"
+def test_a_file_that_changes_has_another_state(tmp_path: Path) -> None:
+    """Even one of the same size and with the same time of writing."""
+    file = tmp_path / "rank_0" / "model.safetensors"
+    file.parent.mkdir()
     file.write_bytes(b"1234")
-    before = files_state(folder)
+    before, stat = file_states([file], tmp_path), file.stat()
+    assert before == file_states([tmp_path / "rank_0" / ".." / "rank_0" / file.name], tmp_path)
     assert [name for name, *_ in before] == ["rank_0/model.safetensors"]
-    os.utime(file, ns=(0, 0))
-    assert files_state(folder) != before
+    file.write_bytes(b"4321")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert file_states([file], tmp_path) != before
+    file.unlink()
+    assert file_states([file], tmp_path) == []

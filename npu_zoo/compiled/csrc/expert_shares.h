@@ -79,6 +79,36 @@ inline void put_activations(bf16* to, Floats gate, Floats up, bool last) {
   if (last) store_bf16(to + kPanel, Floats{});
 }
 
+// What experts made of each of their rows, rounded: [slots][hidden]. Many tokens' sums would pass through memory once for
+// every expert of a token, in twice the bytes.
+struct SlotResults {
+  bf16* values;
+  const int64_t* slots;  // of each token, `most` places
+  int64_t most;
+
+  Output of_share(const Step& step, const Share& share) const {
+    return {values + share.slot * step.hidden, step.hidden, step.hidden, true};
+  }
+
+  // Adds up panels [first, last) of all tokens by their experts' weights.
+  void put(const Step& step, int64_t first, int64_t last, const Output& out) const {
+    for (int64_t token = 0; token < step.tokens; ++token) {
+      const int64_t* begin = slots + token * most;
+      const int64_t* end = std::find(begin, begin + most, -1);
+      for (int64_t panel = first; panel < last; panel += 2) {
+        Floats sums[2] = {};
+        for (const int64_t* slot = begin; slot < end; ++slot) {
+          const bf16* from = values + *slot * step.hidden + panel * kPanel;
+          sums[0] += load_bf16(from) * step.slot_scales[*slot];
+          sums[1] += load_bf16(from + kPanel) * step.slot_scales[*slot];
+        }
+        out.put_two(token, panel, sums[0], sums[1]);
+      }
+    }
+    settle_stores();
+  }
+};
+
 // Adds what a share comes to, by its weights.
 struct WeightedSums {
   const Step& step;

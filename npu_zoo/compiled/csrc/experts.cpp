@@ -80,6 +80,17 @@ void project_share(
 }
 
 // Output channels of panels [first, last) for all tokens.
+void project(const Step& step, int64_t first, int64_t last, const SlotResults& results, const Output& out) {
+  for (size_t i = 0; i < step.shares->size(); ++i) {
+    const Share* share = step.shares->data() + i;
+    const Share* next = i + 1 < step.shares->size() ? share + 1 : nullptr;
+    project_share(step, *share, next, first, last, results.of_share(step, *share));
+  }
+  settle_stores();
+  results.put(step, first, last, out);
+}
+
+// The same, added up as experts come.
 void project(const Step& step, int64_t first, int64_t last, const Output& out) {
   const TokenSums sums{step.sums, step.tokens};
   sums.clear(first, last);
@@ -92,7 +103,7 @@ void project(const Step& step, int64_t first, int64_t last, const Output& out) {
 }
 
 thread_local SlotTable slots;
-thread_local Workspace sums, activations;
+thread_local Workspace sums, activations, results;
 thread_local std::vector<Share> shares;
 
 }  // namespace
@@ -134,10 +145,18 @@ void zoo_experts(const bf16* x, int64_t x_stride, int64_t tokens, int64_t hidden
   slots.sort(ids, scales, tokens, top_k, count, shared_gate_up);
   find_shares(slots, experts, shares);
   Step step{x, x_stride, tokens, hidden, &shares, slots.tokens(), slots.scales(), nullptr,
-            sums.take<float>(tokens * panels * kPanel)};
+            nullptr};
   const Output to = Output::of_rows(out, tokens, hidden);
   const int64_t room = shares.empty() ? 0 : shares.back().end();
   step.activations = activations.take<bf16>(room);
+  const bool by_slot = hidden % kBlock == 0 && outgrows_caches(tokens * hidden * sizeof(bf16));
+  SlotResults of_slots{};
+  if (by_slot) {
+    const int64_t most = top_k + (shared_gate_up ? 1 : 0);
+    of_slots = {results.take<bf16>(slots.size() * hidden), slots.by_token(tokens, most), most};
+  } else {
+    step.sums = sums.take<float>(tokens * panels * kPanel);
+  }
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static, 1)
@@ -145,7 +164,8 @@ void zoo_experts(const bf16* x, int64_t x_stride, int64_t tokens, int64_t hidden
 #pragma omp for schedule(static, 1)
     for (int part = 0; part < threads; ++part) {
       const Channels channels(panels, part, threads);
-      project(step, channels.first, channels.last, to);
+      if (by_slot) project(step, channels.first, channels.last, of_slots, to);
+      else project(step, channels.first, channels.last, to);
     }
   }
 }

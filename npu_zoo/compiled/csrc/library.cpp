@@ -1,5 +1,4 @@
 // What the library is and can do here.
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include "panels.h"
@@ -28,16 +27,6 @@ int zoo_instructions() {
   return 1;
 #else
   return 0;
-#endif
-}
-
-// Asks for huge pages under memory that is about to be written; a hint, which may come to nothing.
-void zoo_huge_pages(void* address, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  const uintptr_t page = sysconf(_SC_PAGESIZE);
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(address) + page - 1) / page * page;
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(address) + bytes) / page * page;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
 }
 }

@@ -1,6 +1,7 @@
 // Which tokens go to which experts: slots, a token's place with one of its experts, sorted by expert.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "workspace.h"
@@ -36,6 +37,15 @@ class SlotTable {
   const int64_t* tokens() const { return tokens_; }
   const float* scales() const { return scales_; }
 
+  // Each token's slots, `most` places a token, of which those that it does not need hold -1.
+  const int64_t* by_token(int64_t tokens, int64_t most) {
+    int64_t* places = place_memory_.take<int64_t>(tokens * most);
+    std::fill_n(places, tokens * most, -1);
+    next_.assign(tokens, 0);
+    for (int64_t slot = 0; slot < size_; ++slot) places[tokens_[slot] * most + next_[tokens_[slot]]++] = slot;
+    return places;
+  }
+
  private:
   int64_t add(int64_t expert, int64_t rows) {
     const int64_t first = size_;
@@ -46,7 +56,7 @@ class SlotTable {
 
   void put(int64_t slot, int64_t token, float scale) { tokens_[slot] = token, scales_[slot] = scale; }
 
-  Workspace token_memory_, scale_memory_;
+  Workspace token_memory_, scale_memory_, place_memory_;
   std::vector<Slots> groups_;
   std::vector<int64_t> next_;
   int64_t size_ = 0, *tokens_ = nullptr;
