@@ -119,7 +119,7 @@ def setting_of(options: argparse.Namespace) -> Setting:
 
 def record_file(folder: Path, shape: str, group: Group) -> Path:
     """Where a group's record is kept."""
-    return folder / (f"{shape}-{group.scheme}.json" if group.scheme else f"{shape}.json")
+    return folder / (f"{shape}.json" if group.plain else f"{shape}-{group.name}.json")
 
 
 class Run:
@@ -188,7 +188,7 @@ def measure(options: argparse.Namespace) -> list[Verdict]:
         _say(f"warning: a load of {load:.1f} before the start; other work on this machine distorts all figures")
     for group in (GROUPS[name] for name in options.groups):
         cases = group.cases(options.cases)
-        if not cases or (group.scheme and setting.llama_python is None):
+        if not cases or (not group.plain and setting.llama_python is None):
             _say(f"{group.name} is left out: it has no case that was asked for, or llama.cpp is not there")
             continue
         file = record_file(options.records, shape.name, group)

@@ -10,7 +10,7 @@ from harness.notes import UNEXPLAINED
 from harness.pictures import CONTEXTS, ROOFLINES
 from harness.records import Compared, Records
 from harness.tables import DAY_HEADS, case_table, context_table, day_rows, table
-from harness.targets import MEMORY_WEIGHTS, OTHER_RATIO, START_SECONDS, Verdict, verdicts
+from harness.targets import MEMORY_WEIGHTS, OTHER_RATIO, START_SECONDS, UNPACKED, Verdict, verdicts
 from npu_zoo.evaluation.peers.engines import SUBJECT
 from npu_zoo.evaluation.peers.result import EngineEntry
 from npu_zoo.evaluation.peers.table import figure_text, remarks
@@ -54,8 +54,9 @@ METHOD = f"""\
   a fresh process that loads the model and does the work, with room for keys and values of that work; what an engine
   maps from a file and reads counts.
 - npu-zoo and vLLM run with their defaults, which batch continuously and share prefixes (vLLM not for latents), and
-  npu-zoo with `--packed-weights keep`, whose file a start writes that is not counted. transformers
-  and llama.cpp run static batches; those of llama.cpp compute a common prefix once, sequences leave them when they are
+  npu-zoo with `--packed-weights keep`, whose file a start writes that is not counted; its start with
+  `--packed-weights off`, which packs them every time, stands under `{UNPACKED}` and has no target. transformers and
+  llama.cpp run static batches; those of llama.cpp compute a common prefix once, sequences leave them when they are
   done, and keys and values are float16. llama.cpp's files have the same weights (q8_0 and q4_0 made by its own
   quantizer, a scale for 32 values; w8a16 and w4a16 by `npu-zoo convert`).
 - Targets: on the dense shape those of the table, and not behind any other peer; on the others {OTHER_RATIO} of every
@@ -139,7 +140,9 @@ def _model(compared: Compared) -> str:
         parts.append(f"latents of {latent['kv_lora_rank']} + {latent['rope']}")
     parts.append(f"vocabulary {shape['vocab_size']:,}")
     stored, weights = arguments.get("group"), arguments.get("weight_bytes")
-    dtype = shape["dtype"] if stored == "plain" else f"{stored} in {shape['dtype']}"
+    dtype = shape["dtype"] if stored in ("plain", UNPACKED) else f"{stored} in {shape['dtype']}"
+    if stored == UNPACKED:
+        dtype += ", not packed before the start"
     if arguments.get("group_size"):
         dtype += f", groups of {arguments['group_size']}"
     size = f"{figure_text(weights / 2**30)} GiB of weights" if isinstance(weights, int) else ""

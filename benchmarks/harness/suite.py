@@ -14,6 +14,7 @@ from typing import Any
 
 from harness.checkpoint import REFERENCE, ensure_checkpoint
 from harness.shapes import Shape
+from harness.targets import UNPACKED
 from npu_zoo.core.config import EngineArgs
 from npu_zoo.core.errors import ConfigError, UsageError
 from npu_zoo.evaluation.peers.cases import CATALOGUE, Case
@@ -44,23 +45,37 @@ class Group:
 
     Attributes:
         scheme: npu-zoo's, for which only llama.cpp has a counterpart, ``gguf``; empty for plain weights.
+        packed: whether npu-zoo finds weights as its kernels take them, which makes no difference but to its start.
     """
 
     name: str
     scheme: str = ""
     gguf: str = ""
+    packed: bool = True
+
+    @property
+    def plain(self) -> bool:
+        """Whether every case and engine is of interest."""
+        return not self.scheme and self.packed
 
     def cases(self, asked: Sequence[str]) -> list[str]:
         """Those of the asked ones that it runs."""
-        return [name for name in asked if not self.scheme or name == "decode-1"]
+        only = "decode-1" if self.packed else "start"
+        return [name for name in asked if self.plain or name == only]
 
     def engines(self, found: Sequence[InstalledEngine]) -> list[InstalledEngine]:
         """Those that can run it."""
-        return [engine for engine in found if not self.scheme or engine.name in (SUBJECT, LLAMA_CPP)]
+        return [engine for engine in found if self.plain or engine.name in (SUBJECT, LLAMA_CPP)]
 
 
 GROUPS = {
-    group.name: group for group in (Group("plain"), Group("w8a16", "w8a16", "q8_0"), Group("w4a16", "w4a16", "q4_0"))
+    group.name: group
+    for group in (
+        Group("plain"),
+        Group(UNPACKED, packed=False),
+        Group("w8a16", "w8a16", "q8_0"),
+        Group("w4a16", "w4a16", "q4_0"),
+    )
 }
 
 FEWER = {
@@ -116,7 +131,7 @@ def prepare(setting: Setting, shape: Shape, group: Group, names: Sequence[str]) 
         max_model_len=shape.max_model_len,
         kv_cache_memory=shape.kv_cache_memory,
         threads=setting.threads,
-        packed_weights="keep" if setting.hardware == "cpu" else None,
+        packed_weights=("keep" if group.packed else "off") if setting.hardware == "cpu" else None,
         # Neither every scheme of every family nor a CUDA device is in the families' own sources.
         allow_experimental=True,
     )

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 from npu_zoo.compiled.library import COMMAND, FAILURE, NAME, can_be_built, find_compiler, library_folder, sources
@@ -56,13 +57,15 @@ def build_in_background() -> bool:
     """
     if not can_be_built():
         return False
-    subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "npu_zoo.compiled.build"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
+    # Or Python warns of it when it collects the object, and the process stays a zombie.
+    threading.Thread(target=process.wait, name="kernels-build", daemon=True).start()
     return True
 
 

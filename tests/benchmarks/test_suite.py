@@ -25,6 +25,17 @@ def test_quantized_weights_are_compared_with_llama_cpp_at_batch_one() -> None:
         assert [found.name for found in group.engines(ENGINES)] == ["npu-zoo", "llama.cpp"]
         assert group.gguf == gguf
         assert engine.record_file(Path("folder"), "1.3b", group) == Path(f"folder/1.3b-{name}.json")
+
+
+def test_a_start_that_packs_its_weights_has_a_record_of_its_own() -> None:
+    group = GROUPS["unpacked"]
+    assert group.cases(CASES) == ["start"]
+    assert [found.name for found in group.engines(ENGINES)] == ["npu-zoo", "llama.cpp"]
+    assert engine.record_file(Path("folder"), "1.3b", group) == Path("folder/1.3b-unpacked.json")
+
+
+def test_plain_weights_have_every_case_and_engine() -> None:
+    assert engine.record_file(Path("folder"), "1.3b", GROUPS["plain"]) == Path("folder/1.3b.json")
     assert GROUPS["plain"].cases(CASES) == list(CASES)
     assert GROUPS["plain"].engines(ENGINES) == ENGINES
 

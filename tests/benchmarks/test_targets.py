@@ -58,6 +58,10 @@ def test_start_and_memory_have_limits_of_their_own(make_record: Make) -> None:
     ]
 
 
+def test_a_start_that_packs_its_weights_has_no_target(make_record: Make) -> None:
+    assert verdicts(make_record({"start": {"npu-zoo": [9.0], "llama.cpp": [1.0]}}, group="unpacked")) == []
+
+
 def test_a_ratio_is_the_median_of_pairs_and_not_of_medians(make_record: Make) -> None:
     record = make_record({"decode-1": {"npu-zoo": [10.0, 30.0, 40.0], "vllm": [10.0, 10.0, 20.0]}})
     (verdict,) = verdicts(record)

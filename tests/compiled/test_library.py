@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import time
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,11 +98,37 @@ def test_a_failed_build_is_told_and_not_tried_again_by_itself(
 
 
 @needs_compiler
+def test_a_build_that_outlives_its_start_is_waited_for(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    genuine = subprocess.Popen
+
+    def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        started.append(genuine([sys.executable, "-c", "import time; time.sleep(0.2)"], **options))
+        return started[0]
+
+    monkeypatch.setattr(building.subprocess, "Popen", start)
+    assert building.build_in_background()
+    process = weakref.ref(started.pop())
+    gc.collect()
+    running = process()
+    assert running is not None
+    while running.returncode is None:
+        time.sleep(0.01)
+    assert running.returncode == 0
+
+
+@needs_compiler
 def test_the_first_engine_builds_in_the_background_and_does_not_wait(
     empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[list[str]] = []
-    monkeypatch.setattr(building.subprocess, "Popen", lambda command, **_: started.append(command))
+
+    class Recorded(subprocess.Popen[bytes]):
+        def __init__(self, command: list[str], **options: Any) -> None:
+            started.append(command)
+            super().__init__([sys.executable, "-c", ""], **options)
+
+    monkeypatch.setattr(building.subprocess, "Popen", Recorded)
     config = resolve(EngineArgs(model="deepseek_coder", hardware="cpu", dtype="bfloat16"))
     assert any(library.COMMAND in note for note in config.notes)
     create_engine(config).shutdown()
