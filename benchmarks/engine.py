@@ -55,7 +55,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--fewer", action="append", metavar="ENGINE:CASE=N", help=f"a peer's rounds in a case; default: {_told(FEWER)}")
     add("--threads", type=int, default=2, help="threads, and cores that all systems are pinned to")
     add("--hardware", default="cpu", choices=("cpu", "cuda"), help="where models run")
-    add("--group-size", type=int, help="values that share a scale in w4a16; default: a whole channel")
     add("--experts", default="eager", help="transformers' experts_implementation")
     add("--workdir", type=Path, default=Path("build/benchmarks"), help="cache of checkpoints")
     add("--records", type=Path, default=Path("build/benchmarks/records"), help="where records are kept")
@@ -112,7 +111,6 @@ def setting_of(options: argparse.Namespace) -> Setting:
         threads=options.threads,
         rounds=options.rounds,
         experts=options.experts,
-        group_size=options.group_size,
         fewer=FEWER if options.fewer is None else parse_fewer(options.fewer),
     )
 
@@ -135,7 +133,7 @@ class Run:
             "shape": json.loads(json.dumps(dataclasses.asdict(shape))),
             "group": group.name,
             "weight_bytes": weight_bytes(self.session.config),
-            "group_size": setting.group_size if group.name == "w4a16" else None,
+            "group_size": group.group_size,
             "experts_implementation": setting.experts if shape.experts else None,
         }
 

@@ -58,7 +58,8 @@ METHOD = f"""\
   `--packed-weights off`, which packs them every time, stands under `{UNPACKED}` and has no target. transformers and
   llama.cpp run static batches; those of llama.cpp compute a common prefix once, sequences leave them when they are
   done, and keys and values are float16. llama.cpp's files have the same weights (q8_0 and q4_0 made by its own
-  quantizer, a scale for 32 values; w8a16 and w4a16 by `npu-zoo convert`).
+  quantizer, a scale for 32 values; w8a16 and w4a16 by `npu-zoo convert`, a scale for a channel, in
+  `w4a16-groups` for 32 inputs).
 - Targets: on the dense shape those of the table, and not behind any other peer; on the others {OTHER_RATIO} of every
   peer in every rate; {OTHER_RATIO} of llama.cpp on quantized weights; {START_SECONDS:g} s from process start to the
   first token; at batch 1 at most {MEMORY_WEIGHTS} times the weights of memory.
@@ -144,7 +145,7 @@ def _model(compared: Compared) -> str:
     if stored == UNPACKED:
         dtype += ", not packed before the start"
     if arguments.get("group_size"):
-        dtype += f", groups of {arguments['group_size']}"
+        dtype += f" of {arguments['group_size']} inputs that share a scale"
     size = f"{figure_text(weights / 2**30)} GiB of weights" if isinstance(weights, int) else ""
     return f"Model: {', '.join(parts)}; {dtype}, {size}."
 

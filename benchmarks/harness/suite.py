@@ -45,12 +45,14 @@ class Group:
 
     Attributes:
         scheme: npu-zoo's, for which only llama.cpp has a counterpart, ``gguf``; empty for plain weights.
+        group_size: values of a channel that share a scale; None where the whole channel does.
         packed: whether npu-zoo finds weights as its kernels take them, which makes no difference but to its start.
     """
 
     name: str
     scheme: str = ""
     gguf: str = ""
+    group_size: int | None = None
     packed: bool = True
 
     @property
@@ -75,6 +77,7 @@ GROUPS = {
         Group(UNPACKED, packed=False),
         Group("w8a16", "w8a16", "q8_0"),
         Group("w4a16", "w4a16", "q4_0"),
+        Group("w4a16-groups", "w4a16", "q4_0", 32),
     )
 }
 
@@ -94,7 +97,6 @@ class Setting:
         workdir: where checkpoints are kept.
         engines: npu-zoo and its peers.
         experts: how transformers computes experts.
-        group_size: values of a channel that share a scale in w4a16; None where the whole channel does.
         fewer: rounds by engine and case, see :class:`~npu_zoo.evaluation.peers.comparison.Conditions`.
     """
 
@@ -104,7 +106,6 @@ class Setting:
     threads: int = 2
     rounds: int = 3
     experts: str = "eager"
-    group_size: int | None = None
     fewer: Mapping[tuple[str, str], int] = dataclasses.field(default_factory=lambda: dict(FEWER))
 
     @property
@@ -120,7 +121,7 @@ def prepare(setting: Setting, shape: Shape, group: Group, names: Sequence[str]) 
         NpuZooError: npu-zoo refuses it, or a peer's file cannot be made.
     """
     plain = checkpoint_of(setting.workdir, shape)
-    weights = _quantized(plain, group, setting.group_size) if group.scheme else plain
+    weights = _quantized(plain, group) if group.scheme else plain
     engines = group.engines(setting.engines)
     gguf = _gguf(plain, group.gguf, setting.llama_python) if setting.llama_python else None
     asked = EngineArgs(
@@ -171,11 +172,10 @@ def checkpoint_of(root: Path, shape: Shape) -> Path:
         return pool.submit(ensure_checkpoint, root, shape).result()
 
 
-def _quantized(plain: Path, group: Group, group_size: int | None) -> Path:
-    grouped = group_size if group.scheme == "w4a16" else None
-    target = plain.with_name(f"{plain.name}-{group.scheme}" + (f"-{grouped}" if grouped else ""))
+def _quantized(plain: Path, group: Group) -> Path:
+    target = plain.with_name(f"{plain.name}-{group.name}")
     if not target.is_dir():
-        more = ["--group-size", str(grouped)] if grouped else []
+        more = ["--group-size", str(group.group_size)] if group.group_size else []
         command = [sys.executable, "-m", "npu_zoo", "convert", str(plain), str(target), "--to", "hf-safetensors"]
         _call([*command, "--quantize", group.scheme, *more])
     return target

@@ -19,7 +19,7 @@ ENGINES = [InstalledEngine(name) for name in ("npu-zoo", "transformers", "vllm",
 
 
 def test_quantized_weights_are_compared_with_llama_cpp_at_batch_one() -> None:
-    for name, gguf in (("w8a16", "q8_0"), ("w4a16", "q4_0")):
+    for name, gguf in (("w8a16", "q8_0"), ("w4a16", "q4_0"), ("w4a16-groups", "q4_0")):
         group = GROUPS[name]
         assert group.cases(CASES) == ["decode-1"]
         assert [found.name for found in group.engines(ENGINES)] == ["npu-zoo", "llama.cpp"]

@@ -138,7 +138,10 @@ KERNELS_BY_BITS = {8: PanelInt8Linear, 4: PanelInt4Linear}
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(
     ("channels", "inputs", "group_size"),
-    [(16, 64, 64), (48, 128, 128), (40, 256, 64), (17, 384, 128), (24, 100, 100), (1, 8, 8), (33, 2048, 128)],
+    [
+        *[(16, 64, 64), (48, 128, 128), (40, 256, 64), (17, 384, 128), (24, 100, 100), (1, 8, 8), (33, 2048, 128)],
+        *[(48, 96, 32), (16, 1056, 32), (20, 192, 96), (16, 320, 160)],
+    ],
 )
 def test_products_with_codes_of_any_shape(bits: int, channels: int, inputs: int, group_size: int) -> None:
     weight, kernel = quantized(channels, inputs, group_size, bits), KERNELS_BY_BITS[bits]
@@ -151,7 +154,7 @@ def test_products_with_codes_of_any_shape(bits: int, channels: int, inputs: int,
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_groups_that_no_block_divides_are_left_to_another_kernel(bits: int) -> None:
-    weight, kernel = quantized(64, 96, 32, bits), KERNELS_BY_BITS[bits]
+    weight, kernel = quantized(64, 96, 48, bits), KERNELS_BY_BITS[bits]
     packed = kernel.pack(weight)
     assert not isinstance(packed, CodePanels)
     x = noise(3, 96).bfloat16()

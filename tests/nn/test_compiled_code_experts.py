@@ -84,7 +84,8 @@ def assert_close(found: Tensor, due: Tensor) -> None:
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(
-    ("hidden", "width", "group"), [(64, 64, 64), (128, 192, 64), (256, 128, 128), (40, 48, None), (100, 16, None)]
+    ("hidden", "width", "group"),
+    [(64, 64, 64), (128, 192, 64), (256, 128, 128), (96, 160, 32), (40, 48, None), (100, 16, None)],
 )
 def test_any_shape_and_number_of_tokens(bits: int, hidden: int, width: int, group: int | None) -> None:
     model = Model(bits, hidden, width, group)
@@ -95,7 +96,7 @@ def test_any_shape_and_number_of_tokens(bits: int, hidden: int, width: int, grou
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize(("shared", "group"), [(48, None), (16, None), (96, None), (128, 64)])
+@pytest.mark.parametrize(("shared", "group"), [(48, None), (16, None), (96, None), (128, 64), (96, 32)])
 def test_the_shared_experts_are_computed_along(bits: int, shared: int, group: int | None) -> None:
     model = Model(bits, 128, 192 if group else 48, group, shared)
     for tokens in TOKENS:
@@ -147,7 +148,7 @@ def test_few_tokens_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_not_in_panels_of_one_form_is_left_to_another() -> None:
     odd = [LINEAR[8].pack(quantized(32, inputs, None, 8, 1)) for inputs in (64, 128)]
     assert experts.stack(odd) is odd
-    groups = [LINEAR[4].pack(quantized(32, 96, 32, 4, 1))] * 2
+    groups = [LINEAR[4].pack(quantized(32, 96, 48, 4, 1))] * 2
     assert not isinstance(groups[0], CodePanels)
     assert experts.stack(groups) is groups
     routed = Model(8, 128, 64)

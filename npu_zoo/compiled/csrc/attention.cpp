@@ -72,8 +72,8 @@ void make_plan(const Job<X>& job, int64_t width, int threads, Plan& plan) {
       plan.places[i] = plan.room;
       plan.room += plan.parts[i] * job.shape.kv_heads * rows * (width + 2);
     }
-    // One head's rows follow each other, for its keys and values then stay in a cache. Later rows of a prompt have more to
-    // see: they go first, so that no thread is left with a long one at the end.
+    // One head's rows follow each other, for its keys and values then stay in a cache; the later ones of a prompt, which
+    // have more to see, go first, so that no thread is left with a long one at the end.
     for (int64_t head = 0; head < job.shape.kv_heads; ++head)
       for (int64_t first = (rows - 1) / kTaskRows * kTaskRows; first >= 0; first -= kTaskRows)
         for (int64_t part = 0; part < plan.parts[i]; ++part)

@@ -24,15 +24,11 @@ struct CodeFeedForward {
 struct CodeForm {
   const uint8_t* const* codes;
   const float* const* scales;
-  int64_t inputs, group_size, bytes_of_panel;
-
-  CodeForm(const uint8_t* const* codes, const float* const* scales, int64_t inputs, int64_t group_size, int bits)
-      : codes(codes), scales(scales), inputs(inputs), group_size(group_size),
-        bytes_of_panel(ceil_div(inputs, kCodeBlock) * kPanel * kCodeBlock * bits / 8) {}
+  int64_t inputs, group_size;
+  int bits;
 
   CodeWeight at(int64_t expert) const {
-    const int64_t blocks = ceil_div(inputs, kCodeBlock), of_group = ceil_div(group_size, kCodeBlock);
-    return {codes[expert], scales[expert], ceil_div(blocks, of_group), of_group, blocks, bytes_of_panel};
+    return CodeWeight::of(codes[expert], scales[expert], inputs, group_size, bits);
   }
 };
 
@@ -107,7 +103,7 @@ void run(const bf16* x, int64_t x_stride, const CodeStep& step, const Output& ou
   {
 #pragma omp for
     for (int64_t slot = 0; slot < slots; ++slot)
-      step.inputs.quantize(x + step.slots->tokens()[slot] * x_stride, slot, step.experts->gate_up.blocks,
+      step.inputs.quantize(x + step.slots->tokens()[slot] * x_stride, slot, step.experts->gate_up.inputs(),
                            Codes<kBits>::kOffset);
 #pragma omp for schedule(static, 1)
     for (int part = 0; part < threads; ++part) activate<kBits>(step, part, threads);
@@ -116,8 +112,8 @@ void run(const bf16* x, int64_t x_stride, const CodeStep& step, const Output& ou
       const CodeFeedForward& expert = step.experts[i];
       for (int64_t slot = groups[i].first; slot < groups[i].first + groups[i].rows; ++slot) {
         bf16* row = step.activations + slot * step.stride;
-        std::fill(row + expert.width, row + expert.down.blocks * kCodeBlock, bf16{});
-        step.activated.quantize(row, slot, expert.down.blocks, Codes<kBits>::kOffset);
+        std::fill(row + expert.width, row + expert.down.inputs(), bf16{});
+        step.activated.quantize(row, slot, expert.down.inputs(), Codes<kBits>::kOffset);
       }
     }
 #pragma omp for schedule(static, 1)
@@ -145,12 +141,12 @@ void zoo_code_experts(const bf16* x, int64_t x_stride, int64_t tokens, int64_t h
                       int64_t count, int64_t shared_width, int64_t group, int64_t down_group, int bits, bf16* out,
                       int threads) {
   slots.sort(ids, scales, tokens, top_k, count, shared_width);
-  const CodeForm first(gate_up, gate_up_scales, hidden, group, bits);
+  const CodeForm first{gate_up, gate_up_scales, hidden, group, bits};
   experts.clear();
   int64_t widest = 0;
   for (const Slots& group : slots.groups()) {
     const int64_t own = group.expert == count ? shared_width : width;
-    const CodeForm second(down, down_scales, own, down_group ? down_group : own, bits);
+    const CodeForm second{down, down_scales, own, down_group ? down_group : own, bits};
     experts.push_back({first.at(group.expert), second.at(group.expert), own});
     widest = std::max(widest, own);
   }
@@ -158,7 +154,7 @@ void zoo_code_experts(const bf16* x, int64_t x_stride, int64_t tokens, int64_t h
     std::fill_n(out, tokens * hidden, bf16{});
     return;
   }
-  const int64_t size = slots.size(), stride = ceil_div(widest, kCodeBlock) * kCodeBlock;
+  const int64_t size = slots.size(), stride = filled_blocks(widest) * kCodeBlock;
   const int64_t of_inputs = experts[0].gate_up.input_group();
   int64_t of_activations = kWidestGroup;
   for (const CodeFeedForward& expert : experts)
@@ -168,8 +164,8 @@ void zoo_code_experts(const bf16* x, int64_t x_stride, int64_t tokens, int64_t h
       hidden,
       &slots,
       experts.data(),
-      input_space.take(size, experts[0].gate_up.blocks, of_inputs),
-      activation_space.take(size, stride / kCodeBlock, of_activations),
+      input_space.take(size, experts[0].gate_up.inputs(), of_inputs),
+      activation_space.take(size, stride, of_activations),
       activations.take<bf16>(size * stride),
       stride,
       sums.take<float>(tokens * ceil_div(hidden, kPanel) * kPanel),

@@ -10,11 +10,19 @@ namespace zoo {
 // inputs' halves, 6 and 7 codes; the panels' sums wait in memory for the scales of their groups.
 class IntegerTiles {
  public:
-  IntegerTiles(const Integers& x, int64_t row, int rows) : x_(x), row_(row), rows_(rows) { shape_tiles(rows, rows); }
+  IntegerTiles(const Integers& x, int64_t row, int rows)
+      : x_(x), row_(row), rows_(rows), blocks_(std::min<int64_t>(x.blocks_of_group, kTileBlocks)) {
+    shape_tiles(rows, rows, blocks_ * kCodeBlock / 4);
+  }
 
-  void multiply(int64_t begin, int64_t end, const uint8_t* first, const uint8_t* second) {
+  // Blocks in whole tiles.
+  int64_t filled(int64_t blocks) const { return (blocks + blocks_ - 1) & -blocks_; }
+
+  // Adds blocks [begin, end), which are the inputs' group `part`.
+  void multiply(int64_t part, int64_t begin, int64_t end, const uint8_t* first, const uint8_t* second) {
     clear();
-    for (int64_t block = begin; block < end; ++block, first += kBlockOfBytes, second += kBlockOfBytes) {
+    const int64_t bytes = blocks_ * kPanel * kCodeBlock;
+    for (int64_t block = begin; block < end; block += blocks_, first += bytes, second += bytes) {
       const int64_t at = row_ * x_.stride + block * kCodeBlock;
       _tile_loadd(4, x_.upper + at, x_.stride);
       _tile_loadd(5, x_.lower + at, x_.stride);
@@ -27,7 +35,6 @@ class IntegerTiles {
         _tile_dpbsud(3, 5, 7);
       }
     }
-    const int64_t part = begin / x_.blocks_of_group;
     alignas(64) int32_t sums[4][kPanel * kLanes];
     _tile_stored(0, sums[0], 64);
     _tile_stored(1, sums[1], 64);
@@ -66,8 +73,6 @@ class IntegerTiles {
   }
 
  private:
-  static constexpr int kBlockOfBytes = kPanel * kCodeBlock;
-
   static void clear() {
     _tile_zero(0);
     _tile_zero(1);
@@ -78,6 +83,7 @@ class IntegerTiles {
   const Integers& x_;
   int64_t row_;
   int rows_;
+  int64_t blocks_;  // of a tile
   bool second_ = false;
   Floats totals_[2][kPanel], group_[2][kPanel];
 };
@@ -109,12 +115,14 @@ inline void multiply_codes_by_tiles(
     const bool two = panel + 1 < last;
     const CodePanel one = weight.panel(panel), other = weight.panel(two ? panel + 1 : panel);
     tiles.start(two);
+    int64_t part = 0;
     for (int64_t group = 0; group < weight.groups; ++group) {
       const int64_t stop = std::min(weight.blocks, (group + 1) * weight.blocks_of_group);
-      for (int64_t begin = group * weight.blocks_of_group; begin < stop; begin += x.blocks_of_group) {
+      for (int64_t begin = group * weight.blocks_of_group; begin < stop; begin += x.blocks_of_group, ++part) {
         const int64_t end = std::min(stop, begin + x.blocks_of_group), at = begin * Codes<kBits>::kBytes;
-        const uint8_t* upper = as_bytes<kBits>(one.codes + at, end - begin, unpacked[0]);
-        tiles.multiply(begin, end, upper, two ? as_bytes<kBits>(other.codes + at, end - begin, unpacked[1]) : upper);
+        const int64_t blocks = tiles.filled(end - begin);
+        const uint8_t* upper = as_bytes<kBits>(one.codes + at, blocks, unpacked[0]);
+        tiles.multiply(part, begin, end, upper, two ? as_bytes<kBits>(other.codes + at, blocks, unpacked[1]) : upper);
       }
       tiles.scale(one.scales + group * kPanel, other.scales + group * kPanel);
     }
@@ -123,66 +131,39 @@ inline void multiply_codes_by_tiles(
   _tile_release();
 }
 
-// The sums of up to 32 rows with two panels of widened codes, while their groups' scales are still to come.
-class WidenedTiles {
- public:
-  void add(int upper, int lower, const Floats* scales) {
-    alignas(64) float sums[kPanel * kLanes];
-    _tile_stored(0, sums, 64);
-    add_tile(0, upper, sums, scales[0]);
-    _tile_stored(1, sums, 64);
-    add_tile(1, upper, sums, scales[1]);
-    if (lower == 0) return;
-    _tile_stored(2, sums, 64);
-    add_tile(2, lower, sums, scales[0]);
-    _tile_stored(3, sums, 64);
-    add_tile(3, lower, sums, scales[1]);
-  }
-
-  void put(const Output& out, int64_t row, int upper, int lower, int64_t panel, bool two) const {
-    put_tile(out, totals_[0], row, upper, panel);
-    if (two) put_tile(out, totals_[1], row, upper, panel + 1);
-    put_tile(out, totals_[2], row + upper, lower, panel);
-    if (two) put_tile(out, totals_[3], row + upper, lower, panel + 1);
-  }
-
- private:
-  void add_tile(int tile, int rows, const float* sums, Floats scale) {
-    for (int row = 0; row < rows; ++row) {
-      float* total = totals_[tile] + row * kLanes;
-      store(total, load<Floats>(total) + load<Floats>(sums + row * kLanes) * scale);
-    }
-  }
-
-  alignas(64) float totals_[4][kPanel * kLanes] = {};
-};
+// Puts sums of some rows with two panels, of which the second may be missing.
+inline void put_scaled(
+    const Output& out, const float* sums, int64_t row, int rows, int64_t panel, bool two, const Floats* scales) {
+  for (int number = 0; number < 1 + two; ++number)
+    for (int r = 0; r < rows; ++r)
+      out.put(row + r, panel + number, load<Floats>(sums + number * kTileValues + r * kLanes) * scales[number]);
+}
 
 // Panels [first, last) with many rows; `widened` has room for two panels of bfloat16.
 template <int kBits>
 inline void multiply_widened_codes(
     const Rows& x, int64_t rows, const CodeWeight& weight, int64_t first, int64_t last, bf16* widened,
     const Output& out) {
-  const int64_t blocks = weight.blocks * kCodeBlock / kBlock, stride = blocks * kBlockValues;
-  const int64_t of_group = weight.blocks_of_group * kCodeBlock / kBlock;
+  const bool scaled = weight.groups > 1;
+  const auto widen = scaled ? widen_codes<kBits, true> : widen_codes<kBits, false>;
+  bf16* behind = widened + weight.blocks * kBlockValues;
   int shaped = -1;
   for (int64_t panel = first; panel < last; panel += 2) {
     const bool two = panel + 1 < last;
     const CodePanel one = weight.panel(panel), other = weight.panel(two ? panel + 1 : panel);
-    widen_codes<kBits>(one.codes, weight.blocks, widened);
-    if (two) widen_codes<kBits>(other.codes, weight.blocks, widened + stride);
+    widen(one, widened);
+    if (two) widen(other, behind);
+    Floats scales[2] = {splat(1.0f), splat(1.0f)};
+    if (!scaled) scales[0] = load<Floats>(one.scales), scales[1] = load<Floats>(other.scales);
     for (int64_t row = 0; row < rows; row += 2 * kPanel) {
       const int upper = std::min<int64_t>(rows - row, kPanel), lower = std::min<int64_t>(rows - row - upper, kPanel);
       if (shaped != upper + lower) shape_tiles(upper, std::max(lower, 1)), shaped = upper + lower;
-      const auto multiply = multiply_blocks_of<false>(lower, two);
-      WidenedTiles tiles;
-      for (int64_t group = 0; group < weight.groups; ++group) {
-        const int64_t begin = group * of_group, end = std::min(blocks, begin + of_group);
-        clear_sums();
-        multiply(x, row, begin, end, {widened, widened + stride}, {{widened, widened + stride}});
-        const Floats scales[2] = {load<Floats>(one.scales + group * kPanel), load<Floats>(other.scales + group * kPanel)};
-        tiles.add(upper, lower, scales);
-      }
-      tiles.put(out, row, upper, lower, panel, two);
+      alignas(64) float sums[4 * kTileValues];
+      clear_sums();
+      multiply_blocks_of<false>(lower, two)(x, row, 0, weight.blocks, {widened, behind}, {{widened, behind}});
+      store_sums(sums);
+      put_scaled(out, sums, row, upper, panel, two, scales);
+      put_scaled(out, sums + 2 * kTileValues, row + upper, lower, panel, two, scales);
     }
   }
   _tile_release();

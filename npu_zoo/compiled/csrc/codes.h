@@ -1,13 +1,14 @@
 // Products with weights of 8 or 4 bits in panels of 16 output channels.
 //
-// A block is 64 inputs of 16 channels, and each channel has 32 bits of every vector of it: 4 codes of 8 bits, or 8 of
+// A block is 32 inputs of 16 channels, and each channel has 32 bits of every vector of it: 4 codes of 8 bits, or 8 of
 // 4 bits, those of the first four inputs in the lower halves of the bytes. Codes are stored without sign: 128 or 8 more
-// than they are. A scale belongs to a channel and a group of blocks.
+// than they are. A scale belongs to a channel and a group of blocks. Inputs are filled up to a multiple of 64, which is
+// what a matrix unit takes at once.
 //
 // For few rows products are sums of integers: inputs become integers of 16 bits with a scale for each row and 128 inputs
 // at most, and each is split into two of 8 bits, `upper * 256 + lower`, for which processors have instructions. What
 // rounding inputs so takes away is below what bfloat16 rounds away of the result. For many rows codes are widened to
-// bfloat16, exactly, and products are those of panels.h.
+// bfloat16, exactly where a channel has one scale, otherwise with their group's, and products are those of panels.h.
 #pragma once
 
 #include <cmath>
@@ -16,8 +17,9 @@
 
 namespace zoo {
 
-constexpr int kCodeBlock = 64;      // inputs
-constexpr int kWidestGroup = 2;     // blocks that share a scale of the inputs, so that sums fit 32 bits
+constexpr int kCodeBlock = 32;      // inputs
+constexpr int kTileBlocks = 2;      // blocks that a matrix unit takes at once
+constexpr int kWidestGroup = 4;     // blocks that share a scale of the inputs, so that sums fit 32 bits
 constexpr float kLargest = 32639;   // 127 * 256 + 127
 
 template <int kBits>
@@ -43,10 +45,10 @@ struct Integers {
   int32_t* offsets;       // [rows][groups]: what the offset of codes adds to the sums
   int64_t groups, blocks_of_group;
 
-  void quantize(const bf16* x, int64_t row, int64_t blocks, int offset) const {
-    for (int64_t group = 0; group < groups; ++group) {
-      const int64_t begin = group * blocks_of_group * kCodeBlock;
-      const int64_t end = std::min(blocks, (group + 1) * blocks_of_group) * kCodeBlock;
+  void quantize(const bf16* x, int64_t row, int64_t inputs, int offset) const {
+    const int64_t width = blocks_of_group * kCodeBlock;
+    for (int64_t group = 0; group * width < inputs; ++group) {
+      const int64_t begin = group * width, end = std::min(inputs, begin + width);
       Floats largest{};
       for (int64_t i = begin; i < end; i += kLanes) {
         const Floats values = load_bf16(x + i), size = values < 0 ? -values : values;
@@ -98,6 +100,10 @@ inline Ints add_products(Ints sum, Words codes, const int8_t* x) {
 #endif
 }
 
+// Inputs as they are filled up, and what a panel of their codes takes.
+inline int64_t filled_blocks(int64_t inputs) { return ceil_div(inputs, kTileBlocks * kCodeBlock) * kTileBlocks; }
+inline int64_t code_bytes(int64_t inputs, int bits) { return filled_blocks(inputs) * kPanel * kCodeBlock * bits / 8; }
+
 inline Floats to_floats(Ints upper, Ints lower) { return __builtin_convertvector((upper << 8) + lower, Floats); }
 
 struct CodePanel {
@@ -111,20 +117,30 @@ struct CodeWeight {
   const float* scales;
   int64_t groups, blocks_of_group, blocks, bytes_of_panel;
 
+  static CodeWeight of(const uint8_t* codes, const float* scales, int64_t inputs, int64_t group_size, int bits) {
+    const int64_t blocks = ceil_div(inputs, kCodeBlock), of_group = ceil_div(group_size, kCodeBlock);
+    return {codes, scales, ceil_div(blocks, of_group), of_group, blocks, code_bytes(inputs, bits)};
+  }
+
+  int64_t inputs() const { return filled_blocks(blocks * kCodeBlock) * kCodeBlock; }
   CodePanel panel(int64_t number) const {
     return {codes + number * bytes_of_panel, scales + number * groups * kPanel, blocks, blocks_of_group};
   }
   // Blocks of inputs that may share a scale.
-  int64_t input_group() const { return blocks_of_group % kWidestGroup == 0 || groups == 1 ? kWidestGroup : 1; }
+  int64_t input_group() const {
+    int64_t most = kWidestGroup;
+    while (groups > 1 && blocks_of_group % most) most /= 2;
+    return most;
+  }
 };
 
 // What a step's inputs as integers take.
 struct IntegerSpace {
   Workspace halves, scales, offsets;
 
-  Integers take(int64_t rows, int64_t blocks, int64_t blocks_of_group) {
-    const int64_t groups = ceil_div(blocks, blocks_of_group);
-    const int64_t stride = blocks * kCodeBlock + 64;  // not a power of two, whose rows would share sets of the cache
+  Integers take(int64_t rows, int64_t inputs, int64_t blocks_of_group) {
+    const int64_t groups = ceil_div(inputs, blocks_of_group * kCodeBlock);
+    const int64_t stride = inputs + 64;  // not a power of two, whose rows would share sets of the cache
     int8_t* upper = halves.take<int8_t>(2 * rows * stride);
     return {upper, upper + rows * stride, stride, scales.take<float>(rows * groups), offsets.take<int32_t>(rows * groups), groups,
             blocks_of_group};
@@ -137,11 +153,12 @@ inline void multiply_codes(const Integers& x, int64_t row, const CodePanel& pane
   using Layout = Codes<kBits>;
   constexpr int kChains = kRows == 1 ? 4 : 1;  // one row's sums would wait for each other
   for (int r = 0; r < kRows; ++r) sums[r] = Floats{};
+  int64_t part = 0;  // of the inputs' groups
   for (int64_t group = 0, first = 0; first < panel.blocks; ++group, first += panel.blocks_of_group) {
     const int64_t last = std::min(panel.blocks, first + panel.blocks_of_group);
     Floats totals[kRows] = {};
-    for (int64_t begin = first; begin < last; begin += x.blocks_of_group) {
-      const int64_t end = std::min(last, begin + x.blocks_of_group), part = begin / x.blocks_of_group;
+    for (int64_t begin = first; begin < last; begin += x.blocks_of_group, ++part) {
+      const int64_t end = std::min(last, begin + x.blocks_of_group);
       Ints upper[kRows][kChains] = {}, lower[kRows][kChains] = {};
       for (int64_t block = begin; block < end; ++block) {
 #pragma GCC unroll 16  // or sums would live in memory, at an address that depends on the vector
@@ -176,19 +193,25 @@ inline void multiply_codes(const Integers& x, int64_t row, const CodePanel& pane
   }
 }
 
-// Blocks of codes as blocks of bfloat16, exactly.
-template <int kBits>
-inline void widen_codes(const uint8_t* from, int64_t blocks, bf16* to) {
+// Blocks of codes as blocks of bfloat16: the codes, exactly, or where there are several groups their weights.
+template <int kBits, bool kScaled>
+inline void widen_codes(const CodePanel& panel, bf16* to) {
   using Layout = Codes<kBits>;
   constexpr Words kMask = Words{} + ((1u << kBits) - 1);
-  for (int64_t vector = 0; vector < blocks * Layout::kVectors; ++vector, from += 64) {
-    prefetch(from + kPrefetch);
-    for (int plane = 0; plane < Layout::kPlanes; ++plane) {
-      const Words codes = Layout::plane(load<Words>(from), plane);
-      for (int shift = 0; shift < 32; shift += 16, to += 2 * kPanel) {
-        const Floats even = __builtin_convertvector((Ints)((codes >> shift) & kMask) - Layout::kOffset, Floats);
-        const Floats odd = __builtin_convertvector((Ints)((codes >> (shift + 8)) & kMask) - Layout::kOffset, Floats);
-        store(to, (load<Words>(&even) >> 16) | (load<Words>(&odd) & 0xffff0000u));
+  const uint8_t* from = panel.codes;
+  for (int64_t block = 0; block < panel.blocks; ++block) {
+    Floats scale = splat(1.0f);
+    if (kScaled) scale = load<Floats>(panel.scales + block / panel.blocks_of_group * kPanel);
+    for (int vector = 0; vector < Layout::kVectors; ++vector, from += 64) {
+      prefetch(from + kPrefetch);
+      for (int plane = 0; plane < Layout::kPlanes; ++plane) {
+        const Words codes = Layout::plane(load<Words>(from), plane);
+        for (int shift = 0; shift < 32; shift += 16, to += 2 * kPanel) {
+          const Floats even = __builtin_convertvector((Ints)((codes >> shift) & kMask) - Layout::kOffset, Floats);
+          const Floats odd = __builtin_convertvector((Ints)((codes >> (shift + 8)) & kMask) - Layout::kOffset, Floats);
+          if (kScaled) store_pairs(to, even * scale, odd * scale);
+          else store(to, (load<Words>(&even) >> 16) | (load<Words>(&odd) & 0xffff0000u));
+        }
       }
     }
   }

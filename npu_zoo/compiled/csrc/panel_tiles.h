@@ -18,12 +18,12 @@ struct alignas(64) TileShapes {
 // GCC does not know that instructions on tiles read memory: without this, stores that only they read may come to nothing.
 inline void settle_memory() { asm volatile("" ::: "memory"); }
 
-// Tiles 0 to 3 are sums [rows][16 channels], 4 and 5 inputs [rows][32], 6 and 7 blocks of weights.
-inline void shape_tiles(int first_rows, int second_rows) {
+// Tiles 0 to 3 are sums [rows][16 channels], 4 and 5 inputs [rows][`depth` words], 6 and 7 blocks of weights.
+inline void shape_tiles(int first_rows, int second_rows, int depth = 16) {
   TileShapes shapes;
   for (int tile = 0; tile < 8; ++tile) {
-    shapes.bytes[tile] = 64;
-    shapes.rows[tile] = tile >= 6 ? 16 : (tile == 2 || tile == 3 || tile == 5) ? second_rows : first_rows;
+    shapes.bytes[tile] = tile == 4 || tile == 5 ? 4 * depth : 64;
+    shapes.rows[tile] = tile >= 6 ? depth : (tile == 2 || tile == 3 || tile == 5) ? second_rows : first_rows;
   }
   settle_memory();
   _tile_loadconfig(&shapes);

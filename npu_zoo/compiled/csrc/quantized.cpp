@@ -10,7 +10,7 @@ using namespace zoo;
 template <int kBits>
 void pack_panel(const int8_t* codes, int64_t stride, int64_t channels, int64_t inputs, uint8_t* panel) {
   using Layout = Codes<kBits>;
-  for (int64_t first = 0; first < ceil_div(inputs, kCodeBlock) * kCodeBlock; first += Layout::kInputs, panel += 64) {
+  for (int64_t first = 0; first < filled_blocks(inputs) * kCodeBlock; first += Layout::kInputs, panel += 64) {
     for (int64_t channel = 0; channel < kPanel; ++channel) {
       uint8_t bytes[4] = {};
       for (int64_t i = 0; i < Layout::kInputs; ++i) {
@@ -58,7 +58,7 @@ void multiply_many(const bf16* x, int64_t x_stride, int64_t rows, const CodeWeig
                    int threads) {
   static thread_local Workspace inputs_as_tiles, widened_codes;
   const int64_t panels = ceil_div(out.channels, kPanel), groups = ceil_div(rows, kPanel);
-  const int64_t inputs = weight.blocks * kCodeBlock, blocks = inputs / kBlock;
+  const int64_t inputs = weight.inputs(), blocks = inputs / kBlock;
   bf16* tiles = inputs_as_tiles.take<bf16>(groups * kPanel * inputs);
   const Rows packed = Rows::tiles(tiles, blocks);
 #pragma omp parallel num_threads(threads)
@@ -83,12 +83,12 @@ void linear(const bf16* x, int64_t x_stride, int64_t rows, const CodeWeight& wei
 #endif
   static thread_local IntegerSpace space;
   const int64_t panels = ceil_div(out.channels, kPanel);
-  const Integers integers = space.take(rows, weight.blocks, weight.input_group());
+  const Integers integers = space.take(rows, weight.inputs(), weight.input_group());
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for
     for (int64_t row = 0; row < rows; ++row)
-      integers.quantize(x + row * x_stride, row, weight.blocks, Codes<kBits>::kOffset);
+      integers.quantize(x + row * x_stride, row, weight.inputs(), Codes<kBits>::kOffset);
 #pragma omp for schedule(static, 1)
     for (int part = 0; part < threads; ++part)
       multiply_panels<kBits>(integers, rows, weight, panels * part / threads, panels * (part + 1) / threads, out);
@@ -100,13 +100,13 @@ void linear(const bf16* x, int64_t x_stride, int64_t rows, const CodeWeight& wei
 extern "C" {
 
 int64_t zoo_packed_code_bytes(int64_t channels, int64_t inputs, int bits) {
-  return ceil_div(channels, kPanel) * ceil_div(inputs, kCodeBlock) * kPanel * kCodeBlock * bits / 8;
+  return ceil_div(channels, kPanel) * code_bytes(inputs, bits);
 }
 
 // codes: [channels, inputs], a byte each, rows `stride` bytes apart.
 void zoo_pack_codes(const int8_t* codes, int64_t stride, int64_t channels, int64_t inputs, int bits, uint8_t* packed,
                     int threads) {
-  const int64_t bytes = ceil_div(inputs, kCodeBlock) * kPanel * kCodeBlock * bits / 8;
+  const int64_t bytes = code_bytes(inputs, bits);
 #pragma omp parallel for num_threads(threads)
   for (int64_t panel = 0; panel < ceil_div(channels, kPanel); ++panel) {
     const int64_t first = panel * kPanel, count = std::min<int64_t>(kPanel, channels - first);
@@ -115,13 +115,11 @@ void zoo_pack_codes(const int8_t* codes, int64_t stride, int64_t channels, int64
   }
 }
 
-// x: [rows, inputs], rows `x_stride` values apart, inputs a multiple of 64; scales: [panels, groups, 16], where a group
-// is `group_size` inputs, a multiple of 64 where there are several; out: [rows, channels].
+// x: [rows, inputs], rows `x_stride` values apart, filled up to a multiple of 64 inputs; scales: [panels, groups, 16],
+// where a group is `group_size` inputs, a multiple of 32 where there are several; out: [rows, channels].
 void zoo_linear_codes(const bf16* x, int64_t x_stride, int64_t rows, const uint8_t* packed, const float* scales,
                       int64_t channels, int64_t inputs, int64_t group_size, int bits, bf16* out, int threads) {
-  const int64_t blocks = ceil_div(inputs, kCodeBlock), of_group = ceil_div(group_size, kCodeBlock);
-  const CodeWeight weight{packed, scales, ceil_div(blocks, of_group), of_group, blocks,
-                          blocks * kPanel * kCodeBlock * bits / 8};
+  const CodeWeight weight = CodeWeight::of(packed, scales, inputs, group_size, bits);
   auto multiply = bits == 8 ? linear<8> : linear<4>;
   multiply(x, x_stride, rows, weight, {out, channels, channels}, threads);
 }

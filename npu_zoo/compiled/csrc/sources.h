@@ -104,14 +104,13 @@ struct Restored {
     using Codes = Plain<int8_t>;
     const Widths from = strips.widths;
     char *keys = strips.key_at(token), *values = strips.value_at(token);
-    bf16 *to = reinterpret_cast<bf16*>(key_strip), even[kPanel], odd[kPanel];
+    bf16* to = reinterpret_cast<bf16*>(key_strip);
     for (int half = 0; half < 2; ++half) {
       const Floats scales = load<Floats>(Codes::key_scales(keys, from) + half * kPanel);
       const int8_t* panel = reinterpret_cast<const int8_t*>(keys) + half * from.key * kPanel;
       for (int64_t d = 0; d < widths.key; d += 2, to += 2 * kPanel) {
-        store_bf16(even, d < from.key ? load_floats(panel + d * kPanel) * scales : Floats{});
-        store_bf16(odd, d + 1 < from.key ? load_floats(panel + (d + 1) * kPanel) * scales : Floats{});
-        store(to, interleaved(even, odd));
+        const Floats even = d < from.key ? load_floats(panel + d * kPanel) * scales : Floats{};
+        store_pairs(to, even, d + 1 < from.key ? load_floats(panel + (d + 1) * kPanel) * scales : Floats{});
       }
     }
     const float* scales = Codes::value_scales(values, from);
@@ -121,15 +120,11 @@ struct Restored {
       // Scales of tokens that are not there are whatever was in memory.
       const float first = i < count ? scales[i] : 0, second = i + 1 < count ? scales[i + 1] : 0;
       for (int64_t d = 0; d < widths.value; d += kLanes) {
-        store_bf16(even, load_floats(codes + i * from.value + d) * first);
-        store_bf16(odd, load_floats(codes + (i + 1) * from.value + d) * second);
-        store(to + d / kLanes * kBlockValues + i * kPanel, interleaved(even, odd));
+        const int8_t* at = codes + i * from.value + d;
+        store_pairs(to + d / kLanes * kBlockValues + i * kPanel, load_floats(at) * first,
+                    load_floats(at + from.value) * second);
       }
     }
-  }
-
-  static Words interleaved(const bf16* even, const bf16* odd) {
-    return widen(load<Halves>(even)) | widen(load<Halves>(odd)) << 16;
   }
 };
 

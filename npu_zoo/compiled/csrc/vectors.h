@@ -89,6 +89,19 @@ inline void store_bf16_line(bf16* to, Floats first, Floats second, bool past) {
 #endif
 }
 
+// Rounds two values for each of 16 lanes, the one behind the other: [16][2].
+inline void store_pairs(bf16* to, Floats even, Floats odd) {
+#if defined(ZOO_BF16_DOT)
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(load<__m512>(&odd), load<__m512>(&even));
+  alignas(64) static constexpr uint16_t kOrder[2 * kLanes] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                              21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                              11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both));
+#else
+  store(to, widen(round_to_bf16(even)) | widen(round_to_bf16(odd)) << 16);
+#endif
+}
+
 // Copies lines, to where a line begins, past the caches if the processor can.
 inline void copy_lines(void* to, const void* from, int64_t bytes) {
 #if defined(ZOO_BF16_DOT)

@@ -11,7 +11,7 @@ from torch import Tensor
 from npu_zoo.nn.kernels import cpu
 from npu_zoo.nn.kernels.compiled.binding import ADDRESS, COUNT, SIZE, Function
 from npu_zoo.nn.kernels.compiled.linear import as_rows
-from npu_zoo.nn.kernels.compiled.quantized import CHANNELS_OF_A_PANEL, INPUTS_OF_A_BLOCK, CodePanels
+from npu_zoo.nn.kernels.compiled.quantized import CHANNELS_OF_A_PANEL, INPUTS_OF_A_TILE, CodePanels
 from npu_zoo.nn.kernels.table import Product, Stored
 
 FEW_TOKENS = 32
@@ -124,7 +124,7 @@ def _apart(weights: StackedCodes | Sequence[Stored]) -> Sequence[Stored]:
 def _multiply(x: Tensor, ids: Tensor, weights: Tensor, gate_up: StackedCodes, down: StackedCodes) -> Tensor:
     hidden, form = down.form.channels, gate_up.form
     out = x.new_empty(len(x), hidden)
-    rows = as_rows(x, hidden, INPUTS_OF_A_BLOCK)
+    rows = as_rows(x, hidden, INPUTS_OF_A_TILE)
     _experts(
         rows.data_ptr(),
         rows.stride(0),

@@ -16,7 +16,7 @@ from npu_zoo.nn.kernels.compiled.linear import as_rows, require_bytes
 from npu_zoo.nn.kernels.compiled.memory import allocate
 from npu_zoo.nn.kernels.quantized import QuantizedLinearKernel, QuantizedWeight
 
-INPUTS_OF_A_BLOCK = 64
+INPUTS_OF_A_TILE, INPUTS_OF_A_BLOCK = 64, 32
 CHANNELS_OF_A_PANEL = 16
 
 _packed_bytes = Function("zoo_packed_code_bytes", SIZE, SIZE, COUNT, result=SIZE)
@@ -46,7 +46,7 @@ class CodePanels:
 
 
 class _PanelCodesLinear:
-    """A kernel for codes of some bits; groups that are no multiple of 64 inputs are left to another."""
+    """A kernel for codes of some bits; groups that are no multiple of 32 inputs are left to another."""
 
     otherwise: ClassVar[QuantizedLinearKernel]
     bits: ClassVar[int]
@@ -86,7 +86,7 @@ class _PanelCodesLinear:
         if not isinstance(packed, CodePanels):
             return cls.otherwise.apply(x, packed)
         out = x.new_empty(*x.shape[:-1], packed.channels)
-        rows = as_rows(x, packed.inputs, INPUTS_OF_A_BLOCK)
+        rows = as_rows(x, packed.inputs, INPUTS_OF_A_TILE)
         _linear(
             rows.data_ptr(),
             rows.stride(0),
