@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import subprocess
 import sys
 import time
@@ -103,7 +104,7 @@ def test_a_build_that_outlives_its_start_is_waited_for(empty_cache: Path, monkey
     genuine = subprocess.Popen
 
     def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
-        started.append(genuine([sys.executable, "-c", "import time; time.sleep(0.2)"], **options))
+        started.append(genuine([sys.executable, "-c", "import time; time.sleep(600)"], **options))
         return started[0]
 
     monkeypatch.setattr(building.subprocess, "Popen", start)
@@ -112,9 +113,10 @@ def test_a_build_that_outlives_its_start_is_waited_for(empty_cache: Path, monkey
     gc.collect()
     running = process()
     assert running is not None
-    while running.returncode is None:
+    running.kill()
+    while running.returncode is None:  # nobody asks here: it is told by who waits
         time.sleep(0.01)
-    assert running.returncode == 0
+    assert running.returncode == -signal.SIGKILL
 
 
 @needs_compiler

@@ -124,9 +124,12 @@ def test_a_stream_has_usage_only_where_it_is_asked_for(client: OpenAI) -> None:
     counted = client.chat.completions.create(
         model=MODEL, messages=CHAT, max_tokens=5, stream=True, stream_options=options, extra_body={"ignore_eos": True}
     )
-    counts = [chunk.usage.completion_tokens for chunk in counted if chunk.usage is not None]
+    usages = [chunk.usage for chunk in counted]
+    counts = [usage.completion_tokens for usage in usages if usage is not None]
+    # A chunk may have several tokens where the reader is slow.
+    assert len(counts) == len(usages) > 1
     assert counts == sorted(counts)
-    assert (counts[0] <= 1, counts[-1]) == (True, 5)
+    assert counts[-1] == 5
 
 
 def same_logprobs(found: list[ChatCompletionTokenLogprob], oracle: LLM, output: CompletionOutput) -> None:
