@@ -169,6 +169,15 @@ class Run:
         return self.session.record(self._arguments)
 
 
+def _missing(setting: Setting, group: Group, cases: list[str]) -> str:
+    """What a group cannot be run without; empty where it can."""
+    if not cases:
+        return "it has no case that was asked for"
+    if not group.plain and setting.llama_python is None:
+        return "llama.cpp is not there"
+    return "" if group.packed or setting.hardware == "cpu" else "weights are packed on CPUs alone"
+
+
 def _without_places(entry: EngineEntry, workdir: Path) -> EngineEntry:
     options = json.loads(json.dumps(entry.options).replace(f"{workdir}/", ""))
     return entry.model_copy(update={"python": Path(entry.python).name, "options": options})
@@ -186,8 +195,8 @@ def measure(options: argparse.Namespace) -> list[Verdict]:
         _say(f"warning: a load of {load:.1f} before the start; other work on this machine distorts all figures")
     for group in (GROUPS[name] for name in options.groups):
         cases = group.cases(options.cases)
-        if not cases or (not group.plain and setting.llama_python is None):
-            _say(f"{group.name} is left out: it has no case that was asked for, or llama.cpp is not there")
+        if missing := _missing(setting, group, cases):
+            _say(f"{group.name} is left out: {missing}")
             continue
         file = record_file(options.records, shape.name, group)
         require_record_place(file, "bench compare")

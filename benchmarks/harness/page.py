@@ -145,7 +145,7 @@ def _model(compared: Compared) -> str:
     if stored == UNPACKED:
         dtype += ", not packed before the start"
     if arguments.get("group_size"):
-        dtype += f" of {arguments['group_size']} inputs that share a scale"
+        dtype += f", a scale for {arguments['group_size']} inputs"
     size = f"{figure_text(weights / 2**30)} GiB of weights" if isinstance(weights, int) else ""
     return f"Model: {', '.join(parts)}; {dtype}, {size}."
 

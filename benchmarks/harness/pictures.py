@@ -27,7 +27,7 @@ def pictures(records: Records) -> dict[str, list[Chart]]:
 
 
 def _rooflines(compared: Sequence[Compared]) -> Iterator[Chart]:
-    """A roof for each shape on each machine, with all its cases of all engines, quantized ones by their scheme."""
+    """A roof for each shape on each machine, with all its cases of all engines, quantized ones by their group."""
     shapes = dict.fromkeys((str(one.shape["name"]), one.machine.hardware) for one in compared)
     for shape, hardware in shapes:
         own = [one for one in compared if (one.shape["name"], one.machine.hardware) == (shape, hardware)]

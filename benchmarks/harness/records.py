@@ -25,7 +25,7 @@ class Compared:
     """A record of ``engine.py``.
 
     Attributes:
-        name: of the shape, with the scheme of quantized weights.
+        name: of the shape, with the group that its cases are of.
     """
 
     path: Path

@@ -45,7 +45,7 @@ class Verdict:
     """A case beside its target.
 
     Attributes:
-        name: of the shape and, where weights are quantized, the scheme.
+        name: of the shape, with the group that its cases are of.
         peer: that a ratio is to; None where the figure itself has a limit.
         found: the median ratio, or the figure.
     """
@@ -79,7 +79,7 @@ class Verdict:
 
 
 def record_name(record: ResultRecord) -> str:
-    """The shape, with the scheme of quantized weights."""
+    """The shape, with the group that its cases are of."""
     shape, group = _shape_name(record), record.arguments.get("group")
     return shape if group in (None, "plain") else f"{shape}-{group}"
 

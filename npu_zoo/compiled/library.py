@@ -12,6 +12,8 @@ import platform
 import shutil
 from pathlib import Path
 
+from npu_zoo.platforms.caches import cache_folder
+
 SOURCES = Path(__file__).parent / "csrc"
 NAME = "libnpu_zoo_cpu.so"
 COMMAND = "npu-zoo kernels build"
@@ -56,8 +58,7 @@ def library_path() -> Path:
 
 def library_folder() -> Path:
     """The folder of the library, beneath ``XDG_CACHE_HOME`` or ``~/.cache``."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "npu-zoo" / "kernels" / _digest()
+    return cache_folder() / "kernels" / _digest()
 
 
 def sources() -> list[Path]:

@@ -7,13 +7,13 @@ import functools
 import hashlib
 import importlib.util
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import npu_zoo
 from npu_zoo.core.evidence import EvidenceRecord, code_digest, row_digest, source_digest
 from npu_zoo.core.specs import FamilySpec
+from npu_zoo.platforms.caches import cache_folder
 from npu_zoo.registry import PluginRecord
 from npu_zoo.testing.files import write_whole
 
@@ -78,8 +78,7 @@ def stale_records(family: FamilySpec, plugin: PluginRecord) -> list[EvidenceReco
 
 
 def _place() -> Path:
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(folder) / "npu-zoo" / "source-digests.json"
+    return cache_folder() / "source-digests.json"
 
 
 @functools.cache

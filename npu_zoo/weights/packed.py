@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from npu_zoo.core.errors import WeightsError
+from npu_zoo.platforms.caches import cache_folder
 from npu_zoo.weights.header import MAX_HEADER_BYTES, SAFETENSORS_DTYPES, TensorEntry, parse_safetensors_header
 from npu_zoo.weights.mapping import bytes_of, map_file, read_ahead, view_tensor
 
@@ -30,6 +31,7 @@ _LINE = 64
 _PAGE = 4096
 _WRITTEN_AT_ONCE = 64 << 20
 _ROOM_LEFT = 1 << 30
+_ATTEMPTS = 5
 _SUFFIX = ".safetensors"
 _SCRATCH = ".new-"
 _DTYPES = {name: key for key, (name, _) in SAFETENSORS_DTYPES.items()}
@@ -73,8 +75,7 @@ class PackedFile:
 
 def packed_folder() -> Path:
     """The folder of all of them, whether it exists or not."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "npu-zoo" / "packed"
+    return cache_folder() / "packed"
 
 
 def file_states(paths: Iterable[Path], base: Path) -> list[tuple[str, int, int]]:
@@ -247,12 +248,23 @@ def _write(file: IO[bytes], data: memoryview) -> int:
 @contextmanager
 def _replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file that takes the place of another once everything is on the disk."""
-    scratch = path.with_name(f"{path.name}{_SCRATCH}{secrets.token_hex(6)}")
-    try:
-        with scratch.open("xb", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield file
-            os.fsync(file.fileno())
-            scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    for _ in range(_ATTEMPTS):
+        scratch = path.with_name(f"{path.name}{_SCRATCH}{secrets.token_hex(6)}")
+        try:
+            with scratch.open("xb", buffering=0) as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if not _is_at(file, scratch):
+                    continue  # another process took it for abandoned before it was locked
+                yield file
+                os.fsync(file.fileno())
+                scratch.replace(path)
+                return
+        finally:
+            scratch.unlink(missing_ok=True)
+    raise OSError("other processes remove what is written")
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    return False

@@ -8,8 +8,9 @@ import engine
 import pytest
 from harness import suite
 from harness.shapes import SHAPES
-from harness.suite import CASES, GROUPS, Setting, _compare, _overrides, parse_fewer
+from harness.suite import CASES, GROUPS, Setting, _compare, _overrides, parse_fewer, prepare
 
+from npu_zoo.core.config import EngineArgs
 from npu_zoo.core.errors import UsageError
 from npu_zoo.evaluation.peers.engines import InstalledEngine
 from npu_zoo.evaluation.peers.process import PeerError
@@ -38,6 +39,50 @@ def test_plain_weights_have_every_case_and_engine() -> None:
     assert engine.record_file(Path("folder"), "1.3b", GROUPS["plain"]) == Path("folder/1.3b.json")
     assert GROUPS["plain"].cases(CASES) == list(CASES)
     assert GROUPS["plain"].engines(ENGINES) == ENGINES
+
+
+class Asked(Exception):
+    """Ends a preparation where npu-zoo is asked whether it takes the request."""
+
+
+def test_groups_are_run_on_the_weights_that_they_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(suite, "_call", commands.append)
+    monkeypatch.setattr(suite, "checkpoint_of", lambda root, shape: root / "plain")
+
+    def end(args: EngineArgs) -> None:
+        raise Asked(Path(args.weights or "").name, args.packed_weights)
+
+    monkeypatch.setattr(suite, "checked_request", end)
+    asked = {}
+    for name, group in GROUPS.items():
+        with pytest.raises(Asked) as found:
+            prepare(Setting(tmp_path, tuple(ENGINES[:1])), SHAPES["tiny"], group, [])
+        asked[name] = found.value.args
+    assert asked == {
+        "plain": ("plain", "keep"),
+        "unpacked": ("plain", "off"),
+        "w8a16": ("plain-w8a16", "keep"),
+        "w4a16": ("plain-w4a16", "keep"),
+        "w4a16-groups": ("plain-w4a16-groups", "keep"),
+    }
+    assert [command[command.index("--quantize") + 1 :] for command in commands] == [
+        ["w8a16"],
+        ["w4a16"],
+        ["w4a16", "--group-size", "32"],
+    ]
+
+
+def test_what_a_group_cannot_be_run_without_is_named() -> None:
+    both = (InstalledEngine("npu-zoo"), InstalledEngine("llama.cpp", "python"))
+    here, there = Setting(Path("work"), both), Setting(Path("work"), both, hardware="cuda")
+    assert engine._missing(here, GROUPS["unpacked"], ["start"]) == ""
+    assert engine._missing(there, GROUPS["unpacked"], ["start"]) == "weights are packed on CPUs alone"
+    assert engine._missing(there, GROUPS["w8a16"], ["decode-1"]) == ""
+    assert engine._missing(here, GROUPS["w8a16"], []) == "it has no case that was asked for"
+    alone = Setting(Path("work"), both[:1])
+    assert engine._missing(alone, GROUPS["plain"], ["start"]) == ""
+    assert engine._missing(alone, GROUPS["w8a16"], ["decode-1"]) == "llama.cpp is not there"
 
 
 @pytest.mark.parametrize(("shape", "trusted"), [("1.3b", False), ("moe-1b", True), ("mla-1b", False)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import subprocess
 import sys
@@ -109,12 +110,15 @@ def test_a_build_that_outlives_its_start_is_waited_for(empty_cache: Path, monkey
 
     monkeypatch.setattr(building.subprocess, "Popen", start)
     assert building.build_in_background()
-    process = weakref.ref(started.pop())
-    gc.collect()
-    running = process()
-    assert running is not None
-    running.kill()
-    while running.returncode is None:  # nobody asks here: it is told by who waits
+    process, pid = weakref.ref(started[0]), started.pop().pid
+    try:
+        gc.collect()
+        running = process()
+        assert running is not None
+    finally:
+        os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while running.returncode is None and time.monotonic() < deadline:  # nobody asks here: who waits tells
         time.sleep(0.01)
     assert running.returncode == -signal.SIGKILL
 
@@ -170,14 +174,16 @@ def test_it_runs_without_the_instructions_of_this_processor(tmp_path: Path) -> N
         "    x = torch.randn(rows, 70).bfloat16()\n"
         "    due = x.float() @ weight.float().T\n"
         "    assert (PanelLinear.apply(x, packed).float() - due).abs().max() < 2e-2 * due.abs().max(), rows\n"
-        "from npu_zoo.nn.kernels.compiled.quantized import PanelInt4Linear\n"
+        "from npu_zoo.nn.kernels.compiled.quantized import PanelInt4Linear, PanelInt8Linear\n"
         "from npu_zoo.nn.kernels.quantized import QuantizedWeight\n"
-        "codes, scale = torch.randint(-8, 8, (50, 128), dtype=torch.int8), torch.rand(50, 2)\n"
-        "packed = PanelInt4Linear.pack(QuantizedWeight(codes, scale, 4, torch.bfloat16))\n"
-        "weight = codes * scale.repeat_interleave(64, 1)\n"
-        "for rows in (1, 3, 40):\n"
-        "    x = torch.randn(rows, 128).bfloat16()\n"
-        "    due = x.float() @ weight.T\n"
-        "    assert (PanelInt4Linear.apply(x, packed).float() - due).abs().max() < 2e-2 * due.abs().max(), rows\n"
+        "kernels, sizes = (PanelInt4Linear, PanelInt8Linear), ((128, 64), (96, 32))\n"
+        "for kernel, inputs, group in [(kernel, *size) for kernel in kernels for size in sizes]:\n"
+        "    codes, scale = torch.randint(-8, 8, (50, inputs), dtype=torch.int8), torch.rand(50, inputs // group)\n"
+        "    packed = kernel.pack(QuantizedWeight(codes, scale, kernel.bits, torch.bfloat16))\n"
+        "    weight = codes * scale.repeat_interleave(group, 1)\n"
+        "    for rows in (1, 3, 40):\n"
+        "        x = torch.randn(rows, inputs).bfloat16()\n"
+        "        due = x.float() @ weight.T\n"
+        "        assert (kernel.apply(x, packed).float() - due).abs().max() < 2e-2 * due.abs().max(), rows\n"
     )
     subprocess.run([sys.executable, "-c", program, str(target)], check=True, cwd=Path(__file__).parents[2])

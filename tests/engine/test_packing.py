@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from npu_zoo import LLM, SamplingParams
-from npu_zoo.compiled.library import obstacle
+from npu_zoo.compiled.library import library_folder, obstacle
 from npu_zoo.core.config import EngineArgs
 from npu_zoo.core.errors import WeightsError
 from npu_zoo.core.parallel import Ranks, Split
@@ -23,7 +23,6 @@ from npu_zoo.nn.kernels.compiled.quantized import PanelInt4Linear, PanelInt8Line
 from npu_zoo.nn.kernels.quantized import QuantizedWeight
 from npu_zoo.testing.checkpoints import write_checkpoint
 from npu_zoo.testing.door import unchecked_config
-from npu_zoo.weights import packed
 from npu_zoo.weights.convert import convert
 from npu_zoo.weights.loader import BinLoader
 from npu_zoo.weights.packed import MappedTensors, list_packed
@@ -41,8 +40,11 @@ GREEDY = SamplingParams(temperature=0, max_tokens=16, logprobs=1, ignore_eos=Tru
 
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiled library stays where it is, beneath the same variable."""
-    monkeypatch.setattr(packed, "packed_folder", lambda: tmp_path / "packed")
+    """For processes of ranks as well; the compiled library stays where it is, beneath the same variable."""
+    folder = tmp_path / "cache" / "npu-zoo"
+    folder.mkdir(parents=True)
+    (folder / "kernels").symlink_to(library_folder().parent)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parent))
 
 
 def run(mode: str, **options: Any) -> tuple[Any, str | None]:
@@ -250,6 +252,29 @@ def test_every_part_of_a_model_has_a_file_and_replicas_share_it() -> None:
         assert len(found) == due
         paths += found
     assert len(set(paths)) == len(paths)
+
+
+@pytest.mark.parametrize(
+    ("family", "split"),
+    [
+        ("deepseek_coder", {"tensor_parallel_size": 2}),
+        ("deepseek_moe", {"tensor_parallel_size": 2, "expert_parallel_size": 2}),
+        ("deepseek_coder", {"data_parallel_size": 2}),
+    ],
+)
+def test_ranks_take_what_they_kept(family: str, split: dict[str, int]) -> None:
+    options = {"model": family, **split}
+    due, none = run("off", **options)
+    assert none is None
+    assert run("keep", **options)[0] == due
+    files = {file.path: file.path.stat().st_mtime_ns for file in list_packed()}
+    assert len(files) == (1 if "data_parallel_size" in split else 2)
+    written, path = run("auto", **options)
+    assert written == due
+    assert Path(path or "") in files
+    # What was kept is what a later start finds, and not written anew.
+    assert run("keep", **options)[0] == due
+    assert {file.path: file.path.stat().st_mtime_ns for file in list_packed()} == files
 
 
 def test_parts_of_another_size_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -157,6 +158,22 @@ def test_what_a_killed_run_left_is_removed_and_what_another_writes_is_not() -> N
         writer.kill()
     assert len(list(packed_folder().iterdir())) == 2
     remove_abandoned()
+    assert list(packed_folder().iterdir()) == [REQUEST.path]
+
+
+def test_a_file_that_is_taken_for_abandoned_before_it_is_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, calls = fcntl.flock, []
+
+    def late(file: Any, how: int) -> None:
+        calls.append(how)
+        if len(calls) == 1:
+            remove_abandoned()
+        plain(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    write_packed(REQUEST, STATE, tensors())
+    assert len(calls) == 3
+    assert equal(read_packed(REQUEST, STATE), tensors())
     assert list(packed_folder().iterdir()) == [REQUEST.path]
 
 

@@ -175,6 +175,9 @@ Chunk take_chunk(const Source& source, Buffers<Kind>& b, int64_t begin, int64_t 
       chunk.keys[strip] = source.keys(token), chunk.values[strip] = source.values(token);
     }
   }
+#if defined(ZOO_TILES)
+  if (Source::kPacks) settle_memory();
+#endif
   chunk.keys[chunk.strips] = chunk.values[0];
   const char* next = chunk.values[0];
   if constexpr (!Source::kPacks) next = end < last ? source.keys(end) : source.next ? source.next : next;

@@ -72,13 +72,17 @@ void make_plan(const Job<X>& job, int64_t width, int threads, Plan& plan) {
       plan.places[i] = plan.room;
       plan.room += plan.parts[i] * job.shape.kv_heads * rows * (width + 2);
     }
-    // One head's rows follow each other, for its keys and values then stay in a cache; the later ones of a prompt, which
-    // have more to see, go first, so that no thread is left with a long one at the end.
-    for (int64_t head = 0; head < job.shape.kv_heads; ++head)
-      for (int64_t first = (rows - 1) / kTaskRows * kTaskRows; first >= 0; first -= kTaskRows)
-        for (int64_t part = 0; part < plan.parts[i]; ++part)
-          plan.tasks.push_back({i, head, first, std::min<int64_t>(kTaskRows, rows - first), part * tokens,
-                                std::min(item.keys, (part + 1) * tokens), part});
+    // Later rows of a prompt have more to see: they go first, so that no thread is left with a long one at the end. Where
+    // every thread has several of each head, heads follow each other, for their keys and values then stay in its caches.
+    const int64_t heads = job.shape.kv_heads, of_head = ceil_div(rows, kTaskRows);
+    const bool by_head = of_head >= 2 * threads;
+    for (int64_t number = 0; number < heads * of_head; ++number) {
+      const int64_t head = by_head ? number / of_head : number % heads;
+      const int64_t first = (of_head - 1 - (by_head ? number % of_head : number / heads)) * kTaskRows;
+      for (int64_t part = 0; part < plan.parts[i]; ++part)
+        plan.tasks.push_back({i, head, first, std::min<int64_t>(kTaskRows, rows - first), part * tokens,
+                              std::min(item.keys, (part + 1) * tokens), part});
+    }
   }
   plan.run = std::max<int64_t>(1, plan.tasks.size() / (threads * kRunsOfThread));
 }

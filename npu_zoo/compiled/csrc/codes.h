@@ -8,7 +8,8 @@
 // For few rows products are sums of integers: inputs become integers of 16 bits with a scale for each row and 128 inputs
 // at most, and each is split into two of 8 bits, `upper * 256 + lower`, for which processors have instructions. What
 // rounding inputs so takes away is below what bfloat16 rounds away of the result. For many rows codes are widened to
-// bfloat16, exactly where a channel has one scale, otherwise with their group's, and products are those of panels.h.
+// bfloat16, exactly where a channel has one scale, otherwise times their group's and rounded, and products are those of
+// panels.h.
 #pragma once
 
 #include <cmath>
