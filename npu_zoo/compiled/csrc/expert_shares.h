@@ -49,7 +49,6 @@ struct Step {
   const int64_t* slot_tokens;
   const float* slot_scales;
   bf16* activations;  // of each share, filled up to whole blocks
-  float* sums;        // [tokens][hidden], filled up to whole panels
 
   int64_t x_blocks() const { return ceil_div(hidden, kBlock); }
   const bf16* input(int64_t slot) const { return x + slot_tokens[slot] * x_stride; }
@@ -86,12 +85,14 @@ struct SlotResults {
   const int64_t* slots;  // of each token, `most` places
   int64_t most;
 
+  void clear(int64_t, int64_t) const {}
   Output of_share(const Step& step, const Share& share) const {
     return {values + share.slot * step.hidden, step.hidden, step.hidden, true};
   }
 
   // Adds up panels [first, last) of all tokens by their experts' weights.
   void put(const Step& step, int64_t first, int64_t last, const Output& out) const {
+    settle_stores();
     for (int64_t token = 0; token < step.tokens; ++token) {
       const int64_t* begin = slots + token * most;
       const int64_t* end = std::find(begin, begin + most, -1);
@@ -123,6 +124,15 @@ struct WeightedSums {
     put(row, panel, first);
     put(row, panel + 1, second);
   }
+};
+
+// The same as experts come: what fits the caches need not wait there.
+struct ShareSums {
+  TokenSums sums;
+
+  void clear(int64_t first, int64_t last) const { sums.clear(first, last); }
+  WeightedSums of_share(const Step& step, const Share& share) const { return {step, share, sums}; }
+  void put(const Step&, int64_t first, int64_t last, const Output& out) const { sums.put(first, last, out); }
 };
 
 }  // namespace zoo

@@ -79,27 +79,16 @@ void project_share(
                   share.weights.blocks(), first, last, out);
 }
 
-// Output channels of panels [first, last) for all tokens.
-void project(const Step& step, int64_t first, int64_t last, const SlotResults& results, const Output& out) {
+// Output channels of panels [first, last) for all tokens; `results` holds what experts come to until it is added up.
+template <typename Results>
+void project(const Step& step, int64_t first, int64_t last, const Results& results, const Output& out) {
+  results.clear(first, last);
   for (size_t i = 0; i < step.shares->size(); ++i) {
     const Share* share = step.shares->data() + i;
     const Share* next = i + 1 < step.shares->size() ? share + 1 : nullptr;
     project_share(step, *share, next, first, last, results.of_share(step, *share));
   }
-  settle_stores();
   results.put(step, first, last, out);
-}
-
-// The same, added up as experts come.
-void project(const Step& step, int64_t first, int64_t last, const Output& out) {
-  const TokenSums sums{step.sums, step.tokens};
-  sums.clear(first, last);
-  for (size_t i = 0; i < step.shares->size(); ++i) {
-    const Share* share = step.shares->data() + i;
-    const Share* next = i + 1 < step.shares->size() ? share + 1 : nullptr;
-    project_share(step, *share, next, first, last, WeightedSums{step, *share, sums});
-  }
-  sums.put(first, last, out);
 }
 
 thread_local SlotTable slots;
@@ -144,18 +133,18 @@ void zoo_experts(const bf16* x, int64_t x_stride, int64_t tokens, int64_t hidden
   const Experts experts{gate_up, down, width, count, {shared_gate_up, shared_down, shared_width}};
   slots.sort(ids, scales, tokens, top_k, count, shared_gate_up);
   find_shares(slots, experts, shares);
-  Step step{x, x_stride, tokens, hidden, &shares, slots.tokens(), slots.scales(), nullptr,
-            nullptr};
+  Step step{x, x_stride, tokens, hidden, &shares, slots.tokens(), slots.scales()};
   const Output to = Output::of_rows(out, tokens, hidden);
   const int64_t room = shares.empty() ? 0 : shares.back().end();
   step.activations = activations.take<bf16>(room);
   const bool by_slot = hidden % kBlock == 0 && outgrows_caches(tokens * hidden * sizeof(bf16));
   SlotResults of_slots{};
+  ShareSums of_shares{};
   if (by_slot) {
     const int64_t most = top_k + (shared_gate_up ? 1 : 0);
     of_slots = {results.take<bf16>(slots.size() * hidden), slots.by_token(tokens, most), most};
   } else {
-    step.sums = sums.take<float>(tokens * panels * kPanel);
+    of_shares = {{sums.take<float>(tokens * panels * kPanel), tokens}};
   }
 #pragma omp parallel num_threads(threads)
   {
@@ -165,7 +154,7 @@ void zoo_experts(const bf16* x, int64_t x_stride, int64_t tokens, int64_t hidden
     for (int part = 0; part < threads; ++part) {
       const Channels channels(panels, part, threads);
       if (by_slot) project(step, channels.first, channels.last, of_slots, to);
-      else project(step, channels.first, channels.last, to);
+      else project(step, channels.first, channels.last, of_shares, to);
     }
   }
 }
