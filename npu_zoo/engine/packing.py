@@ -185,5 +185,10 @@ def _package_state(name: str) -> list[tuple[str, int, int]] | None:
         sources = [Path(spec.origin or "")]
     else:
         folders = map(Path, spec.submodule_search_locations)
-        sources = sorted(path for folder in folders for path in folder.rglob("*") if path.name.endswith(_SOURCES))
+        sources = sorted(path for folder in folders for path in folder.rglob("*") if _is_source(path))
     return file_states(sources, sources[0].parent) if sources and all(path.is_file() for path in sources) else None
+
+
+def _is_source(path: Path) -> bool:
+    """What Python compiled for itself it made of a source, and whenever a module was first imported."""
+    return path.name.endswith(_SOURCES) and path.parent.name != "__pycache__"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import py_compile
 import shutil
 import threading
 from pathlib import Path
@@ -195,6 +196,17 @@ def test_code_that_changes_is_another_state(tmp_path: Path, monkeypatch: pytest.
     assert [name for name, *_ in before] == ["__init__.py", "layers.py"]
     (package / "layers.py").write_text("LAYOUT = 2\n")
     assert packing._package_state.__wrapped__("zoo_of_somebody") != before
+
+
+def test_code_that_is_first_imported_is_no_other_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "zoo_of_another"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = packing._package_state.__wrapped__("zoo_of_another")
+    assert py_compile.compile(str(package / "__init__.py"))
+    assert list(package.glob("__pycache__/*.pyc"))
+    assert packing._package_state.__wrapped__("zoo_of_another") == before
 
 
 def test_mapped_weights_are_no_room_for_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from multiprocessing import shared_memory
 from pathlib import Path
 from typing import Any, NoReturn
 
+from npu_zoo.parallel.children import NOT_HEARD
 from npu_zoo.parallel.link import Link
 
 FOR_EVER = 600.0
@@ -143,6 +144,21 @@ def load_for_long(late: int, link: Link) -> None:
         time.sleep(0.3)
     with link.working("loading weights"):
         link.stopping.wait(FOR_EVER if link.rank == late else 0.3)
+    link.send_ready()
+    link.stopping.wait()
+
+
+def load_when_seen(folder: str, link: Link) -> None:
+    """Leaves each stage once a file says that it was seen."""
+
+    def wait_until_seen(stage: str) -> None:
+        while not Path(folder, f"{link.rank} {stage}").exists() and not link.stopping.wait(0.01):
+            pass
+
+    wait_until_seen(NOT_HEARD)
+    for stage in ("reading the index", "loading weights"):
+        with link.working(stage):
+            wait_until_seen(stage)
     link.send_ready()
     link.stopping.wait()
 

@@ -281,10 +281,16 @@ def test_a_late_rank_is_named_with_what_it_does() -> None:
     assert seen[-1][2] == "loading weights"
 
 
-def test_progress_comes_with_every_stage() -> None:
+def test_progress_comes_with_every_stage(tmp_path: Path) -> None:
     seen: list[dict[int, str]] = []
-    with WorkerGroup("stand_in_workers:load_for_long", [0] * 2) as group:
-        group.wait_ready(START_S, lambda stages: seen.append(dict(stages)))
+
+    def progress(stages: Mapping[int, str]) -> None:
+        seen.append(dict(stages))
+        for rank, stage in stages.items():
+            (tmp_path / f"{rank} {stage}").touch()
+
+    with WorkerGroup("stand_in_workers:load_when_seen", [str(tmp_path)] * 2) as group:
+        group.wait_ready(START_S, progress)
     assert {stages[1] for stages in seen} >= {children.NOT_HEARD, "reading the index", "loading weights"}
     assert all(before != after for before, after in itertools.pairwise(seen))
 

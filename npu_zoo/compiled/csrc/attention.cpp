@@ -248,7 +248,11 @@ void attend_latents(const Job<X>& job, int threads) {
       if (item.shared) continue;
       const Latents<X> into = latents(item);
       for (int64_t token = 0; token < item.tokens; ++token) {
-        X* to = const_cast<X*>(into.at(item.keys - item.tokens + token));
+        const int64_t at = item.keys - item.tokens + token;
+        X* to = const_cast<X*>(into.at(at));
+        // As strips of keys are, and for their reason.
+        if (at % kStrip == 0 && item.tokens - token < kStrip && into.lies_together(at))
+          std::fill_n(to, kStrip * into.width, X{});
         std::copy_n(job.key.at(item.first + token, 0), shape.key, to);
         std::copy_n(job.value.at(item.first + token, 0), shape.rope, to + shape.key);
       }

@@ -134,7 +134,9 @@ inline void write_strip(View<const bf16> key, View<const bf16> value, int64_t fi
                     reinterpret_cast<bf16*>(value_strip) + i * kPanel);
 }
 
-// Writes an item's new tokens, in their order: the first of a strip clears what an earlier sequence left behind it.
+// Writes an item's new tokens, in their order: the first of a strip clears it. Of values this removes what an earlier
+// sequence left; of keys it takes up memory: pages that are read before they are written are the system's page of zeros,
+// and to exchange that for one of their own later interrupts all threads.
 template <class Kind, typename X>
 void write_item(
     const Item& item, const Shape& shape, const Strips<Kind>& strips, View<const X> key, View<const X> value) {
@@ -149,7 +151,10 @@ void write_item(
         continue;
       }
     }
-    if (at % kStrip == 0) std::memset(values, 0, Kind::value_bytes(strips.widths));
+    if (at % kStrip == 0) {
+      std::memset(strips.key_at(at), 0, Kind::key_bytes(strips.widths));
+      std::memset(values, 0, Kind::value_bytes(strips.widths));
+    }
     write_key(Kind{}, key.at(item.first + i, strips.head), shape.key, strips.key_at(at), strips.widths, at % kStrip);
     write_value(Kind{}, value.at(item.first + i, strips.head), shape.value, values, strips.widths, at % kStrip);
   }

@@ -34,6 +34,9 @@ struct Latents {
     return pool + (table[token / block_size] * block_size + token % block_size) * width;
   }
 
+  // Whether the strip that begins with a token lies in one block.
+  bool lies_together(int64_t token) const { return token % block_size + kStrip <= block_size; }
+
   // Packs the strip that begins with a token, of which `count` tokens are there and the others zero.
   void pack(int64_t token, int64_t count, char* keys, char* values) const { pack(token, count, (T*)keys, (T*)values); }
 
@@ -75,7 +78,7 @@ struct Latents {
   bool find_rows(int64_t token, int64_t count, const bf16** rows) const {
     constexpr int64_t kRoom = 2048;
     static const bf16 zeros[kRoom] = {};
-    const bool together = token % block_size + kStrip <= block_size;
+    const bool together = lies_together(token);
     const bf16* first = at(token);
     for (int i = 0; i < kStrip; ++i) rows[i] = i >= count ? zeros : together ? first + i * width : at(token + i);
     return together;

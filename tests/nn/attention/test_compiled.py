@@ -330,6 +330,18 @@ def test_the_cache_takes_memory_only_when_written() -> None:
     assert resident() - before < 2**26
 
 
+@pytest.mark.parametrize("kind", PAGED)
+def test_a_strip_is_all_written_when_it_begins(kind: type[CompiledPagedAttention]) -> None:
+    """Else its later pages would be read before they are written, and their first write would interrupt all threads."""
+    driver = driver_of(1, 64, (2, 2, 128), torch.bfloat16, kind)
+    untouched = torch.full((64,), 0xFF, dtype=torch.uint8)
+    for start, tokens, strips in ((0, 1, 1), (1, 30, 1), (31, 2, 2)):
+        driver.step([("a", SequenceSlice(start, tokens, (0,)))])
+        for pool in (driver.backend.keys, driver.backend.values):
+            written = (pool.view(2, 2, -1, 64) != untouched).any(-1).all(-1)  # [heads, strips]
+            assert written.sum(-1).tolist() == [strips, strips]
+
+
 def test_what_it_cannot_do_is_refused() -> None:
     with pytest.raises(ConfigError, match="3 query heads cannot share 2"):
         driver_of(4, 32, (3, 2, 8))

@@ -64,6 +64,14 @@ def test_a_prefix_that_many_share_is_attended_to_once(dtype: torch.dtype) -> Non
     driver.step(*rows, forks=forks)
 
 
+def test_a_strip_is_all_written_when_it_begins() -> None:
+    """For the same reason as with keys and values."""
+    driver = Driver(CompiledLatentAttention, SMALL, torch.bfloat16, block_size=64, num_blocks=2)
+    for start, tokens, written in ((0, 1, 32), (1, 31, 32), (32, 40, 96)):
+        driver.step(("a", SequenceSlice(start, tokens, [0, 1])))
+        assert driver.backend.pool[1].flatten(0, 1).isnan().any(-1).logical_not().sum() == written
+
+
 def test_another_dtype_is_refused() -> None:
     driver = Driver(CompiledLatentAttention)
     with pytest.raises(ConfigError, match=r"not torch.float16 and 32"):
