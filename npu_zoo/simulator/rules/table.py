@@ -22,7 +22,13 @@ CHIPS = ("ascend910b", "ascend310p")
 
 _MODULES = (
     "products",
-    "attention",
+    "fused_attention",
+    "fused_attention_pages",
+    "fused_attention_masks",
+    "fused_attention_latents",
+    "fused_attention_int8",
+    "atb_attention",
+    "flash_attention",
     "cache",
     "layout",
     "moe",
