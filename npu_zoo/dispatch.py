@@ -476,6 +476,7 @@ def _limit_fields(args: EngineArgs, request: Request, chosen: _Chosen) -> dict[s
         "kv_cache_dtype": request.kv_cache_dtype,
         "kv_cache_memory": parse_bytes(args.kv_cache_memory),
         "kv_cache_fraction": cache_share(args, request.hardware),
+        "prefault_kv_cache": bool(args.prefault_kv_cache),
         "enable_prefix_caching": chosen.attention.prefix_caching if caching is None else caching,
         "enable_chunked_prefill": chunked,
     }

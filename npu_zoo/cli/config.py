@@ -43,6 +43,7 @@ DEFAULTS: dict[str, str] = {
     "max_num_batched_tokens": str(DEFAULT_MAX_NUM_BATCHED_TOKENS),
     "kv_cache_memory": "what kv_cache_fraction gives",
     "kv_cache_fraction": ", ".join(f"{share} on {device}" for device, share in DEFAULT_KV_CACHE_FRACTION.items()),
+    "prefault_kv_cache": "false; devices' memory is always taken at the start",
     "enable_prefix_caching": "true, where the backend can share blocks",
     "enable_chunked_prefill": "true",
     "expert_dispatch": "auto: all_gather, or between replicas what the hardware is best at",

@@ -74,6 +74,10 @@ class StepAttention(ABC):
     def prepare(self, rows: list[SequenceSlice]) -> AttentionMetadata:
         """Turn a step's rows into the tensors that all layers share."""
 
+    def lazy_memory(self) -> Sequence[Tensor]:
+        """The parts of the cache whose memory is taken as they are written; none where all of it is taken at once."""
+        return ()
+
 
 class GraphAttention(StepAttention):
     """A backend whose decode can be captured into a graph: single tokens, whose metadata stays where it is.

@@ -72,6 +72,9 @@ class EngineArgs(BaseModel):
     kv_cache_fraction: float | None = Field(
         None, gt=0, le=1, description="Memory for keys and values as a share of what is free after loading."
     )
+    prefault_kv_cache: bool | None = Field(
+        None, description="On a CPU, take the memory of keys and values at the start instead of as they are written."
+    )
     enable_prefix_caching: bool | None = Field(None, description="Share the KV blocks of equal prefixes.")
     enable_chunked_prefill: bool | None = Field(None, description="Split long prompts over several steps.")
     expert_dispatch: Literal["auto", "all_gather", "all_to_all"] | None = Field(
@@ -179,6 +182,7 @@ class EngineConfig:
         expert_dispatch: how tokens reach experts of other ranks in steps that are not captured.
         deterministic: whether operators are asked to sum in the same order in every run.
         packed_weights: whether weights are read as an earlier run's kernels laid them out, and kept so for later ones.
+        prefault_kv_cache: whether a CPU's memory for keys and values is taken at the start; that of devices always is.
         collective_timeout: seconds that a rank waits for the others in one operation.
         speculation: how next tokens are guessed; None where they are not.
         notes: what the user should know, such as that the demo checkpoint runs.
@@ -237,6 +241,7 @@ class EngineConfig:
     expert_dispatch: ExpertDispatch = "all_gather"
     deterministic: bool = False
     packed_weights: PackedWeights = "auto"
+    prefault_kv_cache: bool = False
     collective_timeout: float = DEFAULT_COLLECTIVE_TIMEOUT_S
     speculation: SpeculationConfig | None = None
     notes: tuple[str, ...] = ()

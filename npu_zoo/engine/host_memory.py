@@ -1,15 +1,42 @@
-"""What the C library does with memory that tensors on the host have given back."""
+"""When the host's memory is taken from the system, and what the C library does with what tensors have given back."""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 """Parameters of glibc's mallopt(3)."""
 
 _NEVER = (1 << 31) - 1
 _USUAL_TRIM_THRESHOLD, _USUAL_MMAP_MAX = 128 << 10, 65536
+
+
+_TAKEN_AT_ONCE = 64 << 20
+"""Bytes between two reports."""
+
+
+def take_memory(tensors: Sequence[Tensor], progress: Callable[[int, int], None] | None = None) -> None:
+    """Have the system give tensors on the host their memory, whatever they hold; it does so when a page is written.
+
+    Where a virtual machine's host has to find the memory first, a prompt took a quarter longer that wrote to new pages.
+
+    Args:
+        progress: told the bytes that have been taken, and all of them.
+    """
+    total, done = sum(tensor.nbytes for tensor in tensors), 0
+    for tensor in tensors:
+        pages = tensor.view(-1).view(torch.uint8)[:: mmap.PAGESIZE]
+        for piece in torch.split(pages, _TAKEN_AT_ONCE // mmap.PAGESIZE):
+            piece.bitwise_or_(0)
+            done = min(total, done + len(piece) * mmap.PAGESIZE)
+            if progress is not None:
+                progress(done, total)
 
 
 def keep_freed_memory() -> bool:

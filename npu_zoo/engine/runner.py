@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 import time
 from collections import deque
@@ -21,6 +22,7 @@ from npu_zoo.engine.activations import Activations, largest_step, measure_activa
 from npu_zoo.engine.decode.choice import create_decode_path
 from npu_zoo.engine.decode.path import DecodePath
 from npu_zoo.engine.device import free_memory, open_device, sharing_ranks
+from npu_zoo.engine.host_memory import take_memory
 from npu_zoo.engine.kv_cache import bytes_per_token, create_attention, plan_cache
 from npu_zoo.engine.loading import load_model
 from npu_zoo.engine.outputs import NO_OUTPUTS, Outputs, ResultShape, collect_outputs
@@ -72,6 +74,9 @@ class ModelRunner:
         parts = self.model, self.attention
         self.decode_path = create_decode_path(config, *parts, place, self.cache.max_model_len, self.device)
         self.drafter = create_drafter(config, *parts, self.cache.slot_size, self.device, self.decode_path)
+        if config.prefault_kv_cache and self.device.type == "cpu":
+            told = functools.partial(progress, "taking memory for keys and values") if progress else None
+            take_memory(self.attention.lazy_memory(), told)
         model = config.model_config
         self._shape = ResultShape(model.vocab_size, model.hidden_size, self.dtype, self.device)
         self.num_steps = 0

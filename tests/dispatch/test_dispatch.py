@@ -342,6 +342,7 @@ def test_the_defaults_of_a_config(weights: Weights) -> None:
     assert (config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len) == (64, 2048, 512)
     assert (config.max_model_len_asked, config.kv_cache_memory, config.kv_cache_fraction) == (False, None, 0.5)
     assert (config.enable_prefix_caching, config.enable_chunked_prefill, config.seed) == (True, True, 0)
+    assert config.prefault_kv_cache is False
     assert (config.dtype, config.device, config.world_size) == ("float16", "cpu", 1)
     assert (config.expert_dispatch, config.collective_timeout) == ("all_gather", 300.0)
     assert config.head_layout == (6, 2, 16)
@@ -352,7 +353,7 @@ def test_the_defaults_of_a_config(weights: Weights) -> None:
 def test_what_was_asked_is_in_the_config(weights: Weights) -> None:
     config = config_of(
         weights(), max_num_seqs=3, max_num_batched_tokens=77, max_model_len=99, seed=5, kv_cache_memory="3MiB",
-        kv_cache_fraction=0.25, enable_prefix_caching=False, block_size=8, threads=2,
+        kv_cache_fraction=0.25, enable_prefix_caching=False, block_size=8, threads=2, prefault_kv_cache=True,
         collective_timeout=12.5, expert_dispatch="all_gather",
     )  # fmt: skip
     assert (config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len, config.seed) == (3, 77, 99, 5)
@@ -360,6 +361,7 @@ def test_what_was_asked_is_in_the_config(weights: Weights) -> None:
     assert (config.enable_prefix_caching, config.attention_choice.block_size, config.threads) == (False, 8, 2)
     assert (config.collective_timeout, config.expert_dispatch) == (12.5, "all_gather")
     assert config.max_model_len_asked
+    assert config.prefault_kv_cache
 
 
 def test_whole_prompts_must_fit_a_step(weights: Weights) -> None:

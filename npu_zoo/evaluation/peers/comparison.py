@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from npu_zoo.evaluation.peers.cases import Case
-from npu_zoo.evaluation.peers.engines import InstalledEngine
+from npu_zoo.evaluation.peers.engines import SUBJECT, InstalledEngine
 from npu_zoo.evaluation.peers.process import PeerError, PeerProcess, RunRefused
 from npu_zoo.evaluation.peers.result import Agreement, CaseResult
 from npu_zoo.evaluation.peers.worker.driver import LoadOptions, Request
@@ -145,7 +145,7 @@ class Comparison:
         if name not in self._loaded:
             self._loaded[name] = self._start(name)
             try:
-                self._loaded[name].load(self.options[name])
+                self._loaded[name].load(lasting_options(name, self.options[name]))
             except PeerError as error:
                 self._unloadable[name] = str(error)
                 raise
@@ -199,6 +199,13 @@ class Comparison:
 
     def _room(self, requests: list[Request]) -> int:
         return cache_tokens(requests) * self.conditions.cache_per_token
+
+
+def lasting_options(name: str, options: LoadOptions) -> LoadOptions:
+    """How an engine is started that serves many runs: npu-zoo takes its cache's memory at once, as the others do."""
+    if name != SUBJECT:
+        return options
+    return dataclasses.replace(options, settings={"prefault_kv_cache": True, **options.settings})
 
 
 def cache_tokens(requests: Sequence[Request]) -> int:

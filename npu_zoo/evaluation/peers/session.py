@@ -32,6 +32,11 @@ from npu_zoo.evaluation.record import Machine, ModelUnderTest, ResultRecord
 from npu_zoo.evaluation.work import ModelWork
 from npu_zoo.platforms.detection import is_simulated
 
+_PREFAULTED = (
+    "npu-zoo takes the memory of its cache when it is loaded, as the others do (prefault_kv_cache); starts and memory "
+    "are measured without"
+)
+
 
 def checked_request(args: EngineArgs) -> tuple[EngineArgs, EngineConfig]:
     """What was asked with the threads filled in, and as the matrix accepts it.
@@ -105,6 +110,8 @@ class Session:
             for e in engines
         ]
         notes = cache_notes(kept, config, max(option.kv_cache_memory for option in options.values()))
+        if config.device == "cpu" and not all(case.fresh for case in kept):
+            notes.append(_PREFAULTED)
         body = ComparisonBody(engines=entries, rounds=rounds, skipped=skipped, notes=notes)
         return cls(args, config, list(engines), options, kept, conditions, body)
 

@@ -56,6 +56,11 @@ class BlockCache:
         self._value_places = [layer.permute(0, 2, 1, 3) for layer in self.values]
 
     @property
+    def lazy_memory(self) -> tuple[Tensor, ...]:
+        """See :meth:`npu_zoo.core.attention.StepAttention.lazy_memory`."""
+        return self.keys, self.values
+
+    @property
     def zero_block(self) -> int:
         """The number of the block that is always zero."""
         return self.num_blocks

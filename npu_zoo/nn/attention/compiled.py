@@ -7,6 +7,7 @@ key-value head and stretch of context, so that threads have equal shares, and ke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -70,6 +71,10 @@ class CompiledPagedAttention(AttentionBackend, ReplayAttention):
         sizes = [kind, num_heads, kv_heads, head_dim, 0, head_dim, self.block_size]
         self._sizes = np.array(sizes, dtype=np.int64)
         self._shape = self._sizes.ctypes.data
+
+    def lazy_memory(self) -> Sequence[Tensor]:
+        """See :meth:`StepAttention.lazy_memory`."""
+        return self.keys, self.values
 
     def _kind(self, dtype: torch.dtype) -> int:
         if dtype not in self._kinds or self.layout.head_dim > _WIDEST:

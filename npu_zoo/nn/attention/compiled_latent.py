@@ -96,6 +96,10 @@ class CompiledLatentAttention(LatentPoolAttention[CompiledLatentMetadata], Repla
         self._shape = self._sizes.ctypes.data
         self._strips = ExpandedStrips(mla, num_heads, dtype)
 
+    def lazy_memory(self) -> Sequence[Tensor]:
+        """See :meth:`StepAttention.lazy_memory`."""
+        return (self.pool,)
+
     def prepare(self, rows: list[SequenceSlice]) -> CompiledLatentMetadata:
         """Turn a step's rows into what all layers share.
 

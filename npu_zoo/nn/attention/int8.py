@@ -80,6 +80,11 @@ class Int8BlockCache(BlockCache):
         self._opened = np.zeros(num_blocks + 1, dtype=np.bool_)
         self._key_tail = torch.tensor([1.0, -_SHIFT]).view(torch.uint8).to(device)
 
+    @property
+    def lazy_memory(self) -> tuple[Tensor, ...]:
+        """See :meth:`npu_zoo.core.attention.StepAttention.lazy_memory`."""
+        return self.keys, self.values, self.key_scales
+
     def open(self, blocks: NDArray[np.int64]) -> None:
         """Write the tails of key rows, once a block: to fill them all at the start would touch the whole cache."""
         fresh = np.unique(blocks[~self._opened[blocks]])

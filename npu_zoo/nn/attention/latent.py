@@ -7,7 +7,7 @@ heads share, so that a cached token is read once for all of them: single tokens,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,6 +81,10 @@ class PagedLatentAttention(LatentPoolAttention[LatentMetadata]):
         self.pool = allocate_zeros(shape, dtype, device)
         self._layers = list(self.pool)
         self._workspace = Workspace(dtype, device)
+
+    def lazy_memory(self) -> Sequence[Tensor]:
+        """See :meth:`StepAttention.lazy_memory`."""
+        return (self.pool,)
 
     def prepare(self, rows: list[SequenceSlice]) -> LatentMetadata:
         """Turn a step's rows into the tensors that all layers share.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,6 +93,10 @@ class PagedAttention(AttentionBackend):
             dtype,
             device,
         )
+
+    def lazy_memory(self) -> Sequence[Tensor]:
+        """See :meth:`StepAttention.lazy_memory`."""
+        return self.cache.lazy_memory
 
     @staticmethod
     def bytes_per_token(num_kv_heads: int, head_dim: int, itemsize: int) -> int:

@@ -157,6 +157,15 @@ def test_fresh_processes_where_less_is_better(name: str, figure: float, ratio: f
     assert len(compare.of("load")) == len(compare.of("close")) == compare.steps[-1].total
 
 
+def test_npu_zoo_takes_its_cache_s_memory_as_it_is_loaded_to_stay(compare: Compare) -> None:
+    compare(SHORT, CATALOGUE["start"], CATALOGUE["memory"], rounds=1, engines=("npu-zoo", "vllm"))
+    loads = compare.of("load")
+    assert [name for name, options in loads if options.settings] == ["npu-zoo"]
+    assert loads[-2][1].settings == {"prefault_kv_cache": True}
+    asked = LoadOptions("folder", "float32", 256, settings={"prefault_kv_cache": False, "seed": 3})
+    assert comparison.lasting_options("npu-zoo", asked) == asked
+
+
 def test_the_memory_case_caches_no_more_than_its_work_needs(compare: Compare) -> None:
     compare(CATALOGUE["memory"], rounds=1, engines=("npu-zoo",))
     (_, requests), (_, options) = compare.of("run")[0], compare.of("load")[0]
