@@ -202,7 +202,7 @@ class Comparison:
 
 
 def lasting_options(name: str, options: LoadOptions) -> LoadOptions:
-    """How an engine is started that serves many runs: npu-zoo takes its cache's memory at once, as the others do."""
+    """How an engine is started that serves many runs: npu-zoo takes its cache's memory at once, as vLLM does."""
     if name != SUBJECT:
         return options
     return dataclasses.replace(options, settings={"prefault_kv_cache": True, **options.settings})

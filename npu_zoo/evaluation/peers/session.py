@@ -33,8 +33,8 @@ from npu_zoo.evaluation.work import ModelWork
 from npu_zoo.platforms.detection import is_simulated
 
 _PREFAULTED = (
-    "npu-zoo takes the memory of its cache when it is loaded, as the others do (prefault_kv_cache); starts and memory "
-    "are measured without"
+    "npu-zoo takes the memory of its cache when it is loaded, as vLLM does (prefault_kv_cache); starts and memory are "
+    "measured without"
 )
 
 
