@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.machinery import all_suffixes
 from pathlib import Path
-from threading import Thread
 
 from torch import Tensor
 
@@ -70,11 +69,13 @@ class PackedWeights:
         file: that they were taken from or kept in; None where they were not.
         remark: what a user should know, such as why a file was not taken; empty where there is nothing.
         memory: uint8, where a file that was taken is mapped; None where none was.
+        num_settled: bytes of it, from its start, that need no more moving.
     """
 
     file: Path | None = None
     remark: str = ""
     memory: Tensor | None = None
+    num_settled: int = 0
 
     @property
     def mapped_bytes(self) -> int:
@@ -82,9 +83,14 @@ class PackedWeights:
         return 0 if self.memory is None else self.memory.nbytes
 
     def settle(self) -> None:
-        """Bring what is mapped to huge pages, in the background; a first token need not wait for it."""
-        if self.memory is not None and not obstacle():
-            Thread(target=move_to_huge_pages, args=(self.memory,), name="huge pages", daemon=True).start()
+        """Bring the next part of what is mapped to huge pages.
+
+        Between steps, by their threads: one in the background took a processor from threads that wait for each other,
+        and for seconds steps took ten times as long.
+        """
+        memory, done = self.memory, self.num_settled
+        if memory is not None and done < len(memory) and not obstacle():
+            self.num_settled = move_to_huge_pages(memory, done)
 
 
 class Packing:

@@ -90,7 +90,7 @@ class ModelRunner:
             rows; and the hidden states of every row whose prompt is asked for, in that order too. On others
             their own share of it, or nothing.
         """
-        if self.num_steps == 1:  # a first token is out
+        if self.num_steps:  # a first token is out
             self.packed_weights.settle()
         self.num_steps += 1
         with torch.inference_mode():

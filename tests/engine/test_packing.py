@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import py_compile
 import shutil
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -223,25 +222,25 @@ def test_mapped_weights_are_no_room_for_keys_and_values(monkeypatch: pytest.Monk
     assert sizes[0] - sizes[2] == pytest.approx(mapped / 2, rel=0.1)
 
 
-def test_what_was_mapped_comes_to_huge_pages_after_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_mapped_comes_to_huge_pages_with_the_steps_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     due, path = run("keep", model="deepseek_coder")
-    moved, steps = threading.Event(), []
-    plain = packing.move_to_huge_pages
+    parts, plain = [], packing.move_to_huge_pages
 
-    def told(memory: torch.Tensor) -> int:
-        steps.append(llm.engine.runner.num_steps)  # type: ignore[attr-defined]
-        moved.set()
-        return plain(memory)
+    def a_page_at_once(memory: torch.Tensor, offset: int) -> int:
+        parts.append((llm.engine.runner.num_steps, offset))  # type: ignore[attr-defined]
+        end = min(offset + (2 << 20), len(memory))
+        return end if plain(memory[:end], offset) == end else offset
 
-    monkeypatch.setattr(packing, "move_to_huge_pages", told)
+    monkeypatch.setattr(packing, "move_to_huge_pages", a_page_at_once)
     with LLM(model="deepseek_coder", dtype="bfloat16") as llm:
-        assert llm.engine.explain()["packed_weights"]["file"] == path
+        packed = llm.engine.runner.packed_weights  # type: ignore[attr-defined]
+        assert str(packed.file) == path
         written = [(o.outputs[0].token_ids, o.outputs[0].logprobs) for o in llm.generate(PROMPTS, GREEDY)]
-        assert moved.wait(60)
+        assert packed.num_settled == packed.mapped_bytes
         assert llm.generate(PROMPTS, GREEDY)[0].outputs[0].token_ids == written[0][0]
     assert written == due
-    assert len(steps) == 1
-    assert steps[0] >= 1
+    assert parts == [(number, (number - 1) * (2 << 20)) for number in range(1, len(parts) + 1)]
+    assert len(parts) == -(-packed.mapped_bytes // (2 << 20))
 
 
 def test_a_file_of_another_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

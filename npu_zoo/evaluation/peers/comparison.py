@@ -145,7 +145,7 @@ class Comparison:
         if name not in self._loaded:
             self._loaded[name] = self._start(name)
             try:
-                self._loaded[name].load(lasting_options(name, self.options[name]))
+                self._loaded[name].load(_to_stay(name, self.options[name]))
             except PeerError as error:
                 self._unloadable[name] = str(error)
                 raise
@@ -201,11 +201,13 @@ class Comparison:
         return cache_tokens(requests) * self.conditions.cache_per_token
 
 
-def lasting_options(name: str, options: LoadOptions) -> LoadOptions:
-    """How an engine is started that serves many runs: npu-zoo takes its cache's memory at once, as vLLM does."""
-    if name != SUBJECT:
-        return options
-    return dataclasses.replace(options, settings={"prefault_kv_cache": True, **options.settings})
+def lasting_settings(name: str, options: LoadOptions) -> dict[str, Any]:
+    """What an engine is told that serves many runs: npu-zoo takes its cache's memory at once, as vLLM does."""
+    return {"prefault_kv_cache": True} if name == SUBJECT and "prefault_kv_cache" not in options.settings else {}
+
+
+def _to_stay(name: str, options: LoadOptions) -> LoadOptions:
+    return dataclasses.replace(options, settings={**options.settings, **lasting_settings(name, options)})
 
 
 def cache_tokens(requests: Sequence[Request]) -> int:

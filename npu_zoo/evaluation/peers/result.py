@@ -21,12 +21,14 @@ class EngineEntry(_Part):
     Attributes:
         python: the interpreter that had it.
         options: how it was started.
+        lasting_settings: what processes that stayed for several runs were started with beside them.
     """
 
     name: str
     python: str
     versions: dict[str, str]
     options: dict[str, Any] = Field(default_factory=dict)
+    lasting_settings: dict[str, Any] = Field(default_factory=dict)
 
 
 class Agreement(_Part):

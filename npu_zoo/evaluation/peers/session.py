@@ -15,7 +15,7 @@ from npu_zoo.core.errors import UsageError
 from npu_zoo.dispatch import resolve
 from npu_zoo.evaluation.machine import better_machine, describe_machine, measure_apart
 from npu_zoo.evaluation.peers.cases import Case
-from npu_zoo.evaluation.peers.comparison import Comparison, Conditions, Step
+from npu_zoo.evaluation.peers.comparison import Comparison, Conditions, Step, lasting_settings
 from npu_zoo.evaluation.peers.engines import InstalledEngine
 from npu_zoo.evaluation.peers.preparation import (
     cache_notes,
@@ -106,7 +106,13 @@ class Session:
             fewer or {},
         )
         entries = [
-            EngineEntry(name=e.name, python=e.python, versions=e.versions, options=dataclasses.asdict(options[e.name]))
+            EngineEntry(
+                name=e.name,
+                python=e.python,
+                versions=e.versions,
+                options=dataclasses.asdict(options[e.name]),
+                lasting_settings=lasting_settings(e.name, options[e.name]),
+            )
             for e in engines
         ]
         notes = cache_notes(kept, config, max(option.kv_cache_memory for option in options.values()))

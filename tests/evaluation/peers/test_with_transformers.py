@@ -220,6 +220,15 @@ def test_another_comparison_is_not_gone_on_with(
         _session(args.model_copy(update=update), names, **options).resume(earlier.record({}))
 
 
+def test_a_comparison_whose_cache_was_taken_as_it_was_used_is_not_gone_on_with(args: EngineArgs) -> None:
+    earlier = _session(args, ["npu-zoo"])
+    earlier.machine = _measured()
+    record = earlier.record({})
+    assert record.body["engines"][0].pop("lasting_settings") == {"prefault_kv_cache": True}
+    with pytest.raises(UsageError, match="of other engines or how they are started,"):
+        _session(args, ["npu-zoo"]).resume(record)
+
+
 def test_a_file_of_another_kind_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "mine.json"
     file.write_text("{}")

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
-from collections.abc import Callable
 from threading import Lock
 
 import torch
 from torch import Tensor
 
-from npu_zoo.nn.kernels.compiled.binding import ADDRESS, SIZE, Function, load_library
+from npu_zoo.nn.kernels.compiled.binding import ADDRESS, COUNT, SIZE, Function
 
 _HUGE_PAGE = 2 << 20
 _LINE = 64
 _SLAB = 64 << 20
 
 _huge_pages = Function("zoo_huge_pages", ADDRESS, SIZE)
+_move_to_huge_pages = Function("zoo_move_to_huge_pages", ADDRESS, SIZE, SIZE, COUNT, result=SIZE)
 
 
 class Slabs:
@@ -59,28 +57,17 @@ def allocate(num_bytes: int) -> Tensor:
     return _slabs.take(num_bytes)
 
 
-def move_to_huge_pages(mapped: Tensor) -> int:
+def move_to_huge_pages(mapped: Tensor, offset: int = 0) -> int:
     """Put mapped memory that is only read on huge pages of this process where it lies on small ones, at its address.
 
     Files have large pages where memory was in one piece when they were written or read, and not where it was not; small
     ones cost a sixth of the bandwidth. Others may read the memory meanwhile. Its last part, of less than a page, stays.
 
     Args:
-        mapped: uint8 [bytes], which stays mapped until this returns.
+        mapped: uint8 [bytes], which stays mapped.
+        offset: what lies before it has been seen to.
 
     Returns:
-        The bytes that were moved.
+        The offset to go on from, after 16 MiB that were moved; the number of bytes where nothing is left.
     """
-    move, offset, total, moved = _mover(), 0, 0, ctypes.c_int64()
-    while offset < len(mapped):
-        offset = move(mapped.data_ptr(), len(mapped), offset, ctypes.byref(moved))
-        total += moved.value
-    return total
-
-
-@functools.cache
-def _mover() -> Callable[..., int]:
-    """Not as other functions of the library: it runs in the background, while another thread's calls are recorded."""
-    function = load_library().zoo_move_to_huge_pages
-    function.argtypes, function.restype = (ADDRESS, SIZE, SIZE, ctypes.POINTER(SIZE)), SIZE
-    return function
+    return _move_to_huge_pages(mapped.data_ptr(), len(mapped), offset, torch.get_num_threads())
