@@ -9,11 +9,14 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 from npu_zoo import LLM, SamplingParams
 from npu_zoo.cli import main
+from npu_zoo.cli.app import build_app
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", "README.zh-CN.md"]
@@ -91,6 +94,20 @@ def test_commands_that_are_named_are_accepted(page: str, accept: Callable[[list[
     assert len(found) > 4
     for words in found:
         accept(words)
+
+
+def leaves(command: Any, path: str = "") -> list[str]:
+    """The commands that do something, by the words that call them."""
+    below = getattr(command, "commands", {})
+    own = [path] if path and (not below or command.invoke_without_command) else []
+    return own + [leaf for name, child in below.items() for leaf in leaves(child, f"{path} {name}".lstrip())]
+
+
+@pytest.mark.parametrize(("page", "heading"), [("README.md", "Commands"), ("README.zh-CN.md", "命令")])
+def test_every_command_is_listed(page: str, heading: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8").split(f"\n## {heading}\n")[1]
+    listed = re.findall(r"`([^`]+)`", text.split("docs/cli.md")[0])
+    assert sorted(listed) == sorted(leaves(typer.main.get_command(build_app())))
 
 
 def python_blocks(page: str) -> list[str]:
