@@ -153,6 +153,7 @@ class LeadingRunner(RankRunner):
         """End the other ranks; those that wait for a command are told that there is none. Again, it does nothing."""
         if self._ended:
             return
+        super().shutdown()
         self._ended, together = True, self._together
         try:
             if together:  # else they are in the middle of a step, where they hear nothing

@@ -6,10 +6,14 @@ import functools
 import hashlib
 import importlib.util
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.machinery import all_suffixes
 from pathlib import Path
+from threading import Lock, Thread
 
 from torch import Tensor
 
@@ -25,6 +29,8 @@ from npu_zoo.registry import load_code
 from npu_zoo.weights.packed import PackedRequest, file_states, read_packed, require_room, write_packed
 
 _SOURCES = tuple(all_suffixes())
+_PAUSE = 1e-3
+"""Seconds between two parts, else the next one would have its turn before a step that waits."""
 
 
 def packed_request(config: EngineConfig, ranks: Ranks) -> PackedRequest:
@@ -69,28 +75,65 @@ class PackedWeights:
         file: that they were taken from or kept in; None where they were not.
         remark: what a user should know, such as why a file was not taken; empty where there is nothing.
         memory: uint8, where a file that was taken is mapped; None where none was.
-        num_settled: bytes of it, from its start, that need no more moving.
     """
 
     file: Path | None = None
     remark: str = ""
     memory: Tensor | None = None
-    num_settled: int = 0
 
     @property
     def mapped_bytes(self) -> int:
         """Of the file that was taken; the system takes them for memory that it could give away."""
         return 0 if self.memory is None else self.memory.nbytes
 
-    def settle(self) -> None:
-        """Bring the next part of what is mapped to huge pages.
+    @cached_property
+    def settling(self) -> Settling | None:
+        """What brings the mapped memory to huge pages; None where nothing is mapped, or no kernel reads it."""
+        return None if self.memory is None or obstacle() else Settling(self.memory)
 
-        Between steps, by their threads: one in the background took a processor from threads that wait for each other,
-        and for seconds steps took ten times as long.
-        """
-        memory, done = self.memory, self.num_settled
-        if memory is not None and done < len(memory) and not obstacle():
-            self.num_settled = move_to_huge_pages(memory, done)
+    def in_use(self) -> AbstractContextManager[None]:
+        """A step's turn."""
+        return self.settling.in_use() if self.settling else nullcontext()
+
+    def close(self) -> None:
+        """No step will have a turn any more."""
+        if self.settling:
+            self.settling.stop()
+
+
+class Settling:
+    """Brings mapped memory to huge pages once a first step has read it, part by part between steps.
+
+    A thread does, for the next step may be far off. It has no turn while a step has: it would take a processor from
+    threads that wait for each other, and for seconds steps took ten times as long.
+
+    Attributes:
+        offset: what lies before it has been seen to.
+    """
+
+    def __init__(self, memory: Tensor) -> None:
+        self.offset = 0
+        self._memory, self._turn, self._stopped = memory, Lock(), False
+        self._thread: Thread | None = None
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """A step's turn, after a part of a few milliseconds at most."""
+        with self._turn:
+            yield
+        if self._thread is None:
+            self._thread = Thread(target=self._move, name="huge pages", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Leave the rest as it is."""
+        self._stopped = True
+
+    def _move(self) -> None:
+        while self.offset < len(self._memory) and not self._stopped:
+            with self._turn:
+                self.offset = move_to_huge_pages(self._memory, self.offset)
+            time.sleep(_PAUSE)
 
 
 class Packing:

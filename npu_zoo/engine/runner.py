@@ -90,10 +90,8 @@ class ModelRunner:
             rows; and the hidden states of every row whose prompt is asked for, in that order too. On others
             their own share of it, or nothing.
         """
-        if self.num_steps:  # a first token is out
-            self.packed_weights.settle()
         self.num_steps += 1
-        with torch.inference_mode():
+        with torch.inference_mode(), self.packed_weights.in_use():
             mine = [row for row in rows if row.replica == self._place.replica]
             outputs = self._compute(rows, mine)
             return collect_outputs(self._ranks, rows, outputs, self._shape)
@@ -142,7 +140,8 @@ class ModelRunner:
         }
 
     def shutdown(self) -> None:
-        """Nothing runs beside this process."""
+        """No step comes any more."""
+        self.packed_weights.close()
 
     def _compute(self, rows: Sequence[StepRow], mine: Sequence[StepRow]) -> Outputs:
         if self.decode_path is not None and rows and all(row.decodes for row in rows):

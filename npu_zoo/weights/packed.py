@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 _LINE = 64
 _PAGE = 4096
-_WRITTEN_AT_ONCE = 64 << 20
+_TOLD_AT_ONCE = 64 << 20
+_BLOCK = 4 << 20
+"""Bytes of two huge pages."""
+
 _ROOM_LEFT = 1 << 30
 _ATTEMPTS = 5
 _SUFFIX = ".safetensors"
@@ -141,14 +144,15 @@ def write_packed(
         remove_abandoned()
         require_room(total)
         with _replacing(path) as file:
-            _write(file, memoryview(_header(request, state, tensors)))
-            done = 0
+            blocks, done = _Blocks(file), 0
+            blocks.write(memoryview(_header(request, state, tensors)))
             for tensor in tensors.values():
                 data = bytes_of(tensor)
-                for first in range(0, len(data), _WRITTEN_AT_ONCE):
-                    done += _write(file, data[first : first + _WRITTEN_AT_ONCE])
+                for first in range(0, len(data), _TOLD_AT_ONCE):
+                    done += blocks.write(data[first : first + _TOLD_AT_ONCE])
                     if progress is not None:
                         progress(done, total)
+            blocks.flush()
     except OSError as error:
         raise WeightsError(
             f"{path}: packed weights cannot be kept: {error.strerror or error}; --packed-weights auto runs without"
@@ -237,12 +241,29 @@ def _header(request: PackedRequest, state: str, tensors: Mapping[str, Tensor]) -
     return len(raw).to_bytes(8, "little") + raw
 
 
-def _write(file: IO[bytes], data: memoryview) -> int:
-    """All of it, in as large pieces as may be: file systems then lay it on large pages."""
-    written = 0
-    while written < len(data):
-        written += file.write(data[written:])
-    return written
+class _Blocks:
+    """Writes a file from huge page to huge page: what is written from within one, the system keeps in small ones."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._block, self._filled = file, memoryview(bytearray(_BLOCK)), 0
+
+    def write(self, data: memoryview) -> int:
+        """All of it, some of which waits for the rest of its block."""
+        done = 0
+        while done < len(data):
+            taken = min(len(data) - done, _BLOCK - self._filled)
+            self._block[self._filled : self._filled + taken] = data[done : done + taken]
+            self._filled, done = self._filled + taken, done + taken
+            if self._filled == _BLOCK:
+                self.flush()
+        return done
+
+    def flush(self) -> None:
+        """What waits."""
+        written = 0
+        while written < self._filled:
+            written += self._file.write(self._block[written : self._filled])
+        self._filled = 0
 
 
 @contextmanager

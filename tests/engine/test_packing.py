@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import py_compile
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -222,25 +224,60 @@ def test_mapped_weights_are_no_room_for_keys_and_values(monkeypatch: pytest.Monk
     assert sizes[0] - sizes[2] == pytest.approx(mapped / 2, rel=0.1)
 
 
-def test_what_was_mapped_comes_to_huge_pages_with_the_steps_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_mapped_comes_to_huge_pages_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     due, path = run("keep", model="deepseek_coder")
-    parts, plain = [], packing.move_to_huge_pages
+    parts, plain, compute, done = [], packing.move_to_huge_pages, runner.ModelRunner._compute, threading.Event()
+    computing = False
 
-    def a_page_at_once(memory: torch.Tensor, offset: int) -> int:
-        parts.append((llm.engine.runner.num_steps, offset))  # type: ignore[attr-defined]
-        end = min(offset + (2 << 20), len(memory))
-        return end if plain(memory[:end], offset) == end else offset
+    def a_part(memory: torch.Tensor, offset: int) -> int:
+        assert not computing
+        parts.append(llm.engine.runner.num_steps)  # type: ignore[attr-defined]
+        end = min(offset + (64 << 10), len(memory))
+        if end == len(memory):
+            assert plain(memory, 0) > 0
+            done.set()
+        return end
 
-    monkeypatch.setattr(packing, "move_to_huge_pages", a_page_at_once)
+    def step(*arguments: Any) -> Any:
+        nonlocal computing
+        computing = True
+        time.sleep(0.005)  # the thread waits for its turn by then
+        try:
+            return compute(*arguments)
+        finally:
+            computing = False
+
+    monkeypatch.setattr(packing, "move_to_huge_pages", a_part)
+    monkeypatch.setattr(runner.ModelRunner, "_compute", step)
     with LLM(model="deepseek_coder", dtype="bfloat16") as llm:
         packed = llm.engine.runner.packed_weights  # type: ignore[attr-defined]
         assert str(packed.file) == path
         written = [(o.outputs[0].token_ids, o.outputs[0].logprobs) for o in llm.generate(PROMPTS, GREEDY)]
-        assert packed.num_settled == packed.mapped_bytes
+        assert done.wait(60)
         assert llm.generate(PROMPTS, GREEDY)[0].outputs[0].token_ids == written[0][0]
     assert written == due
-    assert parts == [(number, (number - 1) * (2 << 20)) for number in range(1, len(parts) + 1)]
-    assert len(parts) == -(-packed.mapped_bytes // (2 << 20))
+    assert len(parts) == -(-packed.mapped_bytes // (64 << 10))
+    assert parts[0] >= 1
+    assert len(set(parts)) > 1, "some parts are moved between steps"
+
+
+def test_nothing_is_moved_of_an_engine_that_is_shut_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    run("keep", model="deepseek_coder")
+    ended, parts = threading.Event(), []
+
+    def a_part(memory: torch.Tensor, offset: int) -> int:
+        parts.append(offset)
+        assert ended.wait(60)
+        return offset + 1
+
+    monkeypatch.setattr(packing, "move_to_huge_pages", a_part)
+    with LLM(model="deepseek_coder", dtype="bfloat16") as llm:
+        llm.generate(["a"], SamplingParams(max_tokens=1))
+        (mover,) = [thread for thread in threading.enumerate() if thread.name == "huge pages"]
+    ended.set()
+    mover.join(60)
+    assert not mover.is_alive()
+    assert len(parts) == 1
 
 
 def test_a_file_of_another_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

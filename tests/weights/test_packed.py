@@ -6,8 +6,10 @@ import fcntl
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -117,6 +119,34 @@ def test_a_file_that_was_cut_short_is_not_taken(kept: int) -> None:
     path.write_bytes(path.read_bytes()[:kept])
     assert read_packed(REQUEST, STATE) is None
     assert [file.path for file in list_packed()] == [path]
+
+
+@pytest.mark.parametrize("taken_at_once", [700, 1 << 20])
+def test_a_file_is_written_in_blocks(monkeypatch: pytest.MonkeyPatch, taken_at_once: int) -> None:
+    block, plain, ends = 1024, packed._replacing, []
+
+    class Shortly:
+        """A file that takes part of what it is given."""
+
+        def __init__(self, file: IO[bytes]) -> None:
+            self.file = file
+
+        def write(self, data: memoryview) -> int:
+            ends.append(self.file.tell() + len(data))
+            return self.file.write(data[:taken_at_once])
+
+    @contextmanager
+    def replacing(path: Path) -> Iterator[Any]:
+        with plain(path) as file:
+            yield Shortly(file)
+
+    monkeypatch.setattr(packed, "_BLOCK", block)
+    monkeypatch.setattr(packed, "_replacing", replacing)
+    path = write_packed(REQUEST, STATE, tensors())
+    assert equal(read_packed(REQUEST, STATE), tensors())
+    size = path.stat().st_size
+    assert len(set(ends)) == -(-size // block) > 4
+    assert all(end % block == 0 or end == size for end in ends)
 
 
 def test_a_write_that_fails_leaves_what_there_was(monkeypatch: pytest.MonkeyPatch) -> None:

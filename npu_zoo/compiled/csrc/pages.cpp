@@ -14,7 +14,7 @@
 namespace {
 
 constexpr uintptr_t kHugePage = 2 << 20;
-constexpr uintptr_t kMovedAtOnce = 16 << 20;  // a process may have some ten thousand mappings, and each move makes one
+constexpr uintptr_t kMovedAtOnce = 4 << 20;  // a process may have some ten thousand mappings, and each move makes one
 
 // Linux's PAGEMAP_SCAN, since 6.7, which not every system's headers have.
 struct ScanPages {
@@ -40,22 +40,15 @@ bool has_small_pages(uintptr_t first, uintptr_t last) {
   return found != 0;
 }
 
-// A copy on huge pages that all threads make, each of its own pages; the system clears a page when it is first written.
-void copy_pages(uintptr_t to, uintptr_t from, int64_t bytes, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t page = 0; page < bytes; page += kHugePage)
-    std::memcpy(reinterpret_cast<void*>(to + page), reinterpret_cast<void*>(from + page), kHugePage);
-}
-
 // Puts a copy on huge pages in the place of what is mapped there; who reads it meanwhile sees one or the other.
-bool move(uintptr_t first, uintptr_t last, int threads) {
+bool move(uintptr_t first, uintptr_t last) {
   const size_t bytes = last - first, room = bytes + kHugePage;
   void* taken = mmap(nullptr, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (taken == MAP_FAILED) return false;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(taken), copy = (begin + kHugePage - 1) / kHugePage * kHugePage;
   void *from = reinterpret_cast<void*>(first), *to = reinterpret_cast<void*>(copy);
   madvise(to, bytes, MADV_HUGEPAGE);
-  copy_pages(copy, first, bytes, threads);
+  std::memcpy(to, from, bytes);
   mprotect(to, bytes, PROT_READ);
   const bool moved = mremap(to, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, from) != MAP_FAILED;
   if (!moved) munmap(to, bytes);
@@ -81,12 +74,12 @@ void zoo_huge_pages(void* address, int64_t bytes) {
 
 // Moves mapped memory that is only read to huge pages of the process, at the same addresses, where it lies on small ones:
 // the next part that does, from `offset` on. Returns where the part ends; `bytes` when nothing is left.
-int64_t zoo_move_to_huge_pages(void* address, int64_t bytes, int64_t offset, int threads) {
+int64_t zoo_move_to_huge_pages(void* address, int64_t bytes, int64_t offset) {
 #if defined(__linux__)
   const uintptr_t base = reinterpret_cast<uintptr_t>(address), end = (base + bytes) / kHugePage * kHugePage;
   for (uintptr_t first = (base + offset + kHugePage - 1) / kHugePage * kHugePage, last; first < end; first = last) {
     last = std::min(first + kMovedAtOnce, end);
-    if (has_small_pages(first, last)) return move(first, last, threads) && last < end ? last - base : bytes;
+    if (has_small_pages(first, last)) return move(first, last) && last < end ? last - base : bytes;
   }
 #endif
   return bytes;

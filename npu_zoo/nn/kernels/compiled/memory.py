@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from threading import Lock
 
 import torch
 from torch import Tensor
 
-from npu_zoo.nn.kernels.compiled.binding import ADDRESS, COUNT, SIZE, Function
+from npu_zoo.nn.kernels.compiled.binding import ADDRESS, SIZE, Function, load_library
 
 _HUGE_PAGE = 2 << 20
 _LINE = 64
 _SLAB = 64 << 20
 
 _huge_pages = Function("zoo_huge_pages", ADDRESS, SIZE)
-_move_to_huge_pages = Function("zoo_move_to_huge_pages", ADDRESS, SIZE, SIZE, COUNT, result=SIZE)
 
 
 class Slabs:
@@ -68,6 +69,14 @@ def move_to_huge_pages(mapped: Tensor, offset: int = 0) -> int:
         offset: what lies before it has been seen to.
 
     Returns:
-        The offset to go on from, after 16 MiB that were moved; the number of bytes where nothing is left.
+        The offset to go on from, after 4 MiB that were moved; the number of bytes where nothing is left.
     """
-    return _move_to_huge_pages(mapped.data_ptr(), len(mapped), offset, torch.get_num_threads())
+    return _mover()(mapped.data_ptr(), len(mapped), offset)
+
+
+@functools.cache
+def _mover() -> Callable[..., int]:
+    """Not as other functions of the library: its thread runs while other engines' calls are recorded."""
+    function = load_library().zoo_move_to_huge_pages
+    function.argtypes, function.restype = (ADDRESS, SIZE, SIZE), SIZE
+    return function
