@@ -122,7 +122,7 @@ class LeadingRunner(RankRunner):
             self._workers.wait_ready(START_TIMEOUT_S)
         except BaseException:
             self._together = False
-            self.shutdown()
+            self._end_ranks()
             raise
 
     def execute(self, rows: Sequence[StepRow]) -> tuple[Tensor, list[Tensor]]:
@@ -151,9 +151,12 @@ class LeadingRunner(RankRunner):
 
     def shutdown(self) -> None:
         """End the other ranks; those that wait for a command are told that there is none. Again, it does nothing."""
+        super().shutdown()
+        self._end_ranks()
+
+    def _end_ranks(self) -> None:
         if self._ended:
             return
-        super().shutdown()
         self._ended, together = True, self._together
         try:
             if together:  # else they are in the middle of a step, where they hear nothing
