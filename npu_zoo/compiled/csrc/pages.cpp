@@ -14,7 +14,8 @@
 namespace {
 
 constexpr uintptr_t kHugePage = 2 << 20;
-constexpr uintptr_t kMovedAtOnce = 4 << 20;  // a process may have some ten thousand mappings, and each move makes one
+constexpr uintptr_t kSmallestPart = 4 << 20;
+constexpr uintptr_t kMostParts = 8192;  // a process may have some ten thousand mappings, and each move makes one
 
 // Linux's PAGEMAP_SCAN, since 6.7, which not every system's headers have.
 struct ScanPages {
@@ -77,8 +78,10 @@ void zoo_huge_pages(void* address, int64_t bytes) {
 int64_t zoo_move_to_huge_pages(void* address, int64_t bytes, int64_t offset) {
 #if defined(__linux__)
   const uintptr_t base = reinterpret_cast<uintptr_t>(address), end = (base + bytes) / kHugePage * kHugePage;
+  const uintptr_t share = (bytes / kMostParts + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t part = std::max(kSmallestPart, share);
   for (uintptr_t first = (base + offset + kHugePage - 1) / kHugePage * kHugePage, last; first < end; first = last) {
-    last = std::min(first + kMovedAtOnce, end);
+    last = std::min(first + part, end);
     if (has_small_pages(first, last)) return move(first, last) && last < end ? last - base : bytes;
   }
 #endif

@@ -69,7 +69,8 @@ def move_to_huge_pages(mapped: Tensor, offset: int = 0) -> int:
         offset: what lies before it has been seen to.
 
     Returns:
-        The offset to go on from, after 4 MiB that were moved; the number of bytes where nothing is left.
+        The offset to go on from, after 4 MiB that were moved, or a part in 8,192; the number of bytes where nothing is
+        left.
     """
     return _mover()(mapped.data_ptr(), len(mapped), offset)
 
