@@ -80,6 +80,13 @@ def server() -> Iterator[RunningServer]:
         yield server
 
 
+@pytest.fixture
+def untouched_server() -> Iterator[RunningServer]:
+    """Another of them, of which nothing was asked: on the shared one, a client that left may be counted later."""
+    with RunningServer(("--model", SERVED, *PLAIN)) as server:
+        yield server
+
+
 @pytest.fixture(scope="session")
 def oracle() -> Iterator[LLM]:
     """The same model in this process."""
