@@ -5,11 +5,12 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import median
 
 from harness.notes import UNEXPLAINED
 from harness.pictures import CONTEXTS, ROOFLINES
 from harness.records import Compared, Records
-from harness.tables import DAY_HEADS, case_table, context_table, day_rows, table
+from harness.tables import ONE_PAIR, DayPair, case_table, context_table, day_pairs, day_table, table
 from harness.targets import MEMORY_WEIGHTS, OTHER_RATIO, START_SECONDS, UNPACKED, Verdict, verdicts
 from npu_zoo.evaluation.peers.engines import SUBJECT
 from npu_zoo.evaluation.peers.result import EngineEntry
@@ -174,22 +175,39 @@ def _no_device() -> str:
 
 def _days(records: Records) -> Iterator[str]:
     """The newest record of each name beside the last one of another day on the same processor."""
-    pairs = []
+    runs = []
     for found in records.comparisons.values():
         newest = found[0]
         earlier = (one for one in found[1:] if one.date != newest.date and one.machine.cpu == newest.machine.cpu)
-        pairs += [(one, newest) for one in [next(earlier, None)] if one is not None]
-    rows = [row for first, second in pairs for row in day_rows(first, second)]
-    if not rows:
+        runs += [(one, newest) for one in [next(earlier, None)] if one is not None]
+    pairs = [pair for first, second in runs for pair in day_pairs(first, second)]
+    if not pairs:
         return
     yield "\n## On two days\n"
-    dates = ", ".join(f"{first.name} on {first.date} and {second.date}" for first, second in pairs)
+    dates = ", ".join(f"{first.name} on {first.date} and {second.date}" for first, second in runs)
     yield textwrap.fill(
-        f"The same command on another day: {dates}. `both`: each day's median lies in the other's spread.",
+        f"The same command on another day: {dates}. `both`: each day's median lies in the other's spread. "
+        f"{_tally(pairs)} Of the targets {_held([first for first, _ in runs])} are met on the first day, "
+        f"{_held([second for _, second in runs])} on the second.",
         WIDTH,
     )
     yield ""
-    yield table(DAY_HEADS, rows)
+    yield day_table(pairs)
+
+
+def _tally(pairs: Sequence[DayPair]) -> str:
+    """How many cases agree."""
+    judged = [pair.told for pair in pairs if pair.told != ONE_PAIR]
+    alone = len(pairs) - len(judged)
+    told = f"Of {len(judged)} rows {judged.count('both')} have both within, {judged.count('one')} one"
+    more = f"; {alone} of one pair a day have no spread" if alone else ""
+    middle = median(abs(pair.change) for pair in pairs)
+    return f"{told}{more}; half of all medians changed by at most {middle:.0%}."
+
+
+def _held(compared: Sequence[Compared]) -> str:
+    found = [verdict.held for one in compared for verdict in verdicts(one.record)]
+    return f"{sum(found)} of {len(found)}"
 
 
 def _contexts(records: Records) -> Iterator[str]:

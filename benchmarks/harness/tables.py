@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from statistics import median
 
 from harness.bounds import bound_of
@@ -14,7 +15,8 @@ from npu_zoo.evaluation.peers.result import CaseResult
 from npu_zoo.evaluation.peers.table import figure_text, ratio_text, share_text
 
 CASE_HEADS = ("case", "engine", "median", "of floor", "ratio (spread)", "pairs", "target", "bound by")
-DAY_HEADS = ("", "case", "to", "first", "second", "within the other's spread")
+DAY_HEADS = ("", "case", "to", "first", "second", "change", "within the other's spread")
+ONE_PAIR = "one pair"
 CONTEXT_HEADS = ("tokens in the cache", "ms a step", "rounds", "floor, ms", "of floor", "grows by, us a 1,024 tokens")
 
 
@@ -62,17 +64,54 @@ def _target_text(verdict: Verdict | None, case: CaseResult, peer: str | None) ->
     return f"{limit}: {'met' if verdict.held else '**missed**'}"
 
 
-def day_rows(first: Compared, second: Compared) -> Iterator[tuple[str, ...]]:
-    """Ratios of two records of one name on one machine, and whether each one's median is in the other's spread."""
+@dataclass(frozen=True)
+class DayPair:
+    """A case of two records of one name on one machine.
+
+    Attributes:
+        first: npu-zoo's paired ratios to one engine on the earlier day.
+        second: those of the later day.
+    """
+
+    name: str
+    title: str
+    engine: str
+    first: Sequence[float]
+    second: Sequence[float]
+
+    @property
+    def change(self) -> float:
+        """Of the median, from day to day."""
+        return median(self.second) / median(self.first) - 1
+
+    @property
+    def told(self) -> str:
+        """Whether each day's median is in the other's spread; one pair alone has none."""
+        if min(len(self.first), len(self.second)) < 2:
+            return ONE_PAIR
+        within = _within(self.first, self.second), _within(self.second, self.first)
+        return "both" if all(within) else "one" if any(within) else "**neither**"
+
+
+def day_pairs(first: Compared, second: Compared) -> Iterator[DayPair]:
+    """Every case that both records have, with each engine."""
     later = {case.name: case for case in second.body.cases}
     for case in first.body.cases:
         for engine in first.body.engines[1:]:
             one = case.ratios(engine.name, SUBJECT)
             other = later[case.name].ratios(engine.name, SUBJECT) if case.name in later else []
             if one and other:
-                within = _within(one, other), _within(other, one)
-                told = "both" if all(within) else "one" if any(within) else "**neither**"
-                yield first.name, case.title, engine.name, ratio_text(one), ratio_text(other), told
+                yield DayPair(first.name, case.title, engine.name, one, other)
+
+
+def day_table(pairs: Iterable[DayPair]) -> str:
+    """Both days' ratios."""
+    return table(DAY_HEADS, map(_day_row, pairs))
+
+
+def _day_row(pair: DayPair) -> tuple[str, ...]:
+    ratios = ratio_text(pair.first), ratio_text(pair.second)
+    return pair.name, pair.title, pair.engine, *ratios, f"{pair.change:+.0%}", pair.told
 
 
 def _within(values: Sequence[float], others: Sequence[float]) -> bool:

@@ -89,21 +89,31 @@ def test_a_peer_with_fewer_rounds_says_so(make_record: Make, show: Callable[...,
 
 
 def test_two_days_on_one_machine_stand_side_by_side(make_record: Make, show: Callable[..., str]) -> None:
-    first = {"decode-1": SAMPLES, "decode-8": SAMPLES, "mixed": {"npu-zoo": [2.0, 4.0], "vllm": [1.0, 1.0]}}
+    first = {
+        "decode-1": SAMPLES,
+        "decode-8": SAMPLES,
+        "mixed": {"npu-zoo": [2.0, 4.0], "vllm": [1.0, 1.0]},
+        "shared-prefix": {"npu-zoo": [2.0, 4.0], "vllm": [1.0]},
+    }
     second = {
         "decode-1": {"npu-zoo": [1.2, 1.3, 1.4], "vllm": [1.0, 1.0, 1.0]},
         "decode-8": {"npu-zoo": [3.0, 3.1, 3.2], "vllm": [1.0, 1.0, 1.0]},
         "mixed": {"npu-zoo": [3.2, 3.3], "vllm": [1.0, 1.0]},
+        "shared-prefix": {"npu-zoo": [2.0, 4.0], "vllm": [1.0]},
     }
     text = show(make_record(first), make_record(second, date="2026-01-02"))
     assert "1.3b on 2026-01-01 and 2026-01-02" in text
     days = text[text.index("## On two days") :]
     assert _line(days, "decode, batch 1")[1:] == [
-        *("decode, batch 1", "vllm", "1.30 (1.00..1.50)", "1.30 (1.20..1.40)", "both"),
+        *("decode, batch 1", "vllm", "1.30 (1.00..1.50)", "1.30 (1.20..1.40)", "+0%", "both"),
     ]
-    assert _line(days, "decode, batch 8")[-1] == "**neither**"
+    assert _line(days, "decode, batch 8")[-2:] == ["+138%", "**neither**"]  # 3.1 / 1.3
     # 3.0 is not within 3.2 to 3.3, and 3.25 is within 2 to 4.
     assert _line(days, "64 requests")[-1] == "one"
+    assert _line(days, "32 requests")[-1] == "one pair"
+    told = " ".join(days.split())
+    assert "Of 3 rows 1 have both within, 1 one; 1 of one pair a day have no spread; half of all medians" in told
+    assert "changed by at most 4%. Of the targets 4 of 4 are met on the first day, 4 of 4 on the second." in told
     assert text.index("## 1.3b, 2026-01-02") > 0
     assert "## 1.3b, 2026-01-01" not in text
 
