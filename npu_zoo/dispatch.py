@@ -6,46 +6,30 @@ Nothing here imports torch or reads a weight, so every refusal comes before both
 from __future__ import annotations
 
 import os
-import re
-import shlex
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-from npu_zoo.checkpoint import detect_format, has_chat_template, quant_method_of, read_quantization
 from npu_zoo.compiled.build import build_in_background
-from npu_zoo.compiled.library import COMMAND, can_be_built
-from npu_zoo.core.config import (
-    _SEAL,
-    DEFAULT_COLLECTIVE_TIMEOUT_S,
-    DEFAULT_MAX_NUM_BATCHED_TOKENS,
-    DEFAULT_MAX_NUM_SEQS,
-    AttentionChoice,
-    EngineArgs,
-    EngineConfig,
-    KernelChoice,
-)
+from npu_zoo.config_fields import Chosen, config_fields, parse_bytes
+from npu_zoo.core.config import _SEAL, EngineArgs, EngineConfig, KernelChoice
 from npu_zoo.core.engine import Engine, Progress
-from npu_zoo.core.errors import ConfigError, HardwareError, PluginError, UnsupportedError, UsageError, WeightsError
-from npu_zoo.core.features import KINDS, Conflict, FeatureRow, Reason, Verdict
+from npu_zoo.core.errors import ConfigError, HardwareError, UnsupportedError, UsageError
+from npu_zoo.core.features import KINDS, Conflict, Reason, Verdict
 from npu_zoo.core.hardware import ITEMSIZE, chip_of
 from npu_zoo.core.model_config import ModelConfig
 from npu_zoo.core.parallel import Split
-from npu_zoo.core.quantization import CONFIG_KEY
-from npu_zoo.core.specs import EngineSpec, QuantizationSpec
-from npu_zoo.fitting import cache_share, plan_request, require_fit
+from npu_zoo.core.specs import EngineSpec
+from npu_zoo.fitting import plan_request, require_fit
+from npu_zoo.matching import match_quantization, match_weights
 from npu_zoo.parallel.environment import LaunchEnvironment
-from npu_zoo.parallel.numa import apply, describe, plan_binding
+from npu_zoo.parallel.numa import apply
 from npu_zoo.platforms.ascend import ascend_devices, visible_devices
 from npu_zoo.platforms.detection import total_memory
-from npu_zoo.platforms.environment import DETERMINISTIC, apply_presets, near_misses, presets
+from npu_zoo.platforms.environment import apply_presets
 from npu_zoo.registry import Registry, get_registry, load_code
-from npu_zoo.request import Request, bundled_directory, parse_dtype, read_request
+from npu_zoo.request import Request, parse_dtype, read_request
 from npu_zoo.selection import is_importable, select_attention, select_kernels
-from npu_zoo.speculation import choose_speculation
-from npu_zoo.splitting import choose_expert_dispatch, require_split
+from npu_zoo.splitting import require_split
 
 __all__ = ["check", "create_engine", "parse_bytes", "parse_dtype", "resolve"]
 
@@ -82,7 +66,7 @@ def resolve(args: EngineArgs, registry: Registry | None = None) -> EngineConfig:
     engine = _engine(args, request, registry)
     if args.weights is None:  # before anybody is sent to download them
         _check_memory(args, request)
-    weights, config = _weights(args, request, registry)
+    weights, config = match_weights(args, request, registry)
     if args.weights is not None:
         _check_memory(args, request)
     require_split(args, request, verdict.row, config)
@@ -97,13 +81,13 @@ def resolve(args: EngineArgs, registry: Registry | None = None) -> EngineConfig:
         args.block_size,
         request.kv_cache_dtype,
     )
-    method = _quantization_method(request, chip, registry)
+    method = match_quantization(request, chip, registry)
     kernels = select_kernels(
         registry.kernels, chip, request.dtype, config, request.quantization, request.family.operations
     )
     _check_fallbacks(args, kernels)
-    chosen = _Chosen(verdict.row, weights, config, engine, attention, kernels, method)
-    return _engine_config(args, request, chosen)
+    chosen = Chosen(verdict.row, weights, config, engine, attention, kernels, method, _local_ranks(request))
+    return EngineConfig(**config_fields(args, request, chosen), seal=_SEAL)
 
 
 def create_engine(config: EngineConfig, progress: Progress | None = None) -> Engine:
@@ -178,91 +162,6 @@ def _due_scaling(config: ModelConfig, asked: int) -> str:
     )
 
 
-def _weights(args: EngineArgs, request: Request, registry: Registry) -> tuple[Path, ModelConfig]:
-    directory = Path(args.weights) if args.weights else bundled_directory(request.variant)
-    config = request.config
-    if directory is None or config is None:
-        raise WeightsError(_how_to_get_weights(request))
-    differences = _differences(request, config)
-    if differences:
-        listed = "\n  ".join(differences)
-        way_out = _owners_of(config.architecture, request, registry)
-        raise WeightsError(f"{directory} is not {request.model}:\n  {listed}\n{way_out}")
-    _check_quantization(request, directory, config, registry.quantization_methods)
-    detect_format(directory, registry.weight_formats)
-    return directory, config
-
-
-def _check_quantization(
-    request: Request, directory: Path, config: ModelConfig, methods: Mapping[str, QuantizationSpec]
-) -> None:
-    """Refuse a checkpoint that is quantized in a way that is not read, or in another one than was asked for."""
-    raw, stored = config.extra.get(CONFIG_KEY), request.quantization_config
-    if raw and stored is None:
-        raise WeightsError(_how_to_convert(request, directory, raw, methods))
-    scheme = stored.scheme if stored else "none"
-    if request.quantization != scheme:
-        holds = f"is quantized in {scheme}" if stored else "is not quantized"
-        raise WeightsError(
-            f"--quantization {request.quantization} was asked for, and the checkpoint in {directory} {holds}; "
-            "leave --quantization unset to take it as it is, or name a checkpoint that is stored as asked"
-        )
-
-
-def _quantization_method(request: Request, chip: str, registry: Registry) -> QuantizationSpec | None:
-    """The registered method of the checkpoint's scheme; None where it is plain."""
-    if request.quantization_config is None:
-        return None
-    spec, names = registry.quantization_methods.get(request.quantization), ", ".join(registry.quantization_methods)
-    if spec is None:
-        raise PluginError(
-            f"no plugin registers the quantization method {request.quantization}; registered: {names or 'none'}"
-        )
-    if chip not in spec.chips and "any" not in spec.chips:
-        raise HardwareError(f"quantization {spec.name} is for {', '.join(spec.chips)}, not {chip}")
-    return spec
-
-
-def _differences(request: Request, config: ModelConfig) -> list[str]:
-    """In what a checkpoint contradicts the variant that was named."""
-    family, variant = request.family, request.variant
-    found = []
-    if config.architecture not in family.architectures:
-        named = config.architecture or "none"
-        found.append(f"architecture: {named}, and {family.name} loads {', '.join(family.architectures)}")
-    elif variant.config and config.architecture != variant.config.architecture:
-        found.append(f"architecture: {config.architecture}, not {variant.config.architecture}")
-    return found + (config.differences(variant.config) if variant.config else [])
-
-
-def _owners_of(architecture: str, request: Request, registry: Registry) -> str:
-    if architecture in request.family.architectures:
-        return f"name the variant that it is, or take --model {request.family.name}:custom"
-    owners = [name for name, family in registry.families.items() if architecture in family.architectures]
-    return f"families that load {architecture or 'it'}: {', '.join(owners) or 'none is registered'}"
-
-
-def _how_to_convert(request: Request, directory: Path, quantized: Any, methods: Mapping[str, QuantizationSpec]) -> str:
-    method = quant_method_of(quantized)
-    text = f"{directory} is quantized, which {request.model} does not load"
-    is_known = any(spec.quant_method == method for spec in methods.values())
-    why = f": {_why_unread(quantized, methods)}" if is_known else ""
-    text += f" (quant_method {method}{why}); " if method else "; "
-    command = request.family.conversions.get(method)
-    if command is None:
-        return text + "use an unquantized checkpoint"
-    source, target = shlex.quote(str(directory)), shlex.quote(f"{directory}-bf16")
-    return f"{text}convert it first:\n  {command.format(source=source, target=target)}\nthen --weights {target}"
-
-
-def _why_unread(quantized: Any, methods: Mapping[str, QuantizationSpec]) -> str:
-    try:
-        read_quantization(quantized, methods)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
 def _check_memory(args: EngineArgs, request: Request) -> None:
     """Refuse what the machine cannot hold at all, before anybody downloads or reads it."""
     config, present = request.config, total_memory()
@@ -282,20 +181,6 @@ def _check_memory(args: EngineArgs, request: Request) -> None:
             f"parameters in {stored}, and this machine has {present / 2**30:,.0f} GiB of memory; take a smaller "
             f"variant (`npu-zoo list`), or hardware that `npu-zoo matrix {request.family.name}` names"
         )
-
-
-def _how_to_get_weights(request: Request) -> str:
-    variant, family = request.variant, request.family
-    lines = [
-        f"{request.model} needs weights: --weights DIR, a directory with config.json, *.safetensors and tokenizer.json"
-    ]
-    if variant.huggingface or variant.modelscope:
-        either = "; --source modelscope takes ModelScope" if variant.huggingface and variant.modelscope else ""
-        lines.append(f"download them: npu-zoo pull {request.model} --to DIR{either}")
-    demo = next((v.name for v in family.variants if v.bundled), None)
-    if demo:
-        lines.append(f"--model {family.name}:{demo} runs without weights")
-    return "\n".join(lines)
 
 
 _NPU_MODULES = ("torch_npu",)
@@ -362,188 +247,3 @@ def _check_fallbacks(args: EngineArgs, kernels: tuple[KernelChoice, ...]) -> Non
     if args.strict_kernels and fallbacks:
         listed = "; ".join(f"{c.operation} ({', '.join(c.passed_over) or 'no other kernel'})" for c in fallbacks)
         raise HardwareError(f"--strict-kernels: these operations would fall back to the reference: {listed}")
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """What was found and chosen for a request that the matrix offers."""
-
-    row: FeatureRow
-    weights: Path
-    config: ModelConfig
-    engine: EngineSpec
-    attention: AttentionChoice
-    kernels: tuple[KernelChoice, ...]
-    quantization: QuantizationSpec | None
-
-
-def _engine_config(args: EngineArgs, request: Request, chosen: _Chosen) -> EngineConfig:
-    return EngineConfig(
-        **_model_fields(args, request, chosen),
-        **_hardware_fields(args, request, chosen),
-        **_parallel_fields(args, request, chosen),
-        **_text_fields(request, chosen.config),
-        **_limit_fields(args, request, chosen),
-        speculation=choose_speculation(args, chosen.config, request.split),
-        serving=request.serving,
-        row=chosen.row,
-        seed=args.seed or 0,
-        skip_tokenizer_init=bool(args.skip_tokenizer_init),
-        trust_remote_code=bool(args.trust_remote_code),
-        notes=tuple(_notes(args, request, chosen.row, chosen.kernels)),
-        seal=_SEAL,
-    )
-
-
-def _model_fields(args: EngineArgs, request: Request, chosen: _Chosen) -> dict[str, Any]:
-    family, variant = request.family, request.variant
-    return {
-        "model": request.model,
-        "family": family.name,
-        "variant": variant.name,
-        "model_class": family.model,
-        "engine": chosen.engine.name,
-        "engine_class": chosen.engine.implementation,
-        "weights": str(chosen.weights),
-        "bundled": args.weights is None,
-        "model_config": chosen.config,
-        "quantization": request.quantization,
-        "quantization_config": request.quantization_config,
-        "quantization_method": chosen.quantization.method if chosen.quantization else None,
-    }
-
-
-def _hardware_fields(args: EngineArgs, request: Request, chosen: _Chosen) -> dict[str, Any]:
-    chip = chip_of(request.hardware)
-    presets_of_family = request.family.environment.get(request.hardware, {})
-    return {
-        "hardware": request.hardware,
-        "chip": chip.name,
-        "device": chip.device,
-        "dtype": request.dtype,
-        "attention": request.attention,
-        "attention_choice": chosen.attention,
-        "kernels": chosen.kernels,
-        "strict_kernels": bool(args.strict_kernels),
-        "enforce_eager": bool(args.enforce_eager),
-        "threads": args.threads,
-        "deterministic": bool(args.deterministic),
-        "packed_weights": args.packed_weights or "auto",
-        "environment": {
-            **presets(presets_of_family, chosen.attention.reads),
-            **(DETERMINISTIC if args.deterministic and chip.device == "npu" else {}),
-        },
-    }
-
-
-def _parallel_fields(args: EngineArgs, request: Request, chosen: _Chosen) -> dict[str, Any]:
-    split = request.split
-    binding = plan_binding(args.bind or "none", request.hardware, _local_ranks(request), os.environ)
-    chip = chip_of(request.hardware)
-    return {
-        "tensor_parallel_size": split.tp,
-        "pipeline_parallel_size": split.pp,
-        "expert_parallel_size": split.ep,
-        "data_parallel_size": split.dp,
-        "world_size": split.world_size,
-        "expert_dispatch": choose_expert_dispatch(args.expert_dispatch, split, chosen.config, chip),
-        "collective_timeout": args.collective_timeout or DEFAULT_COLLECTIVE_TIMEOUT_S,
-        "binding": tuple(describe(binding)),
-        "rank_bindings": binding.bindings if binding.bind != "none" else (),
-    }
-
-
-def _text_fields(request: Request, config: ModelConfig) -> dict[str, Any]:
-    family, variant = request.family, request.variant
-    return {
-        "chat": variant.chat,
-        "prompt": variant.prompt or family.prompt,
-        "reasoning": variant.reasoning,
-        "tools": variant.tools,
-        "fim": family.fim,
-        "stop_token_ids": tuple(dict.fromkeys((*config.eos_token_id, *variant.stop_token_ids))),
-    }
-
-
-def _limit_fields(args: EngineArgs, request: Request, chosen: _Chosen) -> dict[str, Any]:
-    max_model_len = args.max_model_len or chosen.config.max_position_embeddings
-    chunked, caching = args.enable_chunked_prefill is not False, args.enable_prefix_caching
-    return {
-        "max_model_len": max_model_len,
-        "max_model_len_asked": args.max_model_len is not None,
-        "max_num_seqs": args.max_num_seqs or DEFAULT_MAX_NUM_SEQS,
-        "max_num_batched_tokens": _max_num_batched_tokens(args, max_model_len, chunked=chunked),
-        "kv_cache_dtype": request.kv_cache_dtype,
-        "kv_cache_memory": parse_bytes(args.kv_cache_memory),
-        "kv_cache_fraction": cache_share(args, request.hardware),
-        "prefault_kv_cache": bool(args.prefault_kv_cache),
-        "enable_prefix_caching": chosen.attention.prefix_caching if caching is None else caching,
-        "enable_chunked_prefill": chunked,
-    }
-
-
-def _max_num_batched_tokens(args: EngineArgs, max_model_len: int, *, chunked: bool) -> int:
-    asked = args.max_num_batched_tokens
-    if chunked:
-        return asked or DEFAULT_MAX_NUM_BATCHED_TOKENS
-    if asked is not None and asked < max_model_len:
-        raise ConfigError(
-            f"max_num_batched_tokens={asked} is below max_model_len={max_model_len}, and chunked prefill is off: "
-            f"a long prompt would never fit a step; raise it to {max_model_len}, lower max_model_len, "
-            "or leave chunked prefill on"
-        )
-    return max(asked or DEFAULT_MAX_NUM_BATCHED_TOKENS, max_model_len)
-
-
-def _notes(args: EngineArgs, request: Request, row: FeatureRow, kernels: tuple[KernelChoice, ...]) -> list[str]:
-    notes = []
-    if args.weights is not None and request.family.prompt and not has_chat_template(args.weights):
-        notes.append(f"the checkpoint brings no chat template; chats take {request.family.title}'s own")
-    if args.weights is None:
-        family = request.family
-        real = next((v.name for v in family.variants if v.huggingface or v.modelscope), None)
-        how = f"; real weights: `npu-zoo pull {family.name}:{real} --to DIR`, then --weights DIR" if real else ""
-        notes.append(f"no weights were given: this is the small demo checkpoint of {family.title}{how}")
-    elif args.model == request.family.name:
-        notes.append(f"the weights are taken for {request.model}")
-    if row.status == "experimental":
-        notes.append(f"this runs an experimental row of the matrix (source: {row.source})")
-    if chip_of(request.hardware).device == "npu":
-        notes += [
-            f"the environment has {name}, which nothing reads; {meant}?" for name, meant in near_misses(os.environ)
-        ]
-        notes += _contradictions(args)
-    fallbacks = [choice.operation for choice in kernels if choice.fallback]
-    if fallbacks:
-        notes.append(f"reference kernels, not tuned for this chip: {', '.join(fallbacks)} (`npu-zoo explain` says why)")
-    if chip_of(request.hardware).device == "cpu" and can_be_built():
-        notes.append(f"the compiled CPU kernels are not built yet: a run builds them in the background (`{COMMAND}`)")
-    return notes
-
-
-def _contradictions(args: EngineArgs) -> list[str]:
-    """What the user has set against a deterministic run, which stays as it is."""
-    due = DETERMINISTIC if args.deterministic else {}
-    return [
-        f"{name}={os.environ[name]} is set and stays; a deterministic run needs {name}={value}"
-        for name, value in due.items()
-        if os.environ.get(name, value) != value
-    ]
-
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-
-
-def parse_bytes(value: Any, name: str = "kv_cache_memory") -> int | None:
-    """Bytes from a number or a text such as ``2GiB``, ``500 MB``; ``name`` is what messages call it.
-
-    Raises:
-        ConfigError: it is neither, or not positive.
-    """
-    if value is None:
-        return None
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", str(value).lower())
-    size = int(float(match.group(1)) * _UNITS.get(match.group(2), 0)) if match else 0
-    if size < 1:
-        raise ConfigError(f"{name}={value!r} is no size; write bytes, or a number with KiB, MiB, GiB, KB, MB, GB")
-    return size

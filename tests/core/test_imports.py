@@ -25,8 +25,10 @@ LINES: tuple[tuple[str, ...], ...] = (
         "checkpoint",
         "communication",
         "compiled",
+        "config_fields",
         "dispatch",
         "fitting",
+        "matching",
         "matrix_text",
         "parallel",
         "planning",
@@ -52,7 +54,16 @@ PLUGIN_SURFACE = {"api", "nn"}
 HEAVY = {"torch", "torch_npu", "transformers", "accelerate"}
 TORCH_FREE = {"", "__main__", "api", "checkpoint", "cli", "communication", "core", "dispatch", "platforms", "plugins"}
 TORCH_FREE |= {"fitting", "parallel", "planning", "registry", "request", "selection", "settings", "splitting"}
-TORCH_FREE |= {"compiled", "matrix_text", "protocol", "server", "speculation", "uninstalled"}
+TORCH_FREE |= {
+    "compiled",
+    "config_fields",
+    "matching",
+    "matrix_text",
+    "protocol",
+    "server",
+    "speculation",
+    "uninstalled",
+}
 
 
 @dataclass(frozen=True)
