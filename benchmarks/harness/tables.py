@@ -111,7 +111,8 @@ def day_table(pairs: Iterable[DayPair]) -> str:
 
 def _day_row(pair: DayPair) -> tuple[str, ...]:
     ratios = ratio_text(pair.first), ratio_text(pair.second)
-    return pair.name, pair.title, pair.engine, *ratios, f"{pair.change:+.0%}", pair.told
+    change = round(pair.change, 2) + 0.0  # a negative zero has a sign of its own
+    return pair.name, pair.title, pair.engine, *ratios, f"{change:+.0%}", pair.told
 
 
 def _within(values: Sequence[float], others: Sequence[float]) -> bool:
