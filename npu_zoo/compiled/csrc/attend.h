@@ -6,6 +6,7 @@
 #include "softmax.h"
 #include "sources.h"
 #include "strip_tiles.h"
+#include "strip_vectors.h"
 #include "workspace.h"
 
 namespace zoo {
@@ -14,7 +15,7 @@ constexpr int kTaskRows = 128, kTileRows = 32;
 constexpr int kChunk = 256;                 // tokens whose scores are held at once
 constexpr int kScoreStride = kChunk + 16;   // else rows would fall into few sets of the cache
 constexpr int64_t kTwoTiles = 2 * kBlockValues * sizeof(bf16);
-constexpr int kFewRows = 4;                 // fewer are multiplied one by one rather than in a matrix unit's tiles
+constexpr int kFewRows = 4;                 // fewer are multiplied one by one
 
 // The first `rows` of [first_row, ...) of an item, tokens [begin, end), rows counted by query token, then head.
 struct Task {
@@ -88,26 +89,30 @@ void multiply_few(Buffers<Kind>& b, const Chunk& chunk, int rows, bool values, i
 }
 
 template <class Kind>
-constexpr bool kByTiles = false;
-#if defined(ZOO_TILES)
-template <>
-constexpr bool kByTiles<Pairs> = true;
-template <>
-constexpr bool kByTiles<RowPairs> = true;
-#endif
+constexpr bool kByStrips = std::is_base_of_v<Pairs, Kind>;
 
+// Whether all rows are multiplied with a strip at once.
 template <class Kind>
-bool goes_by_tiles(int rows) {
-  return kByTiles<Kind> && (rows >= kFewRows || std::is_same_v<Kind, RowPairs>);
+bool goes_by_strips(int rows) {
+  return kByStrips<Kind> && (rows >= kFewRows || std::is_same_v<Kind, RowPairs>);
 }
 
-// Rows with those of zeros that tiles need behind them.
+// Rows with those of zeros that products need behind them.
 template <class Kind>
 int64_t filled_rows(int64_t rows) {
-  return goes_by_tiles<Kind>(rows) ? round_up(rows, kPanel) : rows;
+  return goes_by_strips<Kind>(rows) ? round_up(rows, kPanel) : rows;
 }
 
-// The keys that tiles read next: values are on their way by then.
+// Adds weighted values of all strips: p [rows][p_stride], out [rows][w.value].
+inline void add_strips(
+    const bf16* p, int64_t p_stride, int rows, const char* const* strips, int count, Widths w, float* out) {
+  const int64_t columns = w.value / kLanes;
+  int64_t column = 0;
+  for (; column + 2 <= columns; column += 2) add_columns<true>(p, p_stride, rows, strips, count, column, w, out);
+  if (column < columns) add_columns<false>(p, p_stride, rows, strips, count, column, w, out);
+}
+
+// The keys that are read next: values are on their way by then.
 inline const char* after_keys(const Chunk& chunk, int strip) {
   return strip + 1 < chunk.strips ? chunk.keys[strip + 1] : chunk.values[chunk.strips];
 }
@@ -115,26 +120,19 @@ inline const char* after_keys(const Chunk& chunk, int strip) {
 template <class Kind>
 void multiply_tile(Buffers<Kind>& b, const Chunk& chunk, int first, int rows, bool values, int strips, Widths w) {
   float* sums = b.sums + first * w.value;
-#if defined(ZOO_TILES)
-  if constexpr (kByTiles<Kind>) {
-    if (goes_by_tiles<Kind>(rows)) {
-      const bool two = rows > kPanel;
-      if (values) {
-        auto add = two ? add_by_tiles<true> : add_by_tiles<false>;
-        return add(b.weights, kScoreStride, chunk.values, strips, w, sums);
-      }
-      auto score = two ? score_by_tiles<true> : score_by_tiles<false>;
+  if constexpr (kByStrips<Kind>) {
+    if (goes_by_strips<Kind>(rows)) {
+      if (values) return add_strips(b.weights, kScoreStride, rows, chunk.values, strips, w, sums);
       for (int strip = 0; strip < strips; ++strip)
-        score(b.queries + first * w.key, chunk.keys[strip], first ? nullptr : after_keys(chunk, strip),
-              chunk.values[strip], w, b.scores + strip * kStrip, kScoreStride);
+        score_strip(b.queries + first * w.key, rows, chunk.keys[strip], first ? nullptr : after_keys(chunk, strip),
+                    chunk.values[strip], w, b.scores + strip * kStrip, kScoreStride);
       return;
     }
   }
-#endif
   multiply_few(b, chunk, rows, values, strips, w, sums);
 }
 
-// Turns up to 32 rows' scores to weights, with rows of zeros behind them where tiles need those.
+// Turns up to 32 rows' scores to weights, with rows of zeros behind them where products need those.
 template <class Kind, typename Scales>
 void weigh_rows(Buffers<Kind>& b, int64_t begin, int64_t seen, int strips, int first, int rows, float scale, Widths w,
                 typename Kind::Operand* weights, Scales weight_scales) {
@@ -175,9 +173,7 @@ Chunk take_chunk(const Source& source, Buffers<Kind>& b, int64_t begin, int64_t 
       chunk.keys[strip] = source.keys(token), chunk.values[strip] = source.values(token);
     }
   }
-#if defined(ZOO_TILES)
   if (Source::kPacks) settle_memory();
-#endif
   chunk.keys[chunk.strips] = chunk.values[0];
   const char* next = chunk.values[0];
   if constexpr (!Source::kPacks) next = end < last ? source.keys(end) : source.next ? source.next : next;
@@ -200,17 +196,12 @@ void attend(const Source& source, Buffers<Kind>& b, int rows, int64_t begin, int
   end = std::min(end, b.limits[rows - 1]);
   std::fill_n(b.state, rows, RowState{});
   std::fill_n(b.sums, filled_rows<Kind>(rows) * w.value, 0.0f);
-#if defined(ZOO_TILES)
-  if (kByTiles<Kind>) shape_full_tiles();
-#endif
+  [[maybe_unused]] const std::conditional_t<kByStrips<Kind>, Unit, char> unit{};
   for (int64_t at = begin; at < end; at += kChunk) {
     const Chunk chunk = take_chunk(source, b, at, std::min<int64_t>(end, at + kChunk), end, w);
     for (int first = 0; first < rows; first += kTileRows)
       attend_tile(b, chunk, first, std::min(kTileRows, rows - first), scale, w);
   }
-#if defined(ZOO_TILES)
-  if (kByTiles<Kind>) _tile_release();
-#endif
 }
 
 }  // namespace zoo

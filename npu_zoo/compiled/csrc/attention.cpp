@@ -261,7 +261,7 @@ void attend_latents(const Job<X>& job, int threads) {
   run<X, Kind>(job, w, threads, write, [&](const Plan& plan, int64_t number, float* parts) {
     const Task& task = plan.tasks[number];
     Latents<X> source = latents(job.items[task.item]), after;
-    if constexpr (kByTiles<Kind>) {
+    if constexpr (kByStrips<Kind>) {
       if (const Task* next = plan.after(number)) {
         after = latents(job.items[next->item]);
         source.next = &after, source.next_begin = next->begin, source.next_end = next->end;

@@ -14,7 +14,7 @@
 
 #include <cmath>
 
-#include "panel_tiles.h"
+#include "panel_parts.h"
 
 namespace zoo {
 
@@ -216,9 +216,7 @@ inline void widen_codes(const CodePanel& panel, bf16* to) {
       }
     }
   }
-#if defined(ZOO_TILES)
   settle_memory();
-#endif
 }
 
 }  // namespace zoo

@@ -10,12 +10,6 @@
 
 namespace zoo {
 
-#if defined(ZOO_TILES)
-constexpr bool kTiles = true;
-#else
-constexpr bool kTiles = false;
-#endif
-
 struct FeedForward {
   const bf16 *gate_up, *down;
   int64_t width;
@@ -31,7 +25,7 @@ struct Share {
   int64_t slot;         // its first
   int64_t activations;  // where its own begin
 
-  bool tiled() const { return kTiles && rows > 1; }
+  bool tiled() const { return rows > 1; }
   int64_t row_values() const { return weights.blocks() * kBlock; }
   int64_t end() const { return activations + (tiled() ? ceil_div(rows, kPanel) * kPanel : rows) * row_values(); }
 };

@@ -1,9 +1,8 @@
-// Experts' products in a matrix unit. What the first comes to lies in tiles, as the second takes it.
+// Experts' products with several rows. What the first comes to lies in tiles, as the second takes it.
 #pragma once
 
 #include "expert_shares.h"
 
-#if defined(ZOO_TILES)
 namespace zoo {
 
 inline PanelPair gate_and_up(const Step& step, const FeedForward& weights, int64_t panel) {
@@ -70,4 +69,3 @@ inline void project_tiled(
 }
 
 }  // namespace zoo
-#endif

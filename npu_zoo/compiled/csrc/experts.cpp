@@ -10,25 +10,14 @@ namespace {
 
 using namespace zoo;
 
-template <int kRows>
-void activate_rows(const Step& step, const Share& share, int64_t row, int64_t panel) {
-  const bf16* x[kRows];
-  for (int r = 0; r < kRows; ++r) x[r] = step.input(share.slot + row + r);
-  const int64_t stride = panel_values(step.hidden), to_stride = share.row_values();
-  Floats sums[kRows][2];
-  const bf16* gate = share.weights.gate_up + panel * stride;
-  multiply_rows<kRows, 2>(x, gate, share.weights.panels() * stride, step.x_blocks(), sums);
-  bf16* to = step.activations_of(share) + row * to_stride + panel * kPanel;
-  for (int r = 0; r < kRows; ++r)
-    put_activations(to + r * to_stride, sums[r][0], sums[r][1], is_half_block(share.weights, panel));
-}
-
-// Panels [first, last) of an expert's gate, and as many of what it is multiplied with.
-void activate(const Step& step, const Share& share, int64_t first, int64_t last) {
+// One row's panels [first, last) of an expert's gate, and as many of what it is multiplied with.
+void activate_row(const Step& step, const Share& share, int64_t first, int64_t last) {
+  const int64_t stride = panel_values(step.hidden);
   for (int64_t panel = first; panel < last; ++panel) {
-    int64_t row = 0;
-    for (; row + 4 <= share.rows; row += 4) activate_rows<4>(step, share, row, panel);
-    for (; row < share.rows; ++row) activate_rows<1>(step, share, row, panel);
+    Floats sums[2];
+    const bf16* gate = share.weights.gate_up + panel * stride;
+    multiply_row(step.input(share.slot), gate, gate + share.weights.panels() * stride, step.x_blocks(), sums);
+    put_activations(step.activations_of(share) + panel * kPanel, sums[0], sums[1], is_half_block(share.weights, panel));
   }
 }
 
@@ -51,16 +40,14 @@ void activate_part(const Step& step, int part, int parts, bool past_caches) {
   const std::vector<Share>& shares = *step.shares;
   for (size_t i = 0; i < shares.size(); ++i) {
     const Channels channels = Channels::of_gate(shares[i], part, parts);
-#if defined(ZOO_TILES)
-    if (shares[i].tiled()) {
-      PanelPair then{};
-      if (i + 1 < shares.size())
-        then = gate_and_up(step, shares[i + 1].weights, Channels::of_gate(shares[i + 1], part, parts).first);
-      activate_tiled(step, shares[i], channels.first, channels.last, past_caches, then);
+    if (!shares[i].tiled()) {
+      activate_row(step, shares[i], channels.first, channels.last);
       continue;
     }
-#endif
-    activate(step, shares[i], channels.first, channels.last);
+    PanelPair then{};
+    if (i + 1 < shares.size())
+      then = gate_and_up(step, shares[i + 1].weights, Channels::of_gate(shares[i + 1], part, parts).first);
+    activate_tiled(step, shares[i], channels.first, channels.last, past_caches, then);
   }
 }
 
@@ -68,13 +55,11 @@ void activate_part(const Step& step, int part, int parts, bool past_caches) {
 template <typename Out>
 void project_share(
     const Step& step, const Share& share, const Share* next, int64_t first, int64_t last, const Out& out) {
-#if defined(ZOO_TILES)
   if (share.tiled()) {
     PanelPair then{};
     if (next) then = PanelRange{next->weights.down, next->weights.blocks(), first, last}.at(0);
     return project_tiled(step, share, first, last, then, out);
   }
-#endif
   multiply_panels(step.activations_of(share), share.row_values(), share.rows, share.weights.down,
                   share.weights.blocks(), first, last, out);
 }

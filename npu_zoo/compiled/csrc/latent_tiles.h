@@ -1,4 +1,4 @@
-// One task of attention over latents in a matrix unit: rows of all heads' queries meet tokens that they share.
+// One task of attention over latents: rows of all heads' queries meet tokens that they share.
 //
 // A chunk of tokens comes from memory once: scores read its rows as they are, and 32 features at a time are turned to
 // pairs of tokens in the first cache, where their weighted sums are taken. The next chunk is fetched meanwhile.
@@ -6,7 +6,6 @@
 
 #include "attend.h"
 
-#if defined(ZOO_TILES)
 namespace zoo {
 
 // A chunk's tokens, filled up with zeros to whole strips, and its strips' keys as rows.
@@ -47,13 +46,18 @@ class LatentsAhead {
 // Lines that are fetched with a block of keys and with two tokens' values: together somewhat more than these have.
 constexpr int kLinesOfKeys = 4, kLinesOfValues = 2;
 
+// The lower halves of two lines' quarters, value by value in turn: what processors interleave in one instruction.
+using Line = uint16_t __attribute__((vector_size(64)));
+constexpr Line kLowHalves = {0,  32, 1,  33, 2,  34, 3,  35, 8,  40, 9,  41, 10, 42, 11, 43,
+                             16, 48, 17, 49, 18, 50, 19, 51, 24, 56, 25, 57, 26, 58, 27, 59};
+
 // 32 features of a strip's tokens as two tiles of pairs; `natural_order` tells which feature a column is.
 inline void pack_two_tiles(const bf16* const* rows, int64_t feature, bf16* tiles, LatentsAhead& ahead) {
   for (int i = 0; i < kStrip; i += 2) {
     ahead.fetch(kLinesOfValues);
-    const __m512i even = _mm512_loadu_si512(rows[i] + feature), odd = _mm512_loadu_si512(rows[i + 1] + feature);
-    _mm512_store_si512(tiles + i * kPanel, _mm512_unpacklo_epi16(even, odd));
-    _mm512_store_si512(tiles + kBlockValues + i * kPanel, _mm512_unpackhi_epi16(even, odd));
+    const Line even = load<Line>(rows[i] + feature), odd = load<Line>(rows[i + 1] + feature);
+    store(tiles + i * kPanel, __builtin_shuffle(even, odd, kLowHalves));
+    store(tiles + kBlockValues + i * kPanel, __builtin_shuffle(even, odd, kLowHalves + 4));
   }
 }
 
@@ -84,9 +88,8 @@ inline int weigh_latents(
   if (seen <= 0) return 0;
   const int strips = ceil_div(seen, kStrip);
   auto fetch = [&] { ahead.fetch(kLinesOfKeys); };
-  auto score = rows > kPanel ? score_rows_by_tiles<true, decltype(fetch)> : score_rows_by_tiles<false, decltype(fetch)>;
   for (int strip = 0; strip < strips; ++strip)
-    score(b.panels + first * w.key, chunk.keys[strip], w, b.scores + strip * kStrip, kScoreStride, fetch);
+    score_strip_of_rows(b.panels + first * w.key, rows, chunk.keys[strip], w, b.scores + strip * kStrip, kScoreStride, fetch);
   weigh_rows(b, chunk.begin, seen, strips, first, rows, scale, w, b.weights + first * kScoreStride,
              [](int64_t) { return splat(1.0f); });
   return strips;
@@ -99,11 +102,10 @@ void add_latents(Buffers<RowPairs>& b, const bf16* tiles, const int* seen, int r
   for (int strip = 0; strip < kChunk / kStrip; ++strip)
     strips[strip] = reinterpret_cast<const char*>(tiles + strip * 2 * kBlockValues);
   settle_memory();
-  for (int first = 0; first < rows; first += kTileRows) {
-    auto add = rows - first > kPanel ? add_columns<true, kTwoColumns> : add_columns<false, kTwoColumns>;
+  for (int first = 0; first < rows; first += kTileRows)
     if (const int count = seen[first / kTileRows])
-      add(b.weights + first * kScoreStride, kScoreStride, strips, count, 0, w, b.sums + first * w.value + column * kLanes);
-  }
+      add_columns<kTwoColumns>(b.weights + first * kScoreStride, kScoreStride, std::min(kTileRows, rows - first), strips,
+                               count, 0, w, b.sums + first * w.value + column * kLanes);
 }
 
 inline int64_t whole_pairs(int64_t value) { return value / (2 * kLanes) * 2; }
@@ -137,18 +139,16 @@ inline void attend(
   std::fill_n(b.state, rows, RowState{});
   std::fill_n(b.sums, round_up(rows, kPanel) * w.value, 0.0f);
   pack_queries(b, rows, w);
-  shape_full_tiles();
+  const Unit unit;
   for (int64_t at = begin; at < end; at += kChunk) {
     const int64_t last = std::min<int64_t>(end, at + kChunk);
     const LatentsAhead ahead =
         last < end ? LatentsAhead(&source, last, end) : LatentsAhead(source.next, source.next_begin, source.next_end);
     attend_chunk(b, take_latents(source, at, last, w, b.packed), ahead, source.value, rows, scale, w);
   }
-  _tile_release();
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t column = 0; column < whole_pairs(source.value); column += 2)
       natural_order(b.sums + row * w.value + column * kLanes);
 }
 
 }  // namespace zoo
-#endif

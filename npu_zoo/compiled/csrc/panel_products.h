@@ -1,15 +1,13 @@
-// Products of many rows with panels, in a matrix unit.
+// Products of several rows with panels.
 #pragma once
 
 #include "panel_tiles.h"
-#include "workspace.h"
+#include "panel_vectors.h"
 
-#if defined(ZOO_TILES)
 namespace zoo {
 
-constexpr int64_t kNearBlocks = 16;        // blocks of two panels that stay in the first cache while rows pass by
-constexpr int64_t kFarRows = 256;          // rows whose inputs stay in the second cache while panels pass by,
-constexpr int64_t kFarBlocks = 64;         // with at most so many blocks of them
+constexpr int64_t kFarRows = 256;   // rows whose inputs stay in the second cache while panels pass by,
+constexpr int64_t kFarBlocks = 64;  // with at most so many blocks of them
 
 template <typename Finish>
 inline void finish_step(const Finish& finish, int64_t pair, int64_t row, int64_t end, const float* sums) {
@@ -20,7 +18,7 @@ inline void finish_step(const Finish& finish, int64_t pair, int64_t row, int64_t
 
 // Adds what a part's rows come to with a pair of panels to sums [steps][4][16][16].
 inline void multiply_part(
-    const Rows& x, const Part& part, const PanelPair& panels, const PanelPair& next, float* sums) {
+    const Unit& unit, const Rows& x, const Part& part, const PanelPair& panels, const PanelPair& next, float* sums) {
   const PanelPair own = panels.from(part.block);
   const int64_t blocks = part.blocks(), pieces = ceil_div(blocks, kNearBlocks), steps = part.steps();
   const int64_t lines = ceil_div(kPanel, steps);  // of 16 a block
@@ -32,11 +30,8 @@ inline void multiply_part(
       const bool reads = following.first && passed < (end - begin) * kPanel;
       const Ahead ahead{{following.first + passed * kBlock, following.second ? following.second + passed * kBlock : nullptr},
                         reads ? lines : 0};
-      float* of_step = sums + step * 4 * kTileValues;
-      if (part.block + begin == 0) clear_sums();
-      else load_sums(of_step);
-      multiply_blocks_of<true>(part.end_row - part.row - row > kPanel, own.second)(x, row, begin, end, own, ahead);
-      store_sums(of_step);
+      const int64_t rows = std::min(kStepRows, part.end_row - part.row - row);
+      unit.add<true>(x, row, rows, begin, end, own, ahead, part.block + begin == 0, sums + step * 4 * kTileValues);
     }
   }
 }
@@ -47,17 +42,13 @@ inline void multiply_step(
     const Rows& x, int64_t rows, int64_t blocks, int64_t pairs, const PairAt& pair_at, const PanelPair& then,
     const Finish& finish) {
   alignas(64) float sums[4 * kTileValues];
-  const int upper = std::min<int64_t>(rows, kPanel), lower = rows - upper;
-  shape_tiles(upper, std::max(lower, 1));
+  const Unit unit(rows);
   for (int64_t pair = 0; pair < pairs; ++pair) {
     const PanelPair panels = pair_at(pair);
     const PanelPair next = pair + 1 < pairs ? pair_at(pair + 1) : then.first ? then : panels;
-    clear_sums();
-    multiply_blocks_of<false>(lower, panels.second)(x, 0, 0, blocks, panels, {next});
-    store_sums(sums);
+    unit.add<false>(x, 0, rows, 0, blocks, panels, {next}, true, sums);
     finish_step(finish, pair, 0, rows, sums);
   }
-  _tile_release();
 }
 
 // Rows that are brought into tiles part by part; `row_at` tells where a row of inputs is.
@@ -105,7 +96,7 @@ inline void multiply_pairs(
   if (rows <= kStepRows)
     return multiply_step(inputs.take({0, rows, 0, blocks}), rows, blocks, pairs, pair_at, then, finish);
   const int64_t steps = ceil_div(rows, kStepRows), chunks = ceil_div(rows, kFarRows), cuts = ceil_div(blocks, kFarBlocks);
-  shape_tiles(kPanel, kPanel);
+  const Unit unit;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     Part part{steps * chunk / chunks * kStepRows, std::min(rows, steps * (chunk + 1) / chunks * kStepRows)};
     const int64_t room = part.steps() * 4 * kTileValues;
@@ -119,14 +110,13 @@ inline void multiply_pairs(
         if (pair + 1 < pairs) next = pair_at(pair + 1).from(part.block);
         else if (!last || chunk + 1 < chunks) next = pair_at(0).from(last ? 0 : part.end_block);
         float* of_pair = sums + (cuts > 1 ? pair * room : 0);
-        multiply_part(x, part, pair_at(pair), next, of_pair);
+        multiply_part(unit, x, part, pair_at(pair), next, of_pair);
         for (int64_t step = 0; last && step < part.steps(); ++step)
           finish_step(finish, pair, part.row + step * kStepRows, part.end_row, of_pair + step * 4 * kTileValues);
       }
     }
   }
   settle_stores();
-  _tile_release();
 }
 
 // Panels [first, last) of a weight, two at once.
@@ -168,4 +158,3 @@ inline void multiply_range(const bf16* x, int64_t x_stride, int64_t rows, const 
 }
 
 }  // namespace zoo
-#endif

@@ -22,9 +22,8 @@ inline int64_t panel_values(int64_t inputs) { return ceil_div(inputs, kBlock) * 
 // Adds the products of 16 channels' pairs of weights with one pair of inputs.
 inline Floats add_pairs(Floats sum, const bf16* weights, const bf16* x) {
 #if defined(ZOO_BF16_DOT)
-  __m512i pair = _mm512_set1_epi32(load<int>(x));
-  __m512 total = _mm512_dpbf16_ps(load<__m512>(&sum), (__m512bh)_mm512_loadu_si512(weights), (__m512bh)pair);
-  return load<Floats>(&total);
+  const __m512i pair = _mm512_set1_epi32(load<int>(x));
+  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(weights), (__m512bh)pair);
 #else
   Words bits = load<Words>(weights);
   Words even = bits << 16, odd = bits & 0xffff0000u;
@@ -55,25 +54,21 @@ inline Floats multiply_row(const bf16* x, const bf16* panel, int64_t blocks) {
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// The products of kRows rows with kPanels panels, to sums[row][panel].
-template <int kRows, int kPanels>
-inline void multiply_rows(
-    const bf16* const* x, const bf16* panels, int64_t stride, int64_t blocks, Floats (*sums)[kPanels]) {
-  Floats totals[kRows][kPanels] = {};
-  for (int64_t block = 0; block < blocks; ++block) {
-    for (int p = 0; p < kPanels; ++p) touch_page(panels + p * stride + block * kBlockValues);
+// The products of one row of inputs with two panels.
+inline void multiply_row(const bf16* x, const bf16* first, const bf16* second, int64_t blocks, Floats (&sums)[2]) {
+  Floats upper[2] = {}, lower[2] = {};
+  for (int64_t block = 0; block < blocks; ++block, first += kBlockValues, second += kBlockValues, x += kBlock) {
+    touch_page(first);
+    touch_page(second);
     for (int pair = 0; pair < kBlock / 2; ++pair) {
-      const int64_t at = block * kBlockValues + pair * 2 * kPanel;
-      for (int p = 0; p < kPanels; ++p) {
-        const bf16* weights = panels + p * stride + at;
-        prefetch(reinterpret_cast<const char*>(weights) + 2 * kPrefetch);
-        for (int row = 0; row < kRows; ++row)
-          totals[row][p] = add_pairs(totals[row][p], weights, x[row] + block * kBlock + 2 * pair);
-      }
+      const int64_t at = pair * 2 * kPanel;
+      prefetch(reinterpret_cast<const char*>(first + at) + 2 * kPrefetch);
+      prefetch(reinterpret_cast<const char*>(second + at) + 2 * kPrefetch);
+      upper[pair % 2] = add_pairs(upper[pair % 2], first + at, x + 2 * pair);
+      lower[pair % 2] = add_pairs(lower[pair % 2], second + at, x + 2 * pair);
     }
   }
-  for (int row = 0; row < kRows; ++row)
-    for (int p = 0; p < kPanels; ++p) sums[row][p] = totals[row][p];
+  sums[0] = upper[0] + upper[1], sums[1] = lower[0] + lower[1];
 }
 
 // Where results go: [row][channel], of which `channels` are real.

@@ -1,7 +1,7 @@
 // x @ weight.T with weights of 8 and 4 bits and inputs in bfloat16.
 #include "code_tiles.h"
-#include "codes.h"
 #include "replay.h"
+#include "widened_codes.h"
 
 namespace {
 
@@ -50,7 +50,6 @@ void multiply_panels(const Integers& x, int64_t rows, const CodeWeight& weight, 
   }
 }
 
-#if defined(ZOO_TILES)
 constexpr int64_t kFewRows = 16;  // above, widening codes once for all rows pays
 
 template <int kBits>
@@ -74,13 +73,10 @@ void multiply_many(const bf16* x, int64_t x_stride, int64_t rows, const CodeWeig
                                     widened_codes.take<bf16>(2 * kPanel * inputs), out);
   }
 }
-#endif
 
 template <int kBits>
 void linear(const bf16* x, int64_t x_stride, int64_t rows, const CodeWeight& weight, const Output& out, int threads) {
-#if defined(ZOO_TILES)
   if (rows > kFewRows) return multiply_many<kBits>(x, x_stride, rows, weight, out, threads);
-#endif
   static thread_local IntegerSpace space;
   const int64_t panels = ceil_div(out.channels, kPanel);
   const Integers integers = space.take(rows, weight.inputs(), weight.input_group());

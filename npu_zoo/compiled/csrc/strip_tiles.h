@@ -1,22 +1,16 @@
 // Products of 16 or 32 rows with strips of pairs, in a matrix unit.
 #pragma once
 
-#include "pack.h"
 #include "panel_tiles.h"
-
-namespace zoo {
-
-// Pairs whose keys are rows, [32 tokens][w.key], as a matrix unit takes them for its first operand: what is stored by
-// token need not be brought into panels. Queries are, once a task: [rows / 16][w.key / 32][16][16 rows][2].
-struct RowPairs : Pairs {};
+#include "row_pairs.h"
 
 #if defined(ZOO_TILES)
-inline void shape_full_tiles() { shape_tiles(16, 16); }
+namespace zoo {
 
 // Scores of a strip's tokens: q [rows][w.key], to out [rows][stride]; `next` and `values` are read later, if given.
 template <bool kTwoGroups>
-inline void score_by_tiles(const bf16* q, const char* strip, const char* next, const char* values, Widths w, float* out,
-                           int64_t stride) {
+inline void score_groups(const bf16* q, const char* strip, const char* next, const char* values, Widths w, float* out,
+                         int64_t stride) {
   const bf16 *first = reinterpret_cast<const bf16*>(strip), *second = first + w.key * kPanel;
   const int bytes = w.key * sizeof(bf16);
   _tile_zero(0);
@@ -50,7 +44,7 @@ inline void score_by_tiles(const bf16* q, const char* strip, const char* next, c
 // Scores of a strip of rows by tokens, which are turned to rows by query: q as panels, to out [rows][stride]. Each block
 // begins with what `fetch` does.
 template <bool kTwoGroups, typename Fetch>
-inline void score_rows_by_tiles(
+inline void score_groups_of_rows(
     const bf16* q, const char* strip, Widths w, float* out, int64_t stride, const Fetch& fetch) {
   const bf16 *first = reinterpret_cast<const bf16*>(strip), *second = first + w.key * kPanel;
   const int bytes = w.key * sizeof(bf16);
@@ -78,18 +72,12 @@ inline void score_rows_by_tiles(
     _tile_stored(2, scores[2], 64);
     _tile_stored(3, scores[3], 64);
   }
-  for (int tile = 0; tile < (kTwoGroups ? 4 : 2); ++tile) {
-    Words rows[kLanes];
-    for (int token = 0; token < kLanes; ++token) rows[token] = load<Words>(scores[tile] + token * kLanes);
-    transpose(rows);
-    float* to = out + tile / 2 * kPanel * stride + tile % 2 * kPanel;
-    for (int row = 0; row < kLanes; ++row) store(to + row * stride, rows[row]);
-  }
+  turn_scores(scores, kTwoGroups ? kStepRows : kPanel, out, stride);
 }
 
 // Adds weighted values of all strips to two columns of 16 features: p [rows][p_stride], out [rows][w.value].
 template <bool kTwoGroups, bool kTwoColumns>
-inline void add_columns(
+inline void add_groups(
     const bf16* p, int64_t p_stride, const char* const* strips, int count, int64_t column, Widths w, float* out) {
   const int p_bytes = p_stride * sizeof(bf16), out_bytes = w.value * sizeof(float);
   float *upper = out + column * kLanes, *lower = upper + kPanel * w.value;
@@ -118,14 +106,25 @@ inline void add_columns(
   if (kTwoGroups && kTwoColumns) _tile_stored(3, lower + kLanes, out_bytes);
 }
 
-template <bool kTwoGroups>
-inline void add_by_tiles(
-    const bf16* p, int64_t p_stride, const char* const* strips, int count, Widths w, float* out) {
-  const int64_t columns = w.value / kLanes;
-  int64_t column = 0;
-  for (; column + 2 <= columns; column += 2) add_columns<kTwoGroups, true>(p, p_stride, strips, count, column, w, out);
-  if (column < columns) add_columns<kTwoGroups, false>(p, p_stride, strips, count, column, w, out);
+// As the same of strip_vectors.h, of rows that are filled up to 16 or 32.
+inline void score_strip(const bf16* q, int rows, const char* strip, const char* next, const char* values, Widths w,
+                        float* out, int64_t stride) {
+  (rows > kPanel ? score_groups<true> : score_groups<false>)(q, strip, next, values, w, out, stride);
 }
-#endif
+
+template <typename Fetch>
+inline void score_strip_of_rows(
+    const bf16* q, int rows, const char* strip, Widths w, float* out, int64_t stride, const Fetch& fetch) {
+  auto score = rows > kPanel ? score_groups_of_rows<true, Fetch> : score_groups_of_rows<false, Fetch>;
+  score(q, strip, w, out, stride, fetch);
+}
+
+template <bool kTwoColumns>
+inline void add_columns(const bf16* p, int64_t p_stride, int rows, const char* const* strips, int count, int64_t column,
+                        Widths w, float* out) {
+  auto add = rows > kPanel ? add_groups<true, kTwoColumns> : add_groups<false, kTwoColumns>;
+  add(p, p_stride, strips, count, column, w, out);
+}
 
 }  // namespace zoo
+#endif
