@@ -3,7 +3,8 @@
     python benchmarks/performance.py [--check] [RECORD …]
 
 Without records it takes those of benchmarks/records, in folders or not. Why a target is missed stands in
-performance_notes.json, by case: a note on a case that misses nothing is refused, so that none outlives its reason.
+performance_notes.json, by processor and case: a note on a case that misses nothing is refused, so that none outlives
+its reason.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from harness.notes import read_notes, require_matching
+from harness.notes import Notes, read_notes, require_matching
 from harness.page import page
 from harness.pictures import digest, pictures, read_digest, write_pictures
 from harness.records import Records, read_records
@@ -36,7 +37,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def stale(records: Records, notes: dict[str, str], docs: Path) -> list[str]:
+def stale(records: Records, notes: Notes, docs: Path) -> list[str]:
     """Files that are not as the records have them."""
     path = docs / PAGE
     found = [] if path.is_file() and path.read_text(encoding="utf-8") == page(records, notes, docs) else [PAGE]
@@ -49,7 +50,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         records = read_records(options.records or sorted(RECORDS.rglob("*.json")))
         notes = read_notes(options.notes)
-        judged = [found for one in records.newest for found in verdicts(one.record)]
+        judged = {
+            processor: [found for one in compared for found in verdicts(one.record)]
+            for processor, compared in records.by_processor.items()
+        }
         require_matching(notes, judged)
         if options.check:
             changed = stale(records, notes, options.docs)
@@ -58,9 +62,10 @@ def main(arguments: list[str] | None = None) -> int:
             return 1 if changed else 0
         write_whole(options.docs / PAGE, page(records, notes, options.docs))
         write_pictures(pictures(records), options.docs)
-        for verdict in judged:
-            if not verdict.held and verdict.key not in notes:
-                print(f"{options.notes.name} has nothing on {verdict.key}: {verdict.sentence}", file=sys.stderr)
+        for processor, verdict in [(processor, one) for processor, found in judged.items() for one in found]:
+            if not verdict.held and verdict.key not in notes.get(processor, {}):
+                told = f"{verdict.key} on {processor}: {verdict.sentence}"
+                print(f"{options.notes.name} has nothing on {told}", file=sys.stderr)
     except (OSError, NpuZooError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
-from harness.notes import UNEXPLAINED
+from harness.notes import UNEXPLAINED, Notes
 from harness.pictures import CONTEXTS, ROOFLINES
 from harness.records import Compared, Records
 from harness.tables import ONE_PAIR, DayPair, case_table, context_table, day_pairs, day_table, table
-from harness.targets import MEMORY_WEIGHTS, OTHER_RATIO, START_SECONDS, UNPACKED, Verdict, verdicts
+from harness.targets import MEMORY_WEIGHTS, OTHER_RATIO, START_SECONDS, UNPACKED, verdicts
 from npu_zoo.evaluation.peers.engines import SUBJECT
 from npu_zoo.evaluation.peers.result import EngineEntry
 from npu_zoo.evaluation.peers.table import figure_text, remarks
@@ -68,19 +68,19 @@ METHOD = f"""\
   machine with the same threads count, for all of its records, since what else runs can only lower them."""
 
 
-def page(records: Records, notes: dict[str, str], docs: Path) -> str:
+def page(records: Records, notes: Notes, docs: Path) -> str:
     """The page's text.
 
     Args:
         docs: where related pages lie.
     """
-    found = [verdict for compared in records.newest for verdict in verdicts(compared.record)]
-    parts = [f"{GENERATED}\n", "# Performance\n", INTRODUCTION, *_targets(found, notes)]
-    cpu = [one for one in records.newest if one.machine.hardware == "cpu"]
+    parts = [f"{GENERATED}\n", "# Performance\n", INTRODUCTION, *_targets(records, notes)]
+    for processor, compared in records.by_processor.items():
+        parts += [f"\n## On {processor}", *map(_section, compared), *_days(records, processor)]
+    if not records.by_processor:
+        parts.append("\nNo record is there yet.")
     devices = [one for one in records.newest if one.machine.hardware != "cpu"]
-    parts += [_section(one) for one in cpu] or ["\nNo record is there yet."]
-    parts += ["\n## On a CUDA device\n", *([_section(one, "###") for one in devices] or [_no_device()])]
-    parts += _days(records)
+    parts += ["\n## On a CUDA device\n", *(map(_section, devices) if devices else [_no_device()])]
     if any(one.body.cases for one in records.newest):
         parts += ["\n## Rooflines\n", f"![Operations per second against operations per byte]({ROOFLINES})"]
     parts += _contexts(records)
@@ -88,18 +88,23 @@ def page(records: Records, notes: dict[str, str], docs: Path) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _targets(found: Sequence[Verdict], notes: dict[str, str]) -> Iterator[str]:
-    if not found:
-        return
-    missed = [verdict for verdict in found if not verdict.held]
-    yield "\n## Targets\n"
-    yield f"{len(found) - len(missed)} of {len(found)} are met." + (" Missed:\n" if missed else "")
-    for verdict in missed:
-        yield _item(f"{verdict.sentence}: {notes.get(verdict.key, UNEXPLAINED)}")
+def _targets(records: Records, notes: Notes) -> Iterator[str]:
+    """How many are met on each processor, and why the others are not."""
+    heads = iter(["\n## Targets"])
+    for processor, compared in records.by_processor.items():
+        found = [verdict for one in compared for verdict in verdicts(one.record)]
+        if not found:
+            continue
+        yield from heads
+        missed = [verdict for verdict in found if not verdict.held]
+        told = f"On {processor} {len(found) - len(missed)} of {len(found)} are met."
+        yield f"\n{told}" + (" Missed:\n" if missed else "")
+        for verdict in missed:
+            yield _item(f"{verdict.sentence}: {notes.get(processor, {}).get(verdict.key, UNEXPLAINED)}")
 
 
-def _section(compared: Compared, level: str = "##") -> str:
-    lines = [f"\n{level} {compared.name}, {compared.date}\n", case_table(compared), ""]
+def _section(compared: Compared) -> str:
+    lines = [f"\n### {compared.name}, {compared.date}\n", case_table(compared), ""]
     lines += map(_item, _facts(compared))
     return "\n".join(lines)
 
@@ -173,17 +178,16 @@ def _no_device() -> str:
     )
 
 
-def _days(records: Records) -> Iterator[str]:
+def _days(records: Records, processor: str) -> Iterator[str]:
     """The newest record of each name beside the last one of another day on the same processor."""
     runs = []
-    for found in records.comparisons.values():
-        newest = found[0]
-        earlier = (one for one in found[1:] if one.date != newest.date and one.machine.cpu == newest.machine.cpu)
-        runs += [(one, newest) for one in [next(earlier, None)] if one is not None]
+    for (_, hardware, ran), found in records.comparisons.items():
+        earlier = (one for one in found if one.date != found[0].date and (hardware, ran) == ("cpu", processor))
+        runs += [(one, found[0]) for one in [next(earlier, None)] if one is not None]
     pairs = [pair for first, second in runs for pair in day_pairs(first, second)]
     if not pairs:
         return
-    yield "\n## On two days\n"
+    yield "\n### On two days\n"
     dates = ", ".join(f"{first.name} on {first.date} and {second.date}" for first, second in runs)
     yield textwrap.fill(
         f"The same command on another day: {dates}. `both`: each day's median lies in the other's spread. "
@@ -223,7 +227,7 @@ def _contexts(records: Records) -> Iterator[str]:
     )
     yield f"\n![Time of a decode step against the context]({CONTEXTS})"
     for contexts in records.contexts:
-        yield f"\n### {contexts.cache}, {contexts.record.date[:10]}\n"
+        yield f"\n### {contexts.cache}, {contexts.machine.cpu}, {contexts.record.date[:10]}\n"
         yield context_table(contexts)
     yield ""
     facts = {f"{_machine(one.machine, ())} Measured: {_rates(one.machine)}.": None for one in records.contexts}

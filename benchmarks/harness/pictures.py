@@ -28,9 +28,8 @@ def pictures(records: Records) -> dict[str, list[Chart]]:
 
 def _rooflines(compared: Sequence[Compared]) -> Iterator[Chart]:
     """A roof for each shape on each machine, with all its cases of all engines, quantized ones by their group."""
-    shapes = dict.fromkeys((str(one.shape["name"]), one.machine.hardware) for one in compared)
-    for shape, hardware in shapes:
-        own = [one for one in compared if (one.shape["name"], one.machine.hardware) == (shape, hardware)]
+    for shape, hardware, machine in dict.fromkeys(map(_roof_of, compared)):
+        own = [one for one in compared if _roof_of(one) == (shape, hardware, machine)]
         given = [Given(one.path, one.record, one.name.removeprefix(shape).removeprefix("-")) for one in own]
         try:
             charts = select(given).charts
@@ -38,14 +37,25 @@ def _rooflines(compared: Sequence[Compared]) -> Iterator[Chart]:
             continue
         for chart in charts:
             if isinstance(chart, RooflineChart):
-                yield dataclasses.replace(chart, title=f"{shape} on {hardware}")
+                yield dataclasses.replace(chart, title=f"{shape} on {machine}")
+
+
+def _roof_of(compared: Compared) -> tuple[str, str, str]:
+    """The shape, the kind of hardware, and which one it was."""
+    machine = compared.machine
+    return str(compared.shape["name"]), machine.hardware, machine.devices.get("device") or machine.cpu
 
 
 def _contexts(contexts: Sequence[Contexts]) -> list[Chart]:
-    series = [part for one in contexts for part in _context_series(one)]
-    if not series:
-        return []
-    return [LineChart("Decoding at long contexts", "tokens in the cache", "ms a step", tuple(series), "log")]
+    """A chart for each processor."""
+    found: list[Chart] = []
+    for processor in dict.fromkeys(one.machine.cpu for one in contexts):
+        own = [one for one in contexts if one.machine.cpu == processor]
+        series = tuple(part for one in own for part in _context_series(one))
+        if series:
+            title = f"Decoding at long contexts on {processor}"
+            found.append(LineChart(title, "tokens in the cache", "ms a step", series, "log"))
+    return found
 
 
 def _context_series(contexts: Contexts) -> Iterator[Series]:

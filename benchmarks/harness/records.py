@@ -44,6 +44,11 @@ class Compared:
         return _machine(self.record, self.path)
 
     @property
+    def processor(self) -> str:
+        """What ran it, by name."""
+        return self.machine.cpu
+
+    @property
     def shape(self) -> dict[str, Any]:
         """Of the model."""
         return _described(self.record, "shape")
@@ -69,19 +74,28 @@ class Records:
     """All of a page's records.
 
     Attributes:
-        comparisons: by name and hardware, the newest first.
-        contexts: the newest of each cache.
+        comparisons: by name, hardware and processor, the newest first.
+        contexts: the newest of each cache and processor.
         others: of kinds or scripts that have no section of their own.
     """
 
-    comparisons: dict[tuple[str, str], list[Compared]]
+    comparisons: dict[tuple[str, str, str], list[Compared]]
     contexts: list[Contexts]
     others: list[tuple[Path, ResultRecord]]
 
     @property
     def newest(self) -> list[Compared]:
-        """The newest comparison of each name and hardware."""
+        """The newest comparison of each name, hardware and processor."""
         return [found[0] for found in self.comparisons.values()]
+
+    @property
+    def by_processor(self) -> dict[str, list[Compared]]:
+        """The newest comparison of each name on each processor, without those on devices."""
+        found: defaultdict[str, list[Compared]] = defaultdict(list)
+        for one in self.newest:
+            if one.machine.hardware == "cpu":
+                found[one.processor].append(one)
+        return dict(found)
 
 
 def read_records(paths: Iterable[Path]) -> Records:
@@ -90,8 +104,8 @@ def read_records(paths: Iterable[Path]) -> Records:
     Raises:
         UsageError: one is no record, or not whole.
     """
-    compared: defaultdict[tuple[str, str], list[Compared]] = defaultdict(list)
-    contexts: dict[str, Contexts] = {}
+    compared: defaultdict[tuple[str, str, str], list[Compared]] = defaultdict(list)
+    contexts: dict[tuple[str, str], Contexts] = {}
     others = []
     read = _with_common_roofs([(path, read_record(path)) for path in paths])
     for path, record in sorted(read, key=lambda pair: pair[1].date, reverse=True):
@@ -101,14 +115,16 @@ def read_records(paths: Iterable[Path]) -> Records:
             machine = _machine(record, path)
             body = body.model_copy(update={"cases": [renewed_floor(case, machine) for case in body.cases]})
             found = Compared(path, record, body, record_name(record))
-            compared[found.name, found.machine.hardware].append(found)
+            compared[found.name, machine.hardware, machine.cpu].append(found)
         elif record.kind == "bench offline" and benchmark == CONTEXT:
             cache = str(record.arguments.get("cache"))
-            timed = OfflineBody.model_validate(record.body).on(_machine(record, path))
-            contexts.setdefault(cache, Contexts(path, record, timed, cache))
+            machine = _machine(record, path)
+            timed = OfflineBody.model_validate(record.body).on(machine)
+            contexts.setdefault((cache, machine.cpu), Contexts(path, record, timed, cache))
         else:
             others.append((path, record))
-    return Records(dict(sorted(compared.items(), key=_rank)), sorted(contexts.values(), key=lambda c: c.cache), others)
+    timed_contexts = [contexts[key] for key in sorted(contexts)]
+    return Records(dict(sorted(compared.items(), key=_rank)), timed_contexts, others)
 
 
 def _with_common_roofs(given: Sequence[tuple[Path, ResultRecord]]) -> list[tuple[Path, ResultRecord]]:
@@ -132,9 +148,9 @@ def _roof_key(record: ResultRecord) -> tuple[object, ...]:
     return (record.date[:10], dtype, *((machine.hardware, machine.cpu, machine.threads) if machine else ()))
 
 
-def _rank(pair: tuple[tuple[str, str], Sequence[Compared]]) -> tuple[bool, str]:
-    (name, hardware), _ = pair
-    return hardware != "cpu", name
+def _rank(pair: tuple[tuple[str, str, str], Sequence[Compared]]) -> tuple[bool, str, str]:
+    (name, hardware, processor), _ = pair
+    return hardware != "cpu", processor, name
 
 
 def _machine(record: ResultRecord, path: Path) -> Machine:

@@ -9,7 +9,7 @@ from pathlib import Path
 import performance
 import pytest
 from harness.bounds import bound_of
-from harness.notes import UNEXPLAINED, read_notes
+from harness.notes import UNEXPLAINED, Notes, read_notes
 from harness.page import page
 from harness.pictures import CONTEXTS, ROOFLINES, digest, pictures
 from harness.records import read_records
@@ -34,7 +34,7 @@ def _line(text: str, start: str) -> list[str]:
 def show(tmp_path: Path) -> Callable[..., str]:
     """The page of some records."""
 
-    def write(*records: ResultRecord, notes: dict[str, str] | None = None) -> str:
+    def write(*records: ResultRecord, notes: Notes | None = None) -> str:
         for number, record in enumerate(records):
             write_record(record, tmp_path / f"{number}.json")
         return page(read_records(sorted(tmp_path.glob("*.json"))), notes or {}, tmp_path)
@@ -76,8 +76,8 @@ def test_what_bounds_a_case_is_the_largest_part_of_its_time(
 
 def test_what_is_missed_is_told_with_its_reason(make_record: Make, show: Callable[..., str]) -> None:
     samples = {"npu-zoo": [10.0], "vllm": [10.0], "llama.cpp": [20.0]}
-    text = show(make_record({"decode-1": samples}), notes={"1.3b/decode-1/vllm": "Because."})
-    assert "0 of 2 are met. Missed:" in text
+    text = show(make_record({"decode-1": samples}, cpu="A"), notes={"A": {"1.3b/decode-1/vllm": "Because."}})
+    assert "On A 0 of 2 are met. Missed:" in text
     assert "- 1.3b, decode, batch 1: 1.00 of vllm instead of 1.15 (13% below): Because." in text
     assert f"0.50 of llama.cpp instead of 1 (50% below): {UNEXPLAINED}" in text
     assert _line(text, "vllm")[-2] == ">= 1.15: **missed**"
@@ -118,6 +118,34 @@ def test_two_days_on_one_machine_stand_side_by_side(make_record: Make, show: Cal
     assert "## 1.3b, 2026-01-01" not in text
 
 
+def test_processors_have_their_own_tables_targets_and_days(make_record: Make, show: Callable[..., str]) -> None:
+    cases, slow = {"decode-1": SAMPLES}, {"decode-1": {"npu-zoo": [1.0], "vllm": [1.0]}}
+    days = [make_record(cases, cpu="A", date=f"2026-01-0{day}") for day in (1, 2)]
+    text = show(*days, make_record(slow, cpu="B", date="2026-01-03"), notes={"B": {"1.3b/decode-1/vllm": "Because."}})
+    targets = text[text.index("## Targets") : text.index("## On A")]
+    assert "On A 1 of 1 are met.\n\nOn B 0 of 1 are met. Missed:" in targets
+    assert "Because." in targets
+    one, other = text[text.index("## On A") : text.index("## On B")], text[text.index("## On B") :]
+    assert _line(one, "vllm")[4] == "1.30 (1.00..1.50)"
+    assert _line(other, "vllm")[4] == "1.00 (1.00..1.00)"
+    assert "On two days" in one
+    assert "On two days" not in other
+
+
+def test_charts_are_of_one_processor_each(make_record: Make, tmp_path: Path) -> None:
+    given = {
+        "0": make_record({"decode-1": SAMPLES}, cpu="A"),
+        "1": make_record({"decode-1": SAMPLES}, cpu="B"),
+        "2": _context_record("paged", 2e-6, "A"),
+        "3": _context_record("paged", 2e-6, "B"),
+    }
+    for name, record in given.items():
+        write_record(record, tmp_path / f"{name}.json")
+    found = pictures(read_records(sorted(tmp_path.glob("*.json"))))
+    assert [chart.title for chart in found[ROOFLINES]] == ["1.3b on A", "1.3b on B"]
+    assert [chart.title.rpartition(" on ")[2] for chart in found[CONTEXTS]] == ["A", "B"]
+
+
 @pytest.mark.parametrize("more", [{"date": "2026-01-01"}, {"date": "2026-01-02", "cpu": "another"}])
 def test_one_day_or_another_machine_is_no_second_run(
     more: dict[str, str], make_record: Make, show: Callable[..., str]
@@ -144,7 +172,7 @@ def test_a_device_has_its_own_place_and_no_targets(make_record: Make, show: Call
     assert "## Targets" not in text
 
 
-def _context_record(cache: str, seconds: float) -> ResultRecord:
+def _context_record(cache: str, seconds: float, cpu: str = "A") -> ResultRecord:
     steps = (1.0, 1.0 + seconds, 1.0 + 2 * seconds)
     sample = Sample(first_tokens=(1.0,), steps=steps, tokens=(1, 1, 1))
     cases = tuple(
@@ -169,7 +197,7 @@ def _context_record(cache: str, seconds: float) -> ResultRecord:
 
     return ResultRecord(
         kind="bench offline",
-        machine=describe_machine("cpu", 2).model_copy(update={"bandwidth": 1e6, "peak": 1e9}),
+        machine=describe_machine("cpu", 2).model_copy(update={"bandwidth": 1e6, "peak": 1e9, "cpu": cpu}),
         arguments={"benchmark": "long context", "cache": cache},
         body=OfflineBody(cases=cases, complete=True).model_dump(mode="json"),
     )
@@ -196,7 +224,7 @@ def test_the_command_writes_a_page_whose_charts_tell_when_they_are_stale(
     record, notes, docs = tmp_path / "record.json", tmp_path / "notes.json", tmp_path / "docs"
     docs.mkdir()
     notes.write_text("{}")
-    write_record(make_record({"decode-1": SAMPLES}), record)
+    write_record(make_record({"decode-1": SAMPLES}, cpu="A"), record)
     command = [str(record), "--notes", str(notes), "--docs", str(docs)]
     assert performance.main([*command, "--check"]) == 1
     assert performance.main(command) == 0
@@ -205,13 +233,13 @@ def test_the_command_writes_a_page_whose_charts_tell_when_they_are_stale(
     capsys.readouterr()
     assert performance.main([*command, "--check"]) == 1
     assert ROOFLINES in capsys.readouterr().err
-    notes.write_text(json.dumps({"1.3b/decode-1/vllm": "Because."}))
+    notes.write_text(json.dumps({"A": {"1.3b/decode-1/vllm": "Because."}}))
     assert performance.main(command) == 1
     assert "miss no target" in capsys.readouterr().err
     notes.write_text("{}")
-    write_record(make_record({"decode-1": {"npu-zoo": [1.0], "vllm": [1.0]}}), record)
+    write_record(make_record({"decode-1": {"npu-zoo": [1.0], "vllm": [1.0]}}, cpu="A"), record)
     assert performance.main(command) == 0
-    assert "nothing on 1.3b/decode-1/vllm: 1.3b, decode, batch 1: 1.00 of vllm" in capsys.readouterr().err
+    assert "nothing on 1.3b/decode-1/vllm on A: 1.3b, decode, batch 1: 1.00 of vllm" in capsys.readouterr().err
 
 
 def test_charts_digests_are_of_what_they_show(make_record: Make, tmp_path: Path) -> None:

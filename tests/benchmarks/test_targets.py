@@ -82,16 +82,19 @@ def test_small_shapes_and_devices_have_no_targets(make_record: Make) -> None:
 
 def test_a_note_belongs_to_a_case_that_misses(make_record: Make) -> None:
     found = verdicts(make_record({"decode-1": {"npu-zoo": [1.0], "vllm": [1.0], "llama.cpp": [0.5]}}))
-    require_matching({"1.3b/decode-1/vllm": "why"}, found)
-    with pytest.raises(UsageError, match=r"miss no target: 1.3b/decode-1/llama.cpp; those that do: 1.3b/decode-1/vllm"):
-        require_matching({"1.3b/decode-1/llama.cpp": "why"}, found)
+    require_matching({"A": {"1.3b/decode-1/vllm": "why"}}, {"A": found, "B": []})
+    told = r"miss no target: 1.3b/decode-1/llama.cpp on A; those that do: 1.3b/decode-1/vllm on A"
+    with pytest.raises(UsageError, match=told):
+        require_matching({"A": {"1.3b/decode-1/llama.cpp": "why"}}, {"A": found})
+    with pytest.raises(UsageError, match=r"miss no target: 1.3b/decode-1/vllm on B;"):
+        require_matching({"B": {"1.3b/decode-1/vllm": "why"}}, {"A": found, "B": []})
 
 
-@pytest.mark.parametrize("content", ["[]", '{"a": 1}', '{"a": ""}', "{"])
-def test_notes_are_sentences_by_case(content: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["[]", '{"a": "b"}', '{"a": {"b": 1}}', '{"a": {"b": ""}}', "{"])
+def test_notes_are_sentences_by_processor_and_case(content: str, tmp_path: Path) -> None:
     file = tmp_path / "notes.json"
     file.write_text(content)
     with pytest.raises(UsageError, match=r"notes\.json"):
         read_notes(file)
-    file.write_text(json.dumps({"a": "b"}))
-    assert read_notes(file) == {"a": "b"}
+    file.write_text(json.dumps({"a": {"b": "c"}}))
+    assert read_notes(file) == {"a": {"b": "c"}}

@@ -25,6 +25,15 @@ needs_compiler = pytest.mark.skipif(
     reason="there is no C++ compiler, or no AVX-512",
 )
 
+needs_dot_products = pytest.mark.skipif(
+    "avx512_bf16" not in library._processor().split(), reason="the emulated unit is for a library of bfloat16 products"
+)
+EMULATED_TILES = Path(__file__).with_name("emulated_tiles.h")
+TESTS_OF_TILES = (
+    *("tests/nn/test_compiled.py", "tests/nn/test_compiled_experts.py", "tests/nn/attention/test_compiled.py"),
+    "tests/nn/attention/test_compiled_latent.py",
+)
+
 
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -187,3 +196,23 @@ def test_it_runs_without_the_instructions_of_this_processor(tmp_path: Path) -> N
         "        assert (kernel.apply(x, packed).float() - due).abs().max() < 2e-2 * due.abs().max(), rows\n"
     )
     subprocess.run([sys.executable, "-c", program, str(target)], check=True, cwd=Path(__file__).parents[2])
+
+
+@needs_compiler
+@needs_dot_products
+def test_what_is_written_for_a_matrix_unit_is_right_where_there_is_none(empty_cache: Path) -> None:
+    """Kernels' own tests, on a library whose tiles are emulated; the real ones run where the processor has them."""
+    compiler, target = library.find_compiler(), library.library_path()
+    assert compiler is not None
+    options = ["-O2", *(option for option in building.OPTIONS if option != "-O3"), "-fopenmp"]
+    tiles = ["-D__AMX_TILE__", "-D__AMX_BF16__", "-D__AMX_INT8__", "-include", str(EMULATED_TILES)]
+    target.parent.mkdir(parents=True)
+    # What asks the system for the real unit is compiled without one.
+    beginning, asks = [compiler, *options], target.with_name("library.o")
+    subprocess.run([*beginning, "-c", str(library.SOURCES / "library.cpp"), "-o", asks], check=True)
+    others = [str(source) for source in library.sources() if source.name != "library.cpp"]
+    subprocess.run([*beginning, *tiles, "-shared", *others, asks, "-o", target], check=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *TESTS_OF_TILES]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert " passed" in done.stdout

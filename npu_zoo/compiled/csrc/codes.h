@@ -93,8 +93,7 @@ struct Integers {
 inline Ints add_products(Ints sum, Words codes, const int8_t* x) {
 #if defined(__AVX512VNNI__)
   const __m512i inputs = _mm512_set1_epi32(load<int>(x));
-  const __m512i total = _mm512_dpbusd_epi32(load<__m512i>(&sum), load<__m512i>(&codes), inputs);
-  return load<Ints>(&total);
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, inputs);
 #else
   for (int i = 0; i < 4; ++i) sum += (Ints)((codes >> (8 * i)) & 0xff) * x[i];
   return sum;
