@@ -41,6 +41,12 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def quick_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds that nobody waits long for, nor needs to be fast."""
+    monkeypatch.setattr(building, "OPTIONS", tuple("-O1" if option == "-O3" else option for option in building.OPTIONS))
+
+
 def linear_kernel() -> str:
     config = resolve(EngineArgs(model="deepseek_coder", hardware="cpu", dtype="bfloat16"))
     return next(choice.kernel for choice in config.kernels if choice.operation == "linear")
@@ -83,7 +89,7 @@ def test_without_a_compiler_the_reason_says_so(empty_cache: Path, monkeypatch: p
 
 
 @needs_compiler
-def test_a_build_is_used_and_not_repeated(empty_cache: Path) -> None:
+def test_a_build_is_used_and_not_repeated(empty_cache: Path, quick_builds: None) -> None:
     path = building.build()
     built = path.stat().st_mtime_ns
     assert library.obstacle() == ""
@@ -95,7 +101,7 @@ def test_a_build_is_used_and_not_repeated(empty_cache: Path) -> None:
 
 @needs_compiler
 def test_a_failed_build_is_told_and_not_tried_again_by_itself(
-    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+    empty_cache: Path, quick_builds: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(building, "OPTIONS", ("--no-such-option",))
@@ -155,7 +161,7 @@ def test_the_first_engine_builds_in_the_background_and_does_not_wait(
 
 
 @needs_compiler
-def test_the_library_has_no_threads_of_its_own(empty_cache: Path) -> None:
+def test_the_library_has_no_threads_of_its_own(empty_cache: Path, quick_builds: None) -> None:
     """A second OpenMP beside torch's would be a second pool of threads that spin."""
     listed = subprocess.run(["ldd", str(building.build())], capture_output=True, text=True, check=True).stdout
     assert "libgomp" not in listed
@@ -163,7 +169,7 @@ def test_the_library_has_no_threads_of_its_own(empty_cache: Path) -> None:
 
 
 @needs_compiler
-def test_it_runs_without_the_instructions_of_this_processor(tmp_path: Path) -> None:
+def test_it_runs_without_the_instructions_of_this_processor(tmp_path: Path, quick_builds: None) -> None:
     """Plain vectors alone give the products that this processor's instructions give, which test_compiled holds."""
     target = tmp_path / library.NAME
     plain = [option for option in building.OPTIONS if not option.startswith("-march")]
@@ -200,11 +206,11 @@ def test_it_runs_without_the_instructions_of_this_processor(tmp_path: Path) -> N
 
 @needs_compiler
 @needs_dot_products
-def test_what_is_written_for_a_matrix_unit_is_right_where_there_is_none(empty_cache: Path) -> None:
+def test_what_is_written_for_a_matrix_unit_is_right_where_there_is_none(empty_cache: Path, quick_builds: None) -> None:
     """Kernels' own tests, on a library whose tiles are emulated; the real ones run where the processor has them."""
     compiler, target = library.find_compiler(), library.library_path()
     assert compiler is not None
-    options = ["-O2", *(option for option in building.OPTIONS if option != "-O3"), "-fopenmp"]
+    options = [*building.OPTIONS, "-fopenmp"]
     tiles = ["-D__AMX_TILE__", "-D__AMX_BF16__", "-D__AMX_INT8__", "-include", str(EMULATED_TILES)]
     target.parent.mkdir(parents=True)
     # What asks the system for the real unit is compiled without one.
