@@ -181,9 +181,10 @@ def _no_device() -> str:
 def _days(records: Records, processor: str) -> Iterator[str]:
     """The newest record of each name beside the last one of another day on the same processor."""
     runs = []
-    for (_, hardware, ran), found in records.comparisons.items():
-        earlier = (one for one in found if one.date != found[0].date and (hardware, ran) == ("cpu", processor))
-        runs += [(one, found[0]) for one in [next(earlier, None)] if one is not None]
+    for (_, hardware, machine), (newest, *others) in records.comparisons.items():
+        earlier = next((one for one in others if one.date != newest.date), None)
+        if earlier is not None and (hardware, machine) == ("cpu", processor):
+            runs.append((earlier, newest))
     pairs = [pair for first, second in runs for pair in day_pairs(first, second)]
     if not pairs:
         return

@@ -44,11 +44,6 @@ class Compared:
         return _machine(self.record, self.path)
 
     @property
-    def processor(self) -> str:
-        """What ran it, by name."""
-        return self.machine.cpu
-
-    @property
     def shape(self) -> dict[str, Any]:
         """Of the model."""
         return _described(self.record, "shape")
@@ -94,7 +89,7 @@ class Records:
         found: defaultdict[str, list[Compared]] = defaultdict(list)
         for one in self.newest:
             if one.machine.hardware == "cpu":
-                found[one.processor].append(one)
+                found[one.machine.cpu].append(one)
         return dict(found)
 
 

@@ -77,7 +77,7 @@ inline void score_groups_of_rows(
 
 // Adds weighted values of all strips to two columns of 16 features: p [rows][p_stride], out [rows][w.value].
 template <bool kTwoGroups, bool kTwoColumns>
-inline void add_groups(
+inline void add_tile_columns(
     const bf16* p, int64_t p_stride, const char* const* strips, int count, int64_t column, Widths w, float* out) {
   const int p_bytes = p_stride * sizeof(bf16), out_bytes = w.value * sizeof(float);
   float *upper = out + column * kLanes, *lower = upper + kPanel * w.value;
@@ -122,7 +122,7 @@ inline void score_strip_of_rows(
 template <bool kTwoColumns>
 inline void add_columns(const bf16* p, int64_t p_stride, int rows, const char* const* strips, int count, int64_t column,
                         Widths w, float* out) {
-  auto add = rows > kPanel ? add_groups<true, kTwoColumns> : add_groups<false, kTwoColumns>;
+  auto add = rows > kPanel ? add_tile_columns<true, kTwoColumns> : add_tile_columns<false, kTwoColumns>;
   add(p, p_stride, strips, count, column, w, out);
 }
 
