@@ -51,9 +51,10 @@ METHOD = f"""\
 - Times are those of tokens as they arrive. Prefill counts prompt tokens until the last request has its first token;
   decode counts the tokens that arrive after that moment; the total counts prompt and output tokens from start to end.
 - Start is from the creation of the process to the first token of a short text, with tokenizer and weights (in the page
-  cache), a fresh process each; a first one, which may write caches, is not counted. Memory is the peak resident size of
-  a fresh process that loads the model and does the work, with room for keys and values of that work; what an engine
-  maps from a file and reads counts.
+  cache), a fresh process each; one before it, which may write caches, is not counted. It comes right before each start
+  where a record says so, in others before the first round alone. Memory is the peak resident size of a fresh process
+  that loads the model and does the work, with room for keys and values of that work; what an engine maps from a file
+  and reads counts.
 - npu-zoo and vLLM run with their defaults, which batch continuously and share prefixes (vLLM not for latents), and
   npu-zoo with `--packed-weights keep`, whose file a start writes that is not counted; its start with
   `--packed-weights off`, which packs them every time, stands under `{UNPACKED}` and has no target. transformers and

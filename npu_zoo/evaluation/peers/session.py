@@ -32,6 +32,7 @@ from npu_zoo.evaluation.record import Machine, ModelUnderTest, ResultRecord
 from npu_zoo.evaluation.work import ModelWork
 from npu_zoo.platforms.detection import is_simulated
 
+_STARTED_TWICE = "each start is timed right after another of the same engine"
 _PREFAULTED = (
     "npu-zoo takes the memory of its cache when it is loaded, as vLLM does (prefault_kv_cache); starts and memory are "
     "measured without"
@@ -118,6 +119,8 @@ class Session:
         notes = cache_notes(kept, config, max(option.kv_cache_memory for option in options.values()))
         if config.device == "cpu" and not all(case.fresh for case in kept):
             notes.append(_PREFAULTED)
+        if any(case.metric == "start" for case in kept):
+            notes.append(_STARTED_TWICE)
         body = ComparisonBody(engines=entries, rounds=rounds, skipped=skipped, notes=notes)
         return cls(args, config, list(engines), options, kept, conditions, body)
 

@@ -157,6 +157,14 @@ def test_fresh_processes_where_less_is_better(name: str, figure: float, ratio: f
     assert len(compare.of("load")) == len(compare.of("close")) == compare.steps[-1].total
 
 
+def test_a_start_is_timed_right_after_another_of_the_same_engine(compare: Compare) -> None:
+    compare(CATALOGUE["start"], rounds=2)
+    runs = compare.of("run")
+    a, b, c = SECONDS
+    assert [name for name, _ in runs] == [a, a, b, b, c, c, *(b, b, c, c, a, a)]
+    assert len(compare.of("load")) == len(runs) == len(compare.steps)
+
+
 def test_npu_zoo_takes_its_cache_s_memory_as_it_is_loaded_to_stay(compare: Compare) -> None:
     compare(SHORT, CATALOGUE["start"], CATALOGUE["memory"], rounds=1, engines=("npu-zoo", "vllm"))
     loads = compare.of("load")
