@@ -23,37 +23,26 @@ inline void pack_pair(const bf16* even, const bf16* odd, bf16* to) {
   store(to, widen(load<Halves>(even)) | widen(load<Halves>(odd)) << 16);
 }
 
-// Adds what one block of inputs makes of kPanels times 16 columns.
-template <int kPanels>
-inline void add_block(const bf16* x, const Matrix& matrix, int64_t input, int64_t column, float* sums) {
-  constexpr int64_t kAhead = kBlock;  // the next block, since this one is not read in the order of memory
-  Floats totals[kPanels];
-  for (int p = 0; p < kPanels; ++p) totals[p] = load<Floats>(sums + column + p * kPanel);
-  const int64_t last = std::min<int64_t>(matrix.inputs, input + kBlock);
-  for (; input < last; input += 2) {
-    const bf16 *even = matrix.row(input) + column, *odd = even + matrix.columns;
-    for (int p = 0; p < kPanels; ++p) {
-      if (p % 2 == 0) {
-        prefetch(even + p * kPanel + kAhead * matrix.columns);
-        prefetch(odd + p * kPanel + kAhead * matrix.columns);
-      }
-      bf16 pairs[2 * kPanel];
-      pack_pair(even + p * kPanel, odd + p * kPanel, pairs);
-      totals[p] = add_pairs(totals[p], pairs, x + input);
-    }
+// Reads a row's lines one after the other: processors read ahead of that, and not of two rows in turn.
+void bring_near(const bf16* row, int64_t columns) {
+  for (int64_t column = 0; column < columns; column += kBlock) {
+    touch_page(row + column);
+    asm volatile("" : : "r"(load<int64_t>(row + column)));
   }
-  for (int p = 0; p < kPanels; ++p) store(sums + column + p * kPanel, totals[p]);
 }
 
 // One row of inputs with an even number of them, and a multiple of 16 columns.
 void multiply_one(const bf16* x, const Matrix& matrix, float* sums, bf16* out) {
-  constexpr int kPanels = 8;
   std::fill_n(sums, matrix.columns, 0.0f);
-  for (int64_t input = 0; input < matrix.inputs; input += kBlock) {
-    int64_t column = 0;
-    for (; column + kPanels * kPanel <= matrix.columns; column += kPanels * kPanel)
-      add_block<kPanels>(x, matrix, input, column, sums);
-    for (; column < matrix.columns; column += kPanel) add_block<1>(x, matrix, input, column, sums);
+  for (int64_t input = 0; input < matrix.inputs; input += 2) {
+    const bf16 *even = matrix.row(input), *odd = even + matrix.columns;
+    bring_near(even, matrix.columns);
+    for (int64_t column = 0; column < matrix.columns; column += kPanel) {
+      touch_page(odd + column);
+      bf16 pairs[2 * kPanel];
+      pack_pair(even + column, odd + column, pairs);
+      store(sums + column, add_pairs(load<Floats>(sums + column), pairs, x + input));
+    }
   }
   for (int64_t column = 0; column < matrix.columns; column += kPanel)
     store_bf16(out + column, load<Floats>(sums + column));
