@@ -145,8 +145,7 @@ class Run:
         """
         earlier = read_record(self.file, "bench compare")
         self.session.resume(earlier)
-        body = ComparisonBody.model_validate(earlier.body)
-        self.session.body.correctness, self.session.body.notes = body.correctness, body.notes
+        self.session.body.correctness = ComparisonBody.model_validate(earlier.body).correctness
 
     def measure(self) -> ComparisonBody:
         """Run what is missing; the record is written after every case."""

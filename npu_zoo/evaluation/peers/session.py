@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ class Session:
     Attributes:
         machine: the best that was measured of it before the first case and after the last; None before :meth:`run`.
         cases: those that are still to be run.
+        asked: the names of all, in the order of the record.
         body: grows with every case.
     """
 
@@ -71,6 +72,10 @@ class Session:
     conditions: Conditions
     body: ComparisonBody
     machine: Machine | None = None
+    asked: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.asked = tuple(case.name for case in self.cases)
 
     @classmethod
     def prepare(
@@ -146,6 +151,7 @@ class Session:
                 f"the record is of other {', other '.join(differing)}, and cannot be gone on with; start another"
             )
         self.machine, self.body.cases = earlier.machine, body.cases
+        self.body.notes = list(dict.fromkeys([*body.notes, *self.body.notes]))
         done = {case.name for case in body.cases}
         self.cases = [case for case in self.cases if case.name not in done]
 
@@ -159,12 +165,15 @@ class Session:
             divisor: makes the measurement of the machine smaller.
         """
         cases = {case.name: case for case in self.cases}
+        order = {name: number for number, name in enumerate(self.asked)}
         machine = self._measure_machine(divisor)
         comparison = Comparison(self.engines, self.options, self.conditions, on_step)
         with contextlib.closing(comparison.run(self.cases)) as results:
-            for result in results:
-                self.body.cases.append(with_floor(result, cases[result.name], self.config, machine))
-                yield self.body.cases[-1]
+            for found in results:
+                result = with_floor(found, cases[found.name], self.config, machine)
+                self.body.cases.append(result)
+                self.body.cases.sort(key=lambda case: order.get(case.name, -1))
+                yield result
         self._measure_machine(divisor)
 
     def _measure_machine(self, divisor: int) -> Machine:

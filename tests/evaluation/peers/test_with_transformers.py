@@ -202,6 +202,23 @@ def test_an_interrupted_comparison_goes_on(args: EngineArgs, monkeypatch: pytest
         assert case.floor == pytest.approx(case.work.tokens / max(case.work.bytes / 4e10, case.work.operations / 1e11))
 
 
+def test_a_case_that_is_run_again_has_its_place_and_what_is_noted_of_it(
+    args: EngineArgs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "measure_apart", _measured)
+    first = _session(args, ["npu-zoo"])
+    assert [result.name for result in first.run()] == ["prefill-1x512", CASE.name]
+    first.body.notes = ["of that day"]
+    record = first.record({})
+    del record.body["cases"][0]
+    second = _session(args, ["npu-zoo"])
+    second.body.notes = ["of that day", "of another"]
+    second.resume(record)
+    assert [result.name for result in second.run()] == ["prefill-1x512"]
+    assert [case.name for case in second.body.cases] == ["prefill-1x512", CASE.name]
+    assert second.body.notes == ["of that day", "of another"]
+
+
 @pytest.mark.parametrize(
     ("update", "names", "options", "told"),
     [
