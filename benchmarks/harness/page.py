@@ -10,7 +10,7 @@ from statistics import median
 from harness.notes import UNEXPLAINED, Notes
 from harness.pictures import CONTEXTS, ROOFLINES
 from harness.records import Compared, Records
-from harness.tables import ONE_PAIR, DayPair, case_table, context_table, day_pairs, day_table, table
+from harness.tables import ONE_PAIR, DayPair, case_table, context_table, day_pairs, day_table, overview_table, table
 from harness.targets import MEMORY_WEIGHTS, OTHER_RATIO, START_SECONDS, UNPACKED, verdicts
 from npu_zoo.evaluation.peers.engines import SUBJECT
 from npu_zoo.evaluation.peers.result import EngineEntry
@@ -77,7 +77,7 @@ def page(records: Records, notes: Notes, docs: Path) -> str:
     """
     parts = [f"{GENERATED}\n", "# Performance\n", INTRODUCTION, *_targets(records, notes)]
     for processor, compared in records.by_processor.items():
-        parts += [f"\n## On {processor}", *map(_section, compared), *_days(records, processor)]
+        parts += [f"\n## On {processor}\n", *_overview(compared), *map(_section, compared), *_days(records, processor)]
     if not records.by_processor:
         parts.append("\nNo record is there yet.")
     devices = [one for one in records.newest if one.machine.hardware != "cpu"]
@@ -102,6 +102,11 @@ def _targets(records: Records, notes: Notes) -> Iterator[str]:
         yield f"\n{told}" + (" Missed:\n" if missed else "")
         for verdict in missed:
             yield _item(f"{verdict.sentence}: {notes.get(processor, {}).get(verdict.key, UNEXPLAINED)}")
+
+
+def _overview(compared: Sequence[Compared]) -> Iterator[str]:
+    yield "Median ratio to the peer that comes closest, npu-zoo being better above 1:\n"
+    yield overview_table(compared)
 
 
 def _section(compared: Compared) -> str:

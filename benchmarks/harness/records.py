@@ -48,6 +48,11 @@ class Compared:
         """Of the model."""
         return _described(self.record, "shape")
 
+    @property
+    def group(self) -> str:
+        """The form of the weights; empty for weights as they are."""
+        return self.name.removeprefix(self.shape["name"]).removeprefix("-")
+
 
 @dataclass(frozen=True)
 class Contexts:

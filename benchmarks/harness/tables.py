@@ -30,6 +30,25 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     )
 
 
+def overview_table(compared: Sequence[Compared]) -> str:
+    """The least median ratio to any peer, by case and shape; a group of weights has rows of its own."""
+    shapes = list(dict.fromkeys(one.shape["name"] for one in compared))
+    rows: dict[str, dict[str, str]] = {}
+    for one in sorted(compared, key=lambda one: one.group):
+        for case in one.body.cases:
+            title = ", ".join(filter(None, (case.title, one.group)))
+            rows.setdefault(title, {})[one.shape["name"]] = _closest(case, one)
+    lines = ((title, *(cells.get(name, "") for name in shapes)) for title, cells in rows.items())
+    return table(("case", *shapes), lines)
+
+
+def _closest(case: CaseResult, compared: Compared) -> str:
+    """The ratio to the peer that comes closest, and its name."""
+    found = [(case.ratios(engine.name, SUBJECT), engine.name) for engine in compared.body.engines[1:]]
+    medians = [(median(ratios), name) for ratios, name in found if ratios]
+    return "{:.2f} of {}".format(*min(medians)) if medians else ""
+
+
 def case_table(compared: Compared) -> str:
     """Every case, each engine, and the best that the machine allows."""
     judged = {(verdict.case.name, verdict.peer): verdict for verdict in verdicts(compared.record)}

@@ -45,10 +45,10 @@ def show(tmp_path: Path) -> Callable[..., str]:
 def test_a_case_has_its_engines_floor_target_and_bound(make_record: Make, show: Callable[..., str]) -> None:
     text = show(make_record({"decode-1": SAMPLES}))
     # 100 bytes at 100 bytes/s are a second for 50 tokens; 26 tokens/s take 1.92 s, a quarter of which is the host's.
-    assert _line(text, "decode, batch 1") == [
+    assert _line(text[text.index("### ") :], "decode, batch 1") == [
         *("decode, batch 1", "npu-zoo", "26.0 tokens/s", "52%", "", "3", "", "bandwidth; host 25%"),
     ]
-    assert _line(text, "vllm") == ["", "vllm", "20.0 tokens/s", "40%", "1.30 (1.00..1.50)", "3", ">= 1.15: met", ""]
+    assert _line(text, "| vllm") == ["", "vllm", "20.0 tokens/s", "40%", "1.30 (1.00..1.50)", "3", ">= 1.15: met", ""]
     assert _line(text, "| floor") == ["", "floor", "50.0 tokens/s", "", "", "", "", "memory"]
     assert "1 of 1 are met." in text
 
@@ -80,12 +80,12 @@ def test_what_is_missed_is_told_with_its_reason(make_record: Make, show: Callabl
     assert "On A 0 of 2 are met. Missed:" in text
     assert "- 1.3b, decode, batch 1: 1.00 of vllm instead of 1.15 (13% below): Because." in text
     assert f"0.50 of llama.cpp instead of 1 (50% below): {UNEXPLAINED}" in text
-    assert _line(text, "vllm")[-2] == ">= 1.15: **missed**"
+    assert _line(text, "| vllm")[-2] == ">= 1.15: **missed**"
 
 
 def test_a_peer_with_fewer_rounds_says_so(make_record: Make, show: Callable[..., str]) -> None:
     text = show(make_record({"mixed": {"npu-zoo": [4.0, 5.0, 6.0], "llama.cpp": [2.0]}}))
-    assert _line(text, "llama.cpp")[4:6] == ["2.00 (2.00..2.00)", "1"]
+    assert _line(text, "| llama.cpp")[4:6] == ["2.00 (2.00..2.00)", "1"]
 
 
 def test_two_days_on_one_machine_stand_side_by_side(make_record: Make, show: Callable[..., str]) -> None:
@@ -118,6 +118,21 @@ def test_two_days_on_one_machine_stand_side_by_side(make_record: Make, show: Cal
     assert "## 1.3b, 2026-01-01" not in text
 
 
+def test_an_overview_has_the_closest_peer_of_each_case_and_shape(make_record: Make, show: Callable[..., str]) -> None:
+    cases = {"decode-1": SAMPLES | {"llama.cpp": [1.0, 1.0, 1.0]}, "start": {"npu-zoo": [4.0], "vllm": [2.0]}}
+    quantized = {"decode-1": {"npu-zoo": [3.0], "llama.cpp": [2.0]}}
+    text = show(
+        make_record(cases, cpu="A"),
+        make_record(quantized, cpu="A", group="w8a16"),
+        make_record({"decode-1": {"npu-zoo": [1.0], "vllm": [1.0]}}, cpu="A", shape="moe-1b"),
+    )
+    overview = text[text.index("## On A") : text.index("### ")]
+    assert _line(overview, "case") == ["case", "1.3b", "moe-1b"]
+    assert _line(overview, "| decode, batch 1 ") == ["decode, batch 1", "1.30 of vllm", "1.00 of vllm"]
+    assert _line(overview, "w8a16") == ["decode, batch 1, w8a16", "1.50 of llama.cpp", ""]
+    assert _line(overview, "start")[1:] == ["0.50 of vllm", ""]  # half as good: twice the seconds
+
+
 def test_processors_have_their_own_tables_targets_and_days(make_record: Make, show: Callable[..., str]) -> None:
     cases, slow = {"decode-1": SAMPLES}, {"decode-1": {"npu-zoo": [1.0], "vllm": [1.0]}}
     days = [make_record(cases, cpu="A", date=f"2026-01-0{day}") for day in (1, 2)]
@@ -126,8 +141,8 @@ def test_processors_have_their_own_tables_targets_and_days(make_record: Make, sh
     assert "On A 1 of 1 are met.\n\nOn B 0 of 1 are met. Missed:" in targets
     assert "Because." in targets
     one, other = text[text.index("## On A") : text.index("## On B")], text[text.index("## On B") :]
-    assert _line(one, "vllm")[4] == "1.30 (1.00..1.50)"
-    assert _line(other, "vllm")[4] == "1.00 (1.00..1.00)"
+    assert _line(one, "| vllm")[4] == "1.30 (1.00..1.50)"
+    assert _line(other, "| vllm")[4] == "1.00 (1.00..1.00)"
     assert "On two days" in one
     assert "On two days" not in other
 
