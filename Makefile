@@ -54,8 +54,7 @@ demo: $(STAMP)-run
 test: $(STAMP)-dev $(NPU_STAMP)
 	$(PYTEST) $(ARGS)
 	@test -n "$(ARGS)" || $(MAKE) --no-print-directory test-npu
-	@test -n "$(ARGS)" || $(MAKE) --no-print-directory -j 2 --output-sync=target validate soak
-	@test -n "$(ARGS)" || $(MAKE) --no-print-directory test-example
+	@test -n "$(ARGS)" || $(MAKE) --no-print-directory -j 3 --output-sync=target validate soak test-example
 
 ## make test-npu the real torch_npu on a simulated Ascend runtime, one process per product
 test-npu: $(NPU_STAMP)
