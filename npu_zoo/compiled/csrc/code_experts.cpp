@@ -44,13 +44,13 @@ struct CodeStep {
   float* sums;                     // [panels][tokens][16]
 };
 
-// Calls `put` with each of a group's rows and its sums with some panels.
-template <int kBits, int kPanels, typename Put>
-void multiply_group(const Integers& x, const Slots& group, const CodePanel (&panels)[kPanels], const Put& put) {
+// Calls `put` with each of a group's rows and its sums with a panel.
+template <int kBits, typename Put>
+void multiply_group(const Integers& x, const Slots& group, const CodePanel& panel, const Put& put) {
   auto multiply = [&](auto count, int64_t row) {
     constexpr int kRows = decltype(count)::value;
-    Floats sums[kRows][kPanels];
-    multiply_codes<kBits, kRows>(x, group.first + row, panels, sums);
+    Floats sums[kRows];
+    multiply_codes<kBits, kRows>(x, group.first + row, panel, sums);
     for (int r = 0; r < kRows; ++r) put(group.first + row + r, sums[r]);
   };
   int64_t row = 0;
@@ -69,10 +69,14 @@ void activate(const CodeStep& step, int part, int parts) {
     const int64_t turn = (part + groups[i].first) % parts;  // so that nobody always has the larger part
     const int64_t first = expert.panels() * turn / parts, last = expert.panels() * (turn + 1) / parts;
     for (int64_t panel = first; panel < last; ++panel) {
-      const CodePanel gate_and_up[] = {expert.gate_up.panel(panel), expert.gate_up.panel(expert.panels() + panel)};
-      multiply_group<kBits>(step.inputs, groups[i], gate_and_up, [&](int64_t slot, const Floats* sums) {
-        store_bf16(step.activations + slot * step.stride + panel * kPanel, silu(sums[0]) * sums[1]);
-      });
+      Floats gates[kWidestStep];
+      multiply_group<kBits>(step.inputs, groups[i], expert.gate_up.panel(panel),
+                            [&](int64_t slot, Floats sum) { gates[slot - groups[i].first] = sum; });
+      multiply_group<kBits>(step.inputs, groups[i], expert.gate_up.panel(expert.panels() + panel),
+                            [&](int64_t slot, Floats sum) {
+                              store_bf16(step.activations + slot * step.stride + panel * kPanel,
+                                         silu(gates[slot - groups[i].first]) * sum);
+                            });
     }
   }
 }
@@ -83,22 +87,11 @@ void project(const CodeStep& step, int64_t first, int64_t last, const Output& ou
   const TokenSums sums{step.sums, step.tokens};
   sums.clear(first, last);
   const std::vector<Slots>& groups = step.slots->groups();
-  for (size_t i = 0; i < groups.size(); ++i) {
-    const CodeWeight& down = step.experts[i].down;
-    const int64_t paired = last - (last - first) % 2;
-    auto add = [&](int64_t panel, int64_t slot, Floats sum) {
-      sums.add(panel, step.slots->tokens()[slot], sum * step.slots->scales()[slot]);
-    };
-    for (int64_t panel = first; panel < paired; panel += 2)
-      multiply_group<kBits>(step.activated, groups[i], {down.panel(panel), down.panel(panel + 1)},
-                            [&](int64_t slot, const Floats* found) {
-                              add(panel, slot, found[0]);
-                              add(panel + 1, slot, found[1]);
-                            });
-    if (paired < last)
-      multiply_group<kBits>(step.activated, groups[i], {down.panel(paired)},
-                            [&](int64_t slot, const Floats* found) { add(paired, slot, found[0]); });
-  }
+  for (size_t i = 0; i < groups.size(); ++i)
+    for (int64_t panel = first; panel < last; ++panel)
+      multiply_group<kBits>(step.activated, groups[i], step.experts[i].down.panel(panel), [&](int64_t slot, Floats sum) {
+        sums.add(panel, step.slots->tokens()[slot], sum * step.slots->scales()[slot]);
+      });
   sums.put(first, last, out);
 }
 

@@ -147,69 +147,49 @@ struct IntegerSpace {
   }
 };
 
-// The products of kRows rows with some panels of one weight's inputs, to sums[row][panel]. One row passes by all panels at
-// once; of more the sums leave registers for one panel alone.
-template <int kBits, int kRows, int kPanels>
-inline void multiply_codes(
-    const Integers& x, int64_t row, const CodePanel (&panels)[kPanels], Floats (&sums)[kRows][kPanels]) {
+// The products of kRows rows with one panel, to sums[row].
+template <int kBits, int kRows>
+inline void multiply_codes(const Integers& x, int64_t row, const CodePanel& panel, Floats* sums) {
   using Layout = Codes<kBits>;
-  if constexpr (kRows > 1 && kPanels > 1) {
-    for (int p = 0; p < kPanels; ++p) {
-      Floats found[kRows][1];
-      multiply_codes<kBits, kRows, 1>(x, row, {panels[p]}, found);
-      for (int r = 0; r < kRows; ++r) sums[r][p] = found[r][0];
-    }
-    return;
-  }
-  constexpr int kChains = kRows == 1 ? 4 / kPanels : 1;  // sums of few would wait for each other
-  const int64_t blocks = panels[0].blocks, of_group = panels[0].blocks_of_group;
-  for (int r = 0; r < kRows; ++r)
-    for (int p = 0; p < kPanels; ++p) sums[r][p] = Floats{};
+  constexpr int kChains = kRows == 1 ? 4 : 1;  // one row's sums would wait for each other
+  for (int r = 0; r < kRows; ++r) sums[r] = Floats{};
   int64_t part = 0;  // of the inputs' groups
-  for (int64_t group = 0, first = 0; first < blocks; ++group, first += of_group) {
-    const int64_t last = std::min(blocks, first + of_group);
-    Floats totals[kRows][kPanels] = {};
+  for (int64_t group = 0, first = 0; first < panel.blocks; ++group, first += panel.blocks_of_group) {
+    const int64_t last = std::min(panel.blocks, first + panel.blocks_of_group);
+    Floats totals[kRows] = {};
     for (int64_t begin = first; begin < last; begin += x.blocks_of_group, ++part) {
       const int64_t end = std::min(last, begin + x.blocks_of_group);
-      Ints upper[kRows][kPanels][kChains] = {}, lower[kRows][kPanels][kChains] = {};
+      Ints upper[kRows][kChains] = {}, lower[kRows][kChains] = {};
       for (int64_t block = begin; block < end; ++block) {
-        for (int p = 0; p < kPanels; ++p) touch_page(panels[p].codes + block * Layout::kBytes);
 #pragma GCC unroll 16  // or sums would live in memory, at an address that depends on the vector
         for (int vector = 0; vector < Layout::kVectors; ++vector) {
-          Words bits[kPanels];
-          for (int p = 0; p < kPanels; ++p) {
-            const uint8_t* at = panels[p].codes + block * Layout::kBytes + vector * 64;
-            prefetch(at + kPrefetch);
-            bits[p] = load<Words>(at);
-          }
+          const uint8_t* at = panel.codes + block * Layout::kBytes + vector * 64;
+          touch_page(at);
+          prefetch(at + kPrefetch);
+          const Words bits = load<Words>(at);
 #pragma GCC unroll 2
           for (int plane = 0; plane < Layout::kPlanes; ++plane) {
+            const Words codes = Layout::plane(bits, plane);
             const int chain = (vector * Layout::kPlanes + plane) % kChains;
             const int64_t input = block * kCodeBlock + vector * Layout::kInputs + 4 * plane;
-            for (int p = 0; p < kPanels; ++p) {
-              const Words codes = Layout::plane(bits[p], plane);
-              for (int r = 0; r < kRows; ++r) {
-                Ints &high = upper[r][p][chain], &low = lower[r][p][chain];
-                high = add_products(high, codes, x.upper + (row + r) * x.stride + input);
-                low = add_products(low, codes, x.lower + (row + r) * x.stride + input);
-              }
+            for (int r = 0; r < kRows; ++r) {
+              upper[r][chain] = add_products(upper[r][chain], codes, x.upper + (row + r) * x.stride + input);
+              lower[r][chain] = add_products(lower[r][chain], codes, x.lower + (row + r) * x.stride + input);
             }
           }
         }
       }
       for (int r = 0; r < kRows; ++r) {
-        const int64_t at = (row + r) * x.groups + part;
-        for (int p = 0; p < kPanels; ++p) {
-          for (int chain = 1; chain < kChains; ++chain) {
-            upper[r][p][0] += upper[r][p][chain];
-            lower[r][p][0] += lower[r][p][chain];
-          }
-          totals[r][p] += to_floats(upper[r][p][0], lower[r][p][0] + x.offsets[at]) * x.scales[at];
+        for (int chain = 1; chain < kChains; ++chain) {
+          upper[r][0] += upper[r][chain];
+          lower[r][0] += lower[r][chain];
         }
+        const int64_t at = (row + r) * x.groups + part;
+        totals[r] += to_floats(upper[r][0], lower[r][0] + x.offsets[at]) * x.scales[at];
       }
     }
-    for (int r = 0; r < kRows; ++r)
-      for (int p = 0; p < kPanels; ++p) sums[r][p] += totals[r][p] * load<Floats>(panels[p].scales + group * kPanel);
+    const Floats scale = load<Floats>(panel.scales + group * kPanel);
+    for (int r = 0; r < kRows; ++r) sums[r] += totals[r] * scale;
   }
 }
 

@@ -23,12 +23,11 @@ void pack_panel(const int8_t* codes, int64_t stride, int64_t channels, int64_t i
   }
 }
 
-template <int kBits, int kRows, int kPanels>
-void multiply_few(const Integers& x, int64_t row, const CodePanel (&panels)[kPanels], int64_t first, const Output& out) {
-  Floats sums[kRows][kPanels];
-  multiply_codes<kBits, kRows>(x, row, panels, sums);
-  for (int r = 0; r < kRows; ++r)
-    for (int p = 0; p < kPanels; ++p) out.put(row + r, first + p, sums[r][p]);
+template <int kBits, int kRows>
+void multiply_few(const Integers& x, int64_t row, const CodePanel& panel, int64_t number, const Output& out) {
+  Floats sums[kRows];
+  multiply_codes<kBits, kRows>(x, row, panel, sums);
+  for (int r = 0; r < kRows; ++r) out.put(row + r, number, sums[r]);
 }
 
 template <int kBits>
@@ -41,11 +40,8 @@ void multiply_panels(const Integers& x, int64_t rows, const CodeWeight& weight, 
     return;
   }
 #endif
-  int64_t panel = first;
-  for (; rows == 1 && panel + 2 <= last; panel += 2)
-    multiply_few<kBits, 1, 2>(x, 0, {weight.panel(panel), weight.panel(panel + 1)}, panel, out);
-  for (; panel < last; ++panel) {
-    const CodePanel codes[] = {weight.panel(panel)};
+  for (int64_t panel = first; panel < last; ++panel) {
+    const CodePanel codes = weight.panel(panel);
     int64_t row = 0;
     for (; row + 8 <= rows; row += 8) multiply_few<kBits, 8>(x, row, codes, panel, out);
     for (; row + 4 <= rows; row += 4) multiply_few<kBits, 4>(x, row, codes, panel, out);
